@@ -1,0 +1,65 @@
+# demo, test, test-full, lint, clean. Needs Python 3.11 or newer, make and a package index.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt
+
+# The demo has a queue server and a job store of its own, so it disturbs nobody's jobs, and the
+# matrix that one demo leaves behind is what the next one starts from.
+DEMO := demo-out
+DEMO_ENV := env -u TRBATCH_REDIS_URL -u REDIS_URL -u TRBATCH_STORE TRBATCH_HOME=$(CURDIR)/$(DEMO)/home
+DEMO_FLAGS ?=
+
+# ONLY_LONG=1 leaves out what `make test` has just run; PYTEST_FLAGS go to pytest as they are.
+PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
+REPORTS := build/reports
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint clean
+
+help:
+	@echo "make demo       sample prompts through the queue and a real model to a Parquet file"
+	@echo "make test       the quick tests (up to 10 minutes)"
+	@echo "make test-full  all tests (up to 60 minutes)"
+	@echo "make lint       ruff, ruff format --check, mypy"
+	@echo "make clean      remove the virtual environment, caches and demo output"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.11" >&2; \
+		     echo "hint: make PYTHON=/path/to/python3.11 …" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp says that its extras are installed as pyproject.toml and constraints.txt have them now.
+$(VENV)/worker.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing trbatch and what a worker needs into $(VENV) (once) …"
+	@$(PIP_INSTALL) --editable '.[worker]'
+	@touch $@
+
+$(VENV)/all.stamp: $(VENV)/worker.stamp
+	@echo "installing what tests and checks need into $(VENV) (once) …"
+	@$(PIP_INSTALL) --editable '.[worker,test,lint]'
+	@touch $@
+
+demo: $(VENV)/worker.stamp
+	@mkdir -p $(DEMO)
+	@trap '$(DEMO_ENV) $(BIN)/trbatch server stop >/dev/null 2>&1 || true' EXIT; \
+	$(DEMO_ENV) $(BIN)/trbatch run jobs/sample_prompts.jsonl --output $(DEMO)/answers.parquet \
+		--name demo-$$(date +%Y%m%d-%H%M%S) --task demo --max-tokens 96 $(DEMO_FLAGS)
+
+test: $(VENV)/all.stamp
+	$(PYTEST) -m "not long" --junitxml=$(REPORTS)/test.xml
+
+test-full: $(VENV)/all.stamp
+	$(PYTEST) $(if $(ONLY_LONG),-m long) --junitxml=$(REPORTS)/test-full.xml
+
+lint: $(VENV)/all.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

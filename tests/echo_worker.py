@@ -1,0 +1,89 @@
+"""The command line with an engine that echoes: what `trbatch run` and the tests start as a worker.
+
+    python echo_worker.py worker --burst …
+
+A row's text is its prompt in capitals. The prompt `refuse` gives an error row and `die` kills the
+process, as a failing driver would.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+from trbatch.config import WorkerConfig
+from trbatch.engine.sequence import Completion, Request
+from trbatch.queue import ModelKey
+
+
+class EchoEngine:
+    """Finishes up to `capacity` requests a step; a step takes `step_s` seconds."""
+
+    capacity = 4
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.step_s = step_s
+        self.tasks: list[str] = []
+        self._requests: deque[Request] = deque()
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._requests)
+
+    def open_task(self, task: str, folder: Path | None, cold: bool) -> None:
+        self.tasks.append(task)
+
+    def add(self, request: Request) -> None:
+        self._requests.append(request)
+
+    def step(self) -> list[Completion]:
+        time.sleep(self.step_s)
+        count = min(self.capacity, len(self._requests))
+        return [self._echo(self._requests.popleft()) for _ in range(count)]
+
+    def abort(self, keys: Iterable[Hashable]) -> None:
+        gone = set(keys)
+        self._requests = deque(r for r in self._requests if r.key not in gone)
+
+    def save_tasks(self) -> None: ...
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def _echo(self, request: Request) -> Completion:
+        text = request.prompt or " ".join(str(m["content"]) for m in request.messages or [])
+        known = {"key": request.key, "seed": request.seed, "sample_index": request.sample_index}
+        if text == "die":
+            os._exit(9)
+        if text == "refuse":
+            return Completion(
+                finish_reason="error", error_code="refused", error_message="as asked", **known
+            )
+        tokens = [1] * (len(text.split()) + 1)
+        return Completion(
+            finish_reason="stop",
+            text=text.upper(),
+            token_ids=tokens,
+            prompt_tokens=len(tokens),
+            decode_s=0.01,
+            baseline_decode_s=0.02,
+            num_spec_steps=len(tokens) - 1,
+            acceptance_histogram=[len(tokens) - 1],
+            **known,
+        )
+
+
+def load_echo(config: WorkerConfig, model: ModelKey) -> EchoEngine:
+    """Stands in for `trbatch.worker.load_engine`."""
+    return EchoEngine(float(os.environ.get("ECHO_STEP_S", "0")))
+
+
+if __name__ == "__main__":
+    from trbatch import cli, worker
+
+    worker.load_engine = load_echo
+    cli.main()

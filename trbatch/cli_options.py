@@ -1,0 +1,225 @@
+"""The options that commands share: one decorator a group, defaults read from the config classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from trbatch.config import EngineConfig, JobSpec, SamplingParams, WorkerConfig
+from trbatch.errors import UsageError
+
+Decorator = Callable[[Any], Any]  # of a function that is to become a command
+
+
+def _setting(config: type, name: str, help: str, *flags: str, **attributes: Any) -> Decorator:
+    """The option of one field of a config class; its default and its type are the field's."""
+    default = {field.name: field.default for field in dataclasses.fields(config)}[name]
+    if isinstance(default, bool):
+        attributes.setdefault("is_flag", True)
+    elif isinstance(default, tuple):
+        attributes.setdefault("multiple", True)
+    elif default is not None:
+        attributes.setdefault("type", type(default))
+    return click.option(
+        name,
+        *(flags or (f"--{name.replace('_', '-')}",)),
+        default=default,
+        show_default=default not in ("", None, ()) and not isinstance(default, bool),
+        help=help,
+        **attributes,
+    )
+
+
+def _group(*options: Decorator) -> Decorator:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def picked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that are fields of a config class."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in settings.items() if name in names}
+
+
+model_options = _group(
+    _setting(
+        JobSpec,
+        "model",
+        "Hub name, model folder or GGUF file. Without it: TRBATCH_MODEL, trbatch.toml, or a small "
+        "model for trying out.",
+    ),
+    _setting(JobSpec, "revision", "Branch, tag or commit of a hub name."),
+    _setting(JobSpec, "trust_remote_code", "Run Python code that comes with the model."),
+)
+
+sampling_options = _group(
+    _setting(SamplingParams, "max_tokens", "Most tokens to generate for a row."),
+    _setting(SamplingParams, "temperature", "0: always the likeliest token."),
+    _setting(SamplingParams, "top_p", "Keep the likeliest tokens of this summed probability."),
+    _setting(SamplingParams, "top_k", "Keep this many likeliest tokens; 0: all."),
+    _setting(SamplingParams, "min_p", "Drop tokens less likely than this share of the likeliest."),
+    _setting(SamplingParams, "stop", "End a row before this text; may be repeated."),
+    _setting(
+        SamplingParams,
+        "stop_token_ids",
+        "End a row at this token; may be repeated.",
+        "--stop-token-id",
+        type=int,
+    ),
+    _setting(SamplingParams, "ignore_eos", "Go on after the model's own end."),
+    _setting(SamplingParams, "n", "Samples a row."),
+)
+
+store_option = _setting(
+    JobSpec,
+    "out",
+    "Folder or URL of the job folders. Without it: TRBATCH_STORE, else the user's state folder.",
+    "--store",
+)
+
+job_options = _group(
+    store_option,
+    _setting(JobSpec, "name", "The job's id. Without it: made from the file and the settings."),
+    _setting(
+        JobSpec,
+        "task",
+        "Whose matrix warms the drafts. Without it: from the project's and the file's name.",
+    ),
+    _setting(JobSpec, "cold", "Start from an empty matrix."),
+    _setting(JobSpec, "chunk_size", "Rows a worker takes at once."),
+    _setting(JobSpec, "seed", "Of the whole job. Without it: random, kept in the job.", type=int),
+    _setting(JobSpec, "prompt_column", "Field or column of the prompt."),
+    _setting(JobSpec, "id_column", "Field of the row's id. Without it: custom_id, id, row number."),
+    _setting(
+        JobSpec,
+        "resume",
+        "Whether to continue the job if the same command has made it before.",
+        type=click.Choice(["never", "always", "if_possible"]),
+    ),
+)
+
+engine_options = _group(
+    _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
+    click.option("--gpu", type=int, help="The same as --device cuda:N."),
+    _setting(
+        EngineConfig,
+        "dtype",
+        "Numbers to compute with.",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    ),
+    _setting(EngineConfig, "max_num_seqs", "Rows decoded together; 0: by the machine."),
+    _setting(EngineConfig, "max_model_len", "Most tokens of prompt and output; 0: the model's."),
+    _setting(EngineConfig, "gpu_memory_utilization", "Share of the GPU's memory to use."),
+    _setting(
+        EngineConfig,
+        "speculate",
+        "Draft with Token Recycling (default), or decode plainly.",
+        "--speculate/--no-speculate",
+    ),
+    _setting(EngineConfig, "tree_size", "Tokens a step for each row; 0: what pays best."),
+)
+
+bench_model_options = _group(
+    _setting(JobSpec, "model", "Hub name, model folder or GGUF file."),
+    _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
+    _setting(
+        EngineConfig,
+        "dtype",
+        "Numbers to compute with.",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    ),
+)
+
+worker_options = _group(
+    _setting(WorkerConfig, "burst", "Stop when the queue is empty."),
+    _setting(WorkerConfig, "name", "Of this worker. Without it: host, device and process."),
+    _setting(
+        WorkerConfig,
+        "roots",
+        "Job folders must lie below this folder or URL; may be repeated.",
+        "--root",
+    ),
+    _setting(WorkerConfig, "publish_s", "Seconds between segments.", "--publish-seconds"),
+    _setting(WorkerConfig, "chunks_in_flight", "Most chunks at once; 0: by the batch."),
+)
+
+redis_option = _setting(
+    WorkerConfig,
+    "redis_url",
+    "The queue. Without it: TRBATCH_REDIS_URL, REDIS_URL, or the embedded server.",
+)
+
+output_option = click.option(
+    "output",
+    "-o",
+    "--output",
+    default="",
+    help="The dataset's file or URL. Without it: inside the job folder.",
+)
+
+format_option = click.option(
+    "format",
+    "--format",
+    type=click.Choice(["parquet", "jsonl"]),
+    default="parquet",
+    show_default=True,
+    help="Parquet, or lines as OpenAI's batch API writes them.",
+)
+
+json_option = click.option("as_json", "--json", is_flag=True, help="Print JSON on stdout.")
+
+
+def job_spec(input: str, settings: Mapping[str, Any]) -> JobSpec:
+    """The job of the parsed options of `model_options`, `sampling_options` and `job_options`."""
+    fields = picked(JobSpec, settings)
+    sampling = picked(SamplingParams, settings)
+    sampling.pop("seed", None)  # --seed is the job's
+    return JobSpec.from_dict(fields | {"input": input, "sampling": SamplingParams(**sampling)})
+
+
+def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+    """The engine of the parsed `engine_options`.
+
+    Raises:
+        UsageError: --gpu and another --device are both given, or a value is wrong.
+    """
+    fields = picked(EngineConfig, settings)
+    gpu = settings.get("gpu")
+    if gpu is not None:
+        if gpu < 0:
+            raise UsageError(f"--gpu must be 0 or more, not {gpu}")
+        if fields["device"] not in (EngineConfig().device, f"cuda:{gpu}"):
+            raise UsageError(f"--gpu {gpu} and --device {fields['device']} contradict each other")
+        fields["device"] = f"cuda:{gpu}"
+    return EngineConfig.from_dict(fields)
+
+
+def worker_config(settings: Mapping[str, Any]) -> WorkerConfig:
+    """The worker of the parsed options of a worker, an engine, the queue and a model."""
+    return WorkerConfig.from_dict(
+        picked(WorkerConfig, settings) | {"engine": engine_config(settings)}
+    )
+
+
+def arguments_for(command: click.Command, settings: Mapping[str, Any]) -> list[str]:
+    """The arguments that make `command` parse to these settings; those of its defaults left out."""
+    arguments: list[str] = []
+    for option in command.params:
+        if option.name not in settings or not isinstance(option, click.Option):
+            continue
+        value = settings[option.name]
+        if value == option.default or (option.multiple and tuple(value) == (option.default or ())):
+            continue
+        if option.is_flag:
+            arguments.append(option.opts[0] if value else option.secondary_opts[0])
+        else:
+            values: Sequence[Any] = value if option.multiple else [value]
+            arguments += [f"{option.opts[-1]}={one}" for one in values]
+    return arguments

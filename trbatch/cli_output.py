@@ -1,0 +1,186 @@
+"""What commands print: tables and JSON on stdout, errors and logs on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from trbatch.api import JobStatus
+from trbatch.errors import TrbatchError
+from trbatch.figures import Progress
+from trbatch.progress import describe
+from trbatch.queue import JobQueue, mask_url
+from trbatch.results import Receipt
+from trbatch.server import ServerStatus
+
+LOGGER = "trbatch"
+WIDTH_OF_A_FILE = 200  # columns, where stdout is no terminal
+
+
+def print_error(error: TrbatchError) -> None:
+    """The message, and the hint on a line of its own, on stderr."""
+    click.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+
+
+def log_to_stderr(level: str) -> None:
+    """Send the package's log to stderr, with times where the log is the point (INFO)."""
+    logger = logging.getLogger(LOGGER)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    pattern = "%(asctime)s %(message)s" if level == "INFO" else "%(levelname)s: %(message)s"
+    handler.setFormatter(logging.Formatter(pattern, datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+def print_json(values: Any) -> None:
+    """One line of JSON on stdout."""
+    click.echo(orjson.dumps(values, default=_jsonable).decode())
+
+
+def print_summary(receipt: Receipt, progress: Progress, *, as_json: bool) -> None:
+    """What became of a job: the receipt in words, the figures, where the dataset lies."""
+    if as_json:
+        print_json(receipt.to_dict() | {"figures": progress.to_dict()})
+        return
+    rows = f"{receipt.rows_ok:,} ok, {receipt.rows_failed:,} failed"
+    if receipt.rows_cancelled:
+        rows += f", {receipt.rows_cancelled:,} cancelled"
+    tokens = f"{progress.completion_tokens:,} generated, {progress.prompt_tokens:,} of prompts"
+    table = {
+        "rows": rows,
+        "tokens": tokens,
+        "tokens/s": _number(progress.tokens_per_s, ",.1f"),
+        "mean acceptance length": _number(progress.mean_acceptance_length, ".2f"),
+        "measured speed-up": _number(progress.speedup, ".2f", "x over plain decoding"),
+        "dataset": str(receipt.output),
+        "receipt": str(receipt),
+    }
+    _print_pairs(table)
+
+
+def print_status(status: JobStatus, *, as_json: bool) -> None:
+    """How far a job is."""
+    if as_json:
+        print_json(status.to_dict())
+        return
+    chunks = status.chunks
+    _print_pairs(
+        {
+            "job": status.id,
+            "state": status.state,
+            "progress": describe(status),
+            "chunks": f"{chunks.queued} queued, {chunks.started} running, {chunks.failed} failed",
+            "workers": str(status.workers),
+            "model": status.model,
+            "task": status.task,
+            "folder": status.path,
+            **{f"chunk {number}": reason for number, reason in status.failures.items()},
+        }
+    )
+
+
+def print_queue(redis_url: str, *, as_json: bool) -> None:
+    """Which models' chunks wait, and which workers live."""
+    with JobQueue.connect(redis_url) as jobs:
+        queues = [dataclasses.asdict(queue) for queue in jobs.queues()]
+        workers = [dataclasses.asdict(worker) for worker in jobs.workers()]
+        url = mask_url(jobs.url)
+    if as_json:
+        print_json({"redis_url": url, "queues": queues, "workers": workers})
+        return
+    for queue in queues:
+        queue["model"] = "@".join(part for part in queue["model"].values() if part)
+        del queue["name"]
+    click.echo(f"queue {url}")
+    _print_rows(queues, "nothing was ever queued")
+    _print_rows(
+        [{k: worker[k] for k in ("name", "state", "model", "chunks")} for worker in workers],
+        "no worker lives; start one with: trbatch worker",
+    )
+
+
+def print_server(status: ServerStatus, *, as_json: bool) -> None:
+    """Whether the embedded server runs, and where."""
+    if as_json:
+        print_json(dataclasses.asdict(status))
+        return
+    values = {"state": "running" if status.running else "not running", "url": status.url}
+    if status.running:
+        values["process"] = f"{status.pid}, {status.version}, up {status.uptime_s:,} s"
+        values["memory"] = f"{status.memory / 2**20:.1f} MiB, {status.clients} clients"
+    values["folder"] = str(status.folder)
+    for path in status.set_aside:
+        values[f"set aside: {path.name}"] = "a log of the queue that could not be read"
+    _print_pairs(values)
+
+
+def print_table(values: Mapping[str, Any], *, as_json: bool) -> None:
+    """A benchmark's result: its figures as pairs, its lists of records as tables."""
+    if as_json:
+        print_json(values)
+        return
+    plain = {k: v for k, v in values.items() if not _is_records(v)}
+    _print_pairs({name: _cell(value) for name, value in plain.items()})
+    for name, value in values.items():
+        if _is_records(value):
+            click.echo(f"\n{name}")
+            _print_rows(value, "none")
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _print_pairs(pairs: Mapping[str, str]) -> None:
+    width = max(map(len, pairs), default=0)
+    for name, value in pairs.items():
+        click.echo(f"{name.ljust(width)}  {value}")
+
+
+def _print_rows(rows: Iterable[Mapping[str, Any]], otherwise: str) -> None:
+    records = list(rows)
+    if not records:
+        click.echo(otherwise)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in records[0]:
+        table.add_column(str(column), overflow="fold")
+    for record in records:
+        table.add_row(*(_cell(value) for value in record.values()))
+    console = Console(highlight=False, markup=False)
+    console.print(table, width=None if console.is_terminal else WIDTH_OF_A_FILE)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.3f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(inner) for inner in value)
+    return str(value)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,257 @@
+"""Every setting that trbatch has, its default, its check, and nothing else.
+
+The dataclasses are frozen and checked when they are made. Each default is written here once; the
+command line reads it from here. An unknown key is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from trbatch.errors import UsageError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_TREE_SIZE = 81
+
+
+class _Config:
+    """What the config dataclasses share: dictionaries in and out, unknown keys refused."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a mapping, e.g. parsed JSON or TOML.
+
+        Raises:
+            UsageError: on an unknown key (names the nearest valid one) or a bad value.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in names:
+                raise UsageError(f"unknown setting {key!r}", hint=_nearest(key, names))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-serialisable values."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams(_Config):
+    """How tokens are chosen and when a row ends. Names are vLLM's.
+
+    `temperature` 0 is greedy: always the likeliest token. The order of the filters is
+    temperature, top-k, top-p, min-p, as in transformers.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: no limit
+    min_p: float = 0.0
+    seed: int | None = None  # of the row; None: derived from the job's seed and the row's id
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1  # samples a row
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name) or ()
+            if not isinstance(value, list | tuple):
+                raise UsageError(f"{name} must be a list, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        _integer("max_tokens", self.max_tokens, 1)
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        _integer("top_k", self.top_k, -1)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _integer("n", self.n, 1)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise UsageError("stop must be a non-empty text or a list of them")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+    def merged(self, overrides: Mapping[str, Any]) -> SamplingParams:
+        """These settings with a row's own over them.
+
+        Raises:
+            UsageError: on an unknown key or a bad value.
+        """
+        if not overrides:
+            return self
+        names = [field.name for field in dataclasses.fields(self)]
+        for key in overrides:
+            if key not in names:
+                raise UsageError(f"unknown sampling field {key!r}", hint=_nearest(key, names))
+        return dataclasses.replace(self, **overrides)
+
+
+SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec(_Config):
+    """What a job is: an input, a model, how to sample, where the job folder goes."""
+
+    input: str
+    out: str = ""  # the job store, a folder of job folders; "": `default_store()`
+    output: str = ""  # the dataset that `collect` writes; "": inside the job folder
+    name: str = ""  # the job's id; "": made from the input's path and the settings
+    model: str = ""  # hub name, folder or GGUF file; "": `default_model()`
+    revision: str = ""
+    trust_remote_code: bool = False
+    task: str = ""  # whose matrix warms these rows; "": from the folder's and the file's name
+    cold: bool = False  # start from an empty matrix
+    chunk_size: int = 256  # rows a lease covers
+    seed: int | None = None  # of the job; None: random, kept in the manifest
+    prompt_column: str = "prompt"
+    id_column: str = ""  # "": custom_id, else id, else the row number
+    resume: str = "if_possible"
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sampling, Mapping):
+            object.__setattr__(self, "sampling", SamplingParams.from_dict(self.sampling))
+        if not self.input:
+            raise UsageError("a job needs an input file")
+        _integer("chunk_size", self.chunk_size, 1)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**63 - 1)
+        _choice("resume", self.resume, ("never", "always", "if_possible"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(_Config):
+    """How the engine runs on one device. Sizes of 0 are chosen from what the machine has."""
+
+    device: str = "auto"  # auto, cpu, cuda:0, …
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    max_num_seqs: int = 0  # sequences decoded together; 0: 8 on a CPU, 64 on a GPU
+    max_model_len: int = 0  # prompt and output together, tokens; 0: the model's, 8,192 at most
+    gpu_memory_utilization: float = 0.9
+    page_size: int = 16  # tokens a page of the K/V cache
+    prefill_chunk: int = 512  # prompt tokens a prefill step, over all its sequences
+    speculate: bool = True
+    tree_size: int = 0  # tokens a step per sequence, the root included; 0: by the budget
+    max_tree_size: int = DEFAULT_TREE_SIZE  # the largest that the budget may choose
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        for name in ("max_num_seqs", "max_model_len", "tree_size"):
+            _integer(name, getattr(self, name), 0)
+        for name in ("page_size", "prefill_chunk", "max_tree_size"):
+            _integer(name, getattr(self, name), 1)
+        _number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_below=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig(_Config):
+    """How a worker takes chunks from the queue."""
+
+    model: str = ""  # take only this model's chunks; "": load what the next chunk needs
+    revision: str = ""  # of the model, where it is a hub name
+    name: str = ""  # "": host, device and process id
+    burst: bool = False  # stop when the queue is empty
+    redis_url: str = ""  # "": TRBATCH_REDIS_URL, REDIS_URL, else the embedded server
+    publish_s: float = 2.0  # seconds between segments
+    chunks_in_flight: int = 0  # 0: enough that the batch never drains at a chunk's end
+    roots: tuple[str, ...] = ()  # job folders must lie below one of these; (): anywhere
+    trust_remote_code: bool = False
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.engine, Mapping):
+            object.__setattr__(self, "engine", EngineConfig.from_dict(self.engine))
+        object.__setattr__(self, "roots", tuple(self.roots))
+        _number("publish_s", self.publish_s, 0.0, 3600.0)
+        _integer("chunks_in_flight", self.chunks_in_flight, 0)
+
+
+def default_model(folder: Path | None = None) -> str:
+    """The model of `TRBATCH_MODEL`, else of `model = "…"` in `trbatch.toml`, else the small one.
+
+    Args:
+        folder: where `trbatch.toml` is looked for; the working directory if None.
+    """
+    if model := os.environ.get("TRBATCH_MODEL"):
+        return model
+    file = (folder or Path.cwd()) / "trbatch.toml"
+    if not file.is_file():
+        return DEFAULT_MODEL
+    try:
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not valid TOML: {error}") from error
+    for key in settings:
+        if key != "model":
+            raise UsageError(f"{file}: unknown setting {key!r}", hint=_nearest(key, ["model"]))
+    return str(settings.get("model", DEFAULT_MODEL))
+
+
+def state_folder() -> Path:
+    """The user's folder for what trbatch keeps between runs: `TRBATCH_HOME`, else XDG's."""
+    if home := os.environ.get("TRBATCH_HOME"):
+        return Path(home)
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "trbatch"
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: models, step costs."""
+    if cache := os.environ.get("TRBATCH_CACHE"):
+        return Path(cache)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "trbatch"
+
+
+def default_store() -> Path:
+    """Where job folders go unless told: `TRBATCH_STORE`, else `jobs` in the state folder."""
+    return Path(os.environ.get("TRBATCH_STORE") or state_folder() / "jobs")
+
+
+def _nearest(key: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(names))}"
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name} must be a whole number, not {value!r}")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UsageError(f"{name} must be {bound}, not {value}")
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_below: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"{name} must be a number, not {value!r}")
+    if value < low or value > high or (open_below and value == low):
+        bound = f"{'above' if open_below else 'at least'} {low:g}"
+        upper = f" and at most {high:g}" if math.isfinite(high) else ""
+        raise UsageError(f"{name} must be {bound}{upper}, not {value:g}")
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

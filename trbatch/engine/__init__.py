@@ -1,0 +1,1 @@
+"""The engine: everything that touches a device. Import its modules, not this package."""

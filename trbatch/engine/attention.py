@@ -1,0 +1,200 @@
+"""Attention over the paged cache, for any model that goes through transformers' interface.
+
+`ATTENTION` is registered with `transformers.AttentionInterface`. While a `StepPlan` is active,
+every attention layer of the unmodified model writes the keys and values of this step's tokens to
+the cache and attends over its own sequence: all committed tokens, and of the step's tokens those
+that the plan's inner mask allows (ancestors in a tree, predecessors in a prompt).
+The slow twin is `reference.attend`; it also serves soft-capped logits, which SDPA cannot do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from trbatch.engine import reference
+from trbatch.engine.kv_cache import KVCache, Room
+
+ATTENTION = "trbatch"
+_active = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One sequence's part of a step.
+
+    `committed` tokens are in its room already; this step's `length` tokens follow them there.
+    `positions` [length] are theirs; `inner` [length, length] says who sees whom among them, None
+    for a single token.
+    """
+
+    room: Room
+    committed: int
+    length: int
+    positions: Tensor
+    inner: Tensor | None
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What every layer needs to know about one forward: its sequences and where they lie."""
+
+    cache: KVCache
+    spans: Sequence[Span]
+    dtype: torch.dtype
+    _slots: Tensor | None = None
+    _biases: dict[tuple[int, int | None, int], Tensor | None] = field(default_factory=dict)
+
+    @property
+    def write_slots(self) -> Tensor:
+        """Slots [N] of this step's tokens, in the order of the flat input."""
+        if self._slots is None:
+            parts = [s.room.slots[s.committed : s.committed + s.length] for s in self.spans]
+            self._slots = torch.cat(parts)
+        return self._slots
+
+    def bias(self, index: int, window: int | None, group: int) -> Tensor | None:
+        """Additive mask [group * length, committed + length] of a span, None where all is seen.
+
+        The same for all layers of one window, so it is built once; repeated for each query head
+        of a group because those are folded into the query's length.
+        """
+        key = (index, window, group)
+        if key not in self._biases:
+            bias = _bias(self.spans[index], window, self.dtype)
+            self._biases[key] = bias if bias is None else bias.repeat(group, 1)
+        return self._biases[key]
+
+
+@dataclass(slots=True)
+class ShapeProbe:
+    """Stands in for a plan while one token runs alone, to learn each layer's K/V shape."""
+
+    shapes: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer -> (kv_heads, dim)
+
+
+def _bias(span: Span, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    positions = span.positions
+    if window is not None and int(positions.max()) < window:
+        window = None
+    if span.inner is None and window is None:
+        return None
+    total = span.committed + span.length
+    seen = torch.ones(span.length, total, dtype=torch.bool, device=positions.device)
+    if span.inner is not None:
+        seen[:, span.committed :] = span.inner
+    if window is not None:
+        # By position, not by slot: two nodes of one depth share a position.
+        committed = torch.arange(span.committed, device=positions.device)
+        keys = torch.cat([committed, positions])
+        seen &= keys[None, :] > positions[:, None] - window
+    bias = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
+    return bias.masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+@contextlib.contextmanager
+def active(plan: StepPlan | ShapeProbe) -> Iterator[None]:
+    """Let the attention layers that run in this thread use `plan`."""
+    _active.plan = plan
+    try:
+        yield
+    finally:
+        del _active.plan
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention over the active plan's cache.
+
+    Args:
+        query: [1, heads, N, head_dim], the step's tokens one sequence after the other.
+        key, value: [1, kv_heads, N, head_dim] of the same tokens.
+
+    Returns:
+        [1, N, heads, head_dim], and no attention weights.
+    """
+    plan: StepPlan | ShapeProbe = _active.plan
+    layer: Any = module.layer_idx
+    if isinstance(plan, ShapeProbe):
+        return _probe(plan, layer, query, key, value)
+    keys, values = plan.cache.layer(layer)
+    keys.index_copy_(1, plan.write_slots, key[0])
+    values.index_copy_(1, plan.write_slots, value[0])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Soft-capped scores take the slow path, which repeats keys instead of folding queries.
+    group = 1 if softcap is not None else query.shape[1] // key.shape[1]
+    out, start = torch.empty_like(query[0]), 0
+    for index, span in enumerate(plan.spans):
+        stop = start + span.length
+        out[:, start:stop] = _attend_span(
+            query[0, :, start:stop], keys, values, span,
+            plan.bias(index, sliding_window, group), scale, softcap,
+        )  # fmt: skip
+        start = stop
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+def _probe(
+    probe: ShapeProbe, layer: int, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, None]:
+    """A token that sees only itself: its attention is its own value."""
+    if layer in probe.shapes or key.shape != value.shape:
+        raise TypeError("its keys and values differ in shape, or layers share them")
+    probe.shapes[layer] = (key.shape[1], key.shape[3])
+    group = query.shape[1] // key.shape[1]
+    return value.repeat_interleave(group, dim=1).transpose(1, 2), None
+
+
+def _attend_span(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    span: Span,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of one sequence: query [heads, length, dim] -> [heads, length, dim]."""
+    total = span.committed + span.length
+    if span.room.first is not None:
+        visible = slice(span.room.first, span.room.first + total)
+        k, v = keys[:, visible], values[:, visible]
+    else:
+        slots = span.room.slots[:total]
+        k, v = keys.index_select(1, slots), values.index_select(1, slots)
+    if softcap is not None:
+        return reference.attend(query, k, v, bias, scale, softcap)
+    # The query heads of a group read the same keys: fold them into the query's length, so that
+    # nothing is repeated.
+    folded = query.reshape(k.shape[0], -1, query.shape[-1])
+    out = functional.scaled_dot_product_attention(
+        folded[None], k[None], v[None], attn_mask=bias, scale=scale
+    )
+    return out.reshape(query.shape[0], span.length, -1)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The plan decides who sees whom; a mask built by transformers would be wrong."""
+    return None
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

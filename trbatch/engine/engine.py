@@ -1,0 +1,365 @@
+"""The engine: requests in, completions out, one forward a step.
+
+    admit → prefill → draft → forward → verify → commit → learn → retire
+
+Each verb is owned by another module; this one only lets them follow each other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trbatch.config import EngineConfig
+from trbatch.engine import drafting, sizing, verify
+from trbatch.engine.attention import Span
+from trbatch.engine.budget import Budget
+from trbatch.engine.choosing import choose_tokens
+from trbatch.engine.drafting import Draft
+from trbatch.engine.matrix import ORDERS, Matrix
+from trbatch.engine.model import CausalModel, LoadedModel
+from trbatch.engine.scheduler import Scheduler
+from trbatch.engine.sequence import Completion, Figures, Request, Sequence
+from trbatch.engine.tasks import Task, Tasks
+from trbatch.engine.text import EncodingFailed, StopChecker, encode
+from trbatch.engine.tree import Tree, default_tree
+from trbatch.errors import RowError
+
+MAX_TASKS = 8  # matrices in memory
+_PLAIN = Tree(())
+
+
+class Engine:
+    """Decodes requests together on one device.
+
+    Args:
+        loaded: the model.
+        config: sizes and the device's share.
+        tree: the draft tree in nested order; the paper's nodes if None.
+        orders: longest context that keys a sequence's own rows, tokens.
+
+    Raises:
+        ModelError: the model is not supported, or not even one sequence fits into memory.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        tree: Tree | None = None,
+        orders: int = ORDERS,
+    ) -> None:
+        config = config or EngineConfig()
+        self.loaded, self.config = loaded, config
+        self.capacity = sizing.max_num_seqs(config, loaded)
+        self.max_model_len = sizing.max_model_len(config, loaded)
+        self._tree = (tree or default_tree()).prefix(config.tree_size or config.max_tree_size)
+        if not config.speculate:
+            self._tree = _PLAIN
+        self._model = CausalModel(loaded, page_size=config.page_size)
+        slots = sizing.cache_slots(
+            config, loaded, self._model.bytes_per_token,
+            sequences=self.capacity, longest=self.max_model_len + self._tree.size,
+        )  # fmt: skip
+        self._cache = self._model.allocate(slots)
+        self._scheduler = Scheduler(self._cache, slots=self.capacity, spare=self._tree.size)
+        self._matrix = Matrix(
+            slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS,
+            device=loaded.device, orders=orders,
+        )  # fmt: skip
+        self._tasks = Tasks(self._matrix, model=loaded.fingerprint)
+        self._finished: list[Completion] = []
+        self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
+        fixed = self._tree.size if config.tree_size or not config.speculate else 0
+        costs = sizing.step_costs(self._model, loaded, self._tree, self.capacity, fixed=fixed)
+        self.budget = Budget(costs, self._tree, fixed=fixed)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were added and not yet returned by `step`."""
+        return len(self._scheduler) + len(self._finished)
+
+    def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> Task:
+        """Make a task's matrix ready, from its saved file if there is one. Harmless twice.
+
+        Args:
+            folder: where matrices are kept; None keeps this one in memory only.
+            cold: begin with empty rows.
+        """
+        busy = {sequence.task for sequence in self._scheduler.running}
+        return self._tasks.open(name, folder, cold=cold, busy=busy)
+
+    def save_tasks(self) -> None:
+        """Write the matrices of tasks that changed since the last time."""
+        self._tasks.save()
+
+    def add(self, request: Request) -> None:
+        """Queue a request. One that cannot run comes back from the next `step` as an error."""
+        try:
+            ids = encode(self.loaded.tokenizer, request, self.loaded.vocab_size)
+        except EncodingFailed as failed:
+            self._refuse(request, failed.error)
+            return
+        if len(ids) >= self.max_model_len:
+            self._refuse(request, RowError(
+                "prompt_too_long",
+                f"the prompt has {len(ids)} tokens; prompt and output together may have "
+                f"{self.max_model_len} (--max-model-len)",
+            ), len(ids))  # fmt: skip
+            return
+        self._scheduler.add(
+            Sequence(
+                request=request,
+                tokens=ids,
+                prompt_length=len(ids),
+                max_tokens=min(request.sampling.max_tokens, self.max_model_len - len(ids)),
+                stop=StopChecker(
+                    self.loaded.tokenizer, request.sampling, self.loaded.eos_token_ids
+                ),
+                figures=Figures(added=time.perf_counter()),
+            )
+        )
+
+    def abort(self, keys: Iterable[Hashable]) -> None:
+        """Drop requests; they are not returned."""
+        unwanted = set(keys)
+        self._scheduler.drop(unwanted)
+        self._finished = [done for done in self._finished if done.key not in unwanted]
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Prefill a piece of the prompts that wait, then decode once. Returns who finished."""
+        start = time.perf_counter()
+        while self._scheduler.can_admit():
+            self._begin(self._scheduler.admit())
+        if prefilling := self._scheduler.prefilling():
+            self._prefill(prefilling)
+        if decoding := self._scheduler.decoding():
+            self._decode(decoding)
+        finished, self._finished = self._finished, []
+        self._busy_s += time.perf_counter() - start
+        return finished
+
+    def forget(self) -> None:
+        """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
+        for task in range(MAX_TASKS):
+            self._matrix.clear_task(task)
+
+    def stats(self) -> dict[str, Any]:
+        """What the engine did since it was made (counts, seconds), and on what (texts)."""
+        return {
+            "tokens": self._tokens,
+            "forwards": self._forwards,
+            "busy_s": self._busy_s,
+            "tree_sizes": dict(sorted(self.budget.chosen.items())),
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "device": sizing.machine_name(self.loaded.device),
+            "model_fingerprint": self.loaded.fingerprint,
+        }
+
+    def _refuse(self, request: Request, error: RowError, prompt_tokens: int = 0) -> None:
+        self._finished.append(
+            Completion(
+                key=request.key,
+                finish_reason="error",
+                error_code=error.code,
+                error_message=error.message,
+                prompt_tokens=prompt_tokens,
+                seed=request.seed,
+                sample_index=request.sample_index,
+            )
+        )
+
+    def _begin(self, sequence: Sequence) -> None:
+        sequence.figures.started = time.perf_counter()
+        sequence.task = self.open_task(sequence.request.task).index
+        self._matrix.clear_slot(sequence.slot)
+
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        """One forward over pieces of prompts, `prefill_chunk` tokens in all."""
+        start, left = time.perf_counter(), self.config.prefill_chunk
+        pieces: list[tuple[Sequence, int]] = []
+        for sequence in sequences:
+            count = min(left, sequence.prompt_length - sequence.cached)
+            if count == 0:
+                break
+            pieces.append((sequence, count))
+            left -= count
+        spans = [self._prompt_span(sequence, count) for sequence, count in pieces]
+        tokens = [
+            token
+            for sequence, count in pieces
+            for token in sequence.tokens[sequence.cached : sequence.cached + count]
+        ]
+        learning = self._tree.size > 1
+        ends = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
+        ends = ends.to(self.loaded.device)
+        logits = self._model.forward(self._ids(tokens), spans, None if learning else ends)
+        last = logits[ends] if learning else logits
+        if learning:
+            self._learn_prompts(pieces, logits)
+        for sequence, count in pieces:
+            sequence.cached += count
+        self._first_tokens([sequence for sequence, _ in pieces], last)
+        seconds = time.perf_counter() - start
+        for sequence, count in pieces:
+            sequence.figures.prefill_s += seconds * count / len(tokens)
+
+    def _prompt_span(self, sequence: Sequence, count: int) -> Span:
+        device = self.loaded.device
+        positions = torch.arange(sequence.cached, sequence.cached + count, device=device)
+        inner = torch.ones(count, count, dtype=torch.bool, device=device).tril()
+        return Span(sequence.room, sequence.cached, count, positions, inner)
+
+    def _learn_prompts(self, pieces: list[tuple[Sequence, int]], logits: Tensor) -> None:
+        candidates = logits.topk(self._matrix.candidates).indices
+        start = 0
+        # The later row of the input wins, whatever the slots.
+        for sequence, count in sorted(pieces, key=lambda piece: piece[0].turn):
+            start = sum(c for s, c in pieces[: [s for s, _ in pieces].index(sequence)])
+            end = sequence.cached + count
+            drafting.learn_prompt(
+                self._matrix, self._ids(sequence.tokens[:end]), sequence.cached,
+                candidates[start : start + count], sequence.slot, sequence.task,
+            )  # fmt: skip
+            self._tasks.touch(sequence.task)
+
+    def _first_tokens(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Choose the token after each wholly prefilled prompt."""
+        ready = [i for i, sequence in enumerate(sequences) if sequence.prefilled]
+        if not ready:
+            return
+        chosen = choose_tokens([sequences[i] for i in ready], logits[ready], [[]] * len(ready))
+        for i, token in zip(ready, chosen.tolist(), strict=True):
+            sequences[i].take([token])
+            self._tokens += 1
+            self._retire_if_finished(sequences[i])
+
+    def _decode(self, batch: list[Sequence]) -> None:
+        start = time.perf_counter()
+        context = sum(len(sequence.tokens) for sequence in batch) / len(batch)
+        size = self.budget.choose(len(batch), context)
+        plain_s = self.budget.plain_seconds(len(batch), context)
+        slots = self._ids([sequence.slot for sequence in batch])
+        tasks = self._ids([sequence.task for sequence in batch])
+        drafted = drafting.draft(
+            self._matrix, self._tree.prefix(size), slots, tasks, self._last_tokens(batch)
+        )
+        logits = self._verify_forward(batch, drafted)
+        verdict = verify.accept(drafted, self._chosen(batch, drafted, logits))
+        taken = self._commit(batch, verdict)
+        if size > 1:
+            self._keep_accepted(batch, verdict)
+            self._learn(batch, drafted, logits, verdict, slots, tasks)
+        seconds = time.perf_counter() - start
+        self._forwards += 1
+        for sequence, (count, accepted) in zip(batch, taken, strict=True):
+            sequence.figures.count_forward(
+                tokens=count, accepted=accepted, drafted=size - 1, seconds=seconds, plain_s=plain_s
+            )
+            self._retire_if_finished(sequence)
+        nodes = verdict.nodes[verdict.nodes > 0].tolist() if size > 1 else []
+        self.budget.count(size, len(batch), context, seconds, nodes)
+
+    def _last_tokens(self, batch: list[Sequence]) -> Tensor:
+        rows = [([-1] * ORDERS + sequence.tokens)[: -ORDERS - 1 : -1] for sequence in batch]
+        return torch.tensor(rows, device=self.loaded.device)
+
+    def _verify_forward(self, batch: list[Sequence], drafted: Draft) -> Tensor:
+        """Raw logits [B, T, V] of the drafted trees."""
+        shape = drafted.tree.on(self.loaded.device)
+        size = drafted.tree.size
+        spans = [
+            Span(
+                room=sequence.room,
+                committed=len(sequence.tokens) - 1,
+                length=size,
+                positions=shape.depths + (len(sequence.tokens) - 1),
+                inner=shape.ancestors if size > 1 else None,
+            )
+            for sequence in batch
+        ]
+        logits = self._model.forward(drafted.tokens.clamp(min=0).flatten(), spans)
+        return logits.view(len(batch), size, -1)
+
+    def _chosen(self, batch: list[Sequence], drafted: Draft, logits: Tensor) -> Tensor:
+        """[B, T] the model's own next token at each node; for sampled rows where the walk comes."""
+        plain = [s.request.sampling.greedy and not s.request.logits_processors for s in batch]
+        if all(plain):
+            return logits.argmax(-1)
+        chosen = torch.where(
+            torch.tensor(plain, device=logits.device)[:, None], logits.argmax(-1), verify.NOT_CHOSEN
+        )
+        walkers = self._ids([i for i, is_plain in enumerate(plain) if not is_plain])
+
+        def choose_at(members: Tensor, nodes: Tensor, depth: int) -> Tensor:
+            paths = drafted.tree.on(logits.device).paths[nodes, 1:]
+            drafts = drafted.tokens[members[:, None], paths.clamp(min=0)][:, :depth].tolist()
+            who = [batch[i] for i in members.tolist()]
+            return choose_tokens(who, logits[members, nodes], drafts)
+
+        verify.walk(drafted, walkers, choose_at, chosen)
+        return chosen
+
+    def _commit(self, batch: list[Sequence], verdict: verify.Verdict) -> list[tuple[int, int]]:
+        """Append what was accepted and the bonus token, cut at the first end.
+
+        Returns:
+            For each sequence how many tokens it took, and how many of these were drafted.
+        """
+        taken = []
+        for sequence, row in zip(batch, verdict.tokens.tolist(), strict=True):
+            proposed = [token for token in row if token >= 0]
+            count = sequence.take(proposed)
+            taken.append((count, min(count, len(proposed) - 1)))
+            self._tokens += count
+        return taken
+
+    def _keep_accepted(self, batch: list[Sequence], verdict: verify.Verdict) -> None:
+        """Move the accepted nodes' keys and values from their tree slots to their own places."""
+        sources, targets = [], []
+        for sequence, nodes in zip(batch, verdict.nodes.tolist(), strict=True):
+            if sequence.finish_reason:
+                continue
+            accepted = [node for node in nodes[1:] if node >= 0]
+            root = len(sequence.tokens) - 1 - len(accepted) - 1
+            for place, node in enumerate(accepted, 1):
+                if node != place:
+                    sources.append(sequence.room.slots[root + node])
+                    targets.append(sequence.room.slots[root + place])
+        if sources:
+            self._cache.move(torch.stack(sources), torch.stack(targets))
+
+    def _learn(
+        self,
+        batch: list[Sequence],
+        drafted: Draft,
+        logits: Tensor,
+        verdict: verify.Verdict,
+        slots: Tensor,
+        tasks: Tensor,
+    ) -> None:
+        candidates = logits.topk(self._matrix.candidates).indices
+        order = sorted(range(len(batch)), key=lambda i: batch[i].turn)
+        turn = torch.empty(len(batch), dtype=torch.long)
+        turn[order] = torch.arange(len(batch))
+        drafting.learn(
+            self._matrix, drafted, candidates, verdict.on_path, slots, tasks,
+            turn.to(logits.device),
+        )  # fmt: skip
+        for task in {sequence.task for sequence in batch}:
+            self._tasks.touch(task)
+
+    def _retire_if_finished(self, sequence: Sequence) -> None:
+        if sequence.finish_reason:
+            self._scheduler.retire(sequence)
+            self._finished.append(sequence.completion())
+
+    def _ids(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.loaded.device)

@@ -1,0 +1,165 @@
+"""What goes into the engine and what comes out of it. Knows nothing of torch, queues or files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+from typing import Any
+
+from trbatch.config import SamplingParams
+
+# (committed tokens and the node's ancestors, raw logits [V]) -> processed logits [V]
+LogitsProcessor = Callable[[ListLike[int], Any], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sample of one row, as the engine takes it.
+
+    Exactly one of `prompt`, `messages` and `prompt_token_ids` is set.
+    """
+
+    key: Hashable  # the caller's own handle, handed back in the completion
+    sampling: SamplingParams
+    seed: int = 0  # of the row; with `sample_index` and a position it decides the noise
+    sample_index: int = 0
+    order: int = 0  # the row's place in its input: decides who wins when two write one matrix row
+    task: str = "default"  # whose shared matrix to read and to write
+    prompt: str | None = None
+    messages: ListLike[Mapping[str, Any]] | None = None
+    prompt_token_ids: ListLike[int] | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Completion:
+    """A finished request with its figures. Times are seconds, lengths are tokens."""
+
+    key: Hashable
+    finish_reason: str  # stop, length, error, cancelled
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # the stop token, if any, included
+    error_code: str | None = None
+    error_message: str | None = None
+    prompt_tokens: int = 0
+    seed: int = 0
+    sample_index: int = 0
+    queued_s: float = 0.0  # from `Engine.add` to the first prefill
+    prefill_s: float = 0.0
+    decode_s: float = 0.0  # the steps that this request took part in
+    baseline_decode_s: float | None = None  # what plain decoding would have taken, by measured cost
+    num_spec_steps: int = 0  # decode forwards, those of one token a sequence included
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    acceptance_histogram: list[int] = field(default_factory=list)  # [i]: forwards giving i+1 tokens
+    cumulative_logprob: float | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated, the stop token included."""
+        return len(self.token_ids)
+
+
+@dataclass(slots=True, kw_only=True)
+class Figures:
+    """What decoding one sequence cost and gave, as it adds up step by step. Seconds, tokens."""
+
+    added: float = 0.0  # clock readings
+    started: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    baseline_s: float = 0.0
+    forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    histogram: list[int] = field(default_factory=list)
+
+    def count_forward(
+        self, *, tokens: int, accepted: int, drafted: int, seconds: float, plain_s: float
+    ) -> None:
+        """Count one decode forward.
+
+        Args:
+            tokens: that it gave this sequence, the bonus token included, those cut off not.
+            accepted: how many of these were drafted.
+            drafted: nodes that it verified for this sequence.
+            seconds: that it took, for the whole batch.
+            plain_s: that a plain step of this batch takes.
+        """
+        self.forwards += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.decode_s += seconds
+        self.baseline_s += tokens * plain_s
+        if len(self.histogram) < tokens:
+            self.histogram.extend([0] * (tokens - len(self.histogram)))
+        self.histogram[tokens - 1] += 1
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequence:
+    """A request inside the engine.
+
+    Its last token is never in the cache yet: it is the root of the next tree.
+    """
+
+    request: Request
+    tokens: list[int]  # prompt and output
+    prompt_length: int
+    max_tokens: int
+    stop: Any  # text.StopChecker
+    figures: Figures
+    slot: int = -1
+    task: int = -1  # index of the task's matrix
+    room: Any = None  # kv_cache.Room
+    cached: int = 0  # prompt tokens whose keys are in the cache
+    finish_reason: str = ""
+
+    @property
+    def generated(self) -> int:
+        """Tokens that came out so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.cached == self.prompt_length
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Who it is among others, whatever the slot: (row of the input, sample)."""
+        return self.request.order, self.request.sample_index
+
+    def take(self, proposed: list[int]) -> int:
+        """Append proposed tokens up to the first that ends the text. Returns how many it took."""
+        for count, token in enumerate(proposed, 1):
+            self.tokens.append(token)
+            if self.stop.ends_with(token):
+                self.finish_reason = "stop"
+                return count
+            if self.generated >= self.max_tokens:
+                self.finish_reason = "length"
+                return count
+        return len(proposed)
+
+    def completion(self) -> Completion:
+        """The finished request as the caller gets it."""
+        figures = self.figures
+        return Completion(
+            key=self.request.key,
+            finish_reason=self.finish_reason,
+            text=self.stop.text(),
+            token_ids=self.tokens[self.prompt_length :],
+            prompt_tokens=self.prompt_length,
+            seed=self.request.seed,
+            sample_index=self.request.sample_index,
+            queued_s=figures.started - figures.added,
+            prefill_s=figures.prefill_s,
+            decode_s=figures.decode_s,
+            baseline_decode_s=figures.baseline_s,
+            num_spec_steps=figures.forwards,
+            num_draft_tokens=figures.drafted,
+            num_accepted_draft_tokens=figures.accepted,
+            acceptance_histogram=figures.histogram,
+        )

@@ -1,0 +1,174 @@
+"""How much fits and how long a step takes on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from trbatch.config import EngineConfig, cache_folder
+from trbatch.engine.attention import Span
+from trbatch.engine.budget import TIMED_SIZES, CostTable, time_steps
+from trbatch.engine.model import CausalModel, LoadedModel
+from trbatch.engine.tree import Tree
+from trbatch.errors import ModelError
+
+_LONGEST = 8192  # tokens, unless asked for more
+_CPU_SEQS, _GPU_SEQS = 8, 64
+_CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
+_TIMED_CONTEXT = 256
+_FORMAT = 1  # of the saved cost tables
+
+
+def max_num_seqs(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Sequences decoded together."""
+    return config.max_num_seqs or (_CPU_SEQS if loaded.device.type == "cpu" else _GPU_SEQS)
+
+
+def max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Prompt and output together, tokens.
+
+    Raises:
+        ModelError: more was asked for than the model was made for.
+    """
+    if config.max_model_len > loaded.max_positions:
+        raise ModelError(
+            f"--max-model-len {config.max_model_len} is more than the {loaded.max_positions} "
+            f"tokens that {loaded.name} was made for"
+        )
+    return config.max_model_len or min(loaded.max_positions, _LONGEST)
+
+
+def cache_slots(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    bytes_per_token: int,
+    *,
+    sequences: int,
+    longest: int,
+) -> int:
+    """Tokens that the K/V cache is made for: what is free, and never more than can be used.
+
+    Args:
+        longest: tokens of the longest sequence with its tree.
+
+    Raises:
+        ModelError: not even one such sequence fits.
+    """
+    page = config.page_size
+    one = -(-longest // page) * page
+    if loaded.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(loaded.device)
+        usable = free - int(total * (1 - config.gpu_memory_utilization))
+        slots = min(usable // bytes_per_token, sequences * one)
+    else:
+        slots = max(one, min(sequences * one, sequences * (_CPU_CONTEXT + page)))
+    if slots < one:
+        raise ModelError(
+            f"{longest} tokens of keys and values need {longest * bytes_per_token / 2**30:.1f} GiB,"
+            f" {max(0, slots) * bytes_per_token / 2**30:.1f} GiB are free on {loaded.device}",
+            hint="lower --max-model-len, or raise --gpu-memory-utilization",
+        )
+    return slots
+
+
+def step_costs(
+    model: CausalModel, loaded: LoadedModel, tree: Tree, capacity: int, *, fixed: int = 0
+) -> CostTable:
+    """The cost table of this model on this machine, timed once and kept in the cache folder.
+
+    Args:
+        fixed: the only T that will be used, beside plain steps; 0: any up to the tree's.
+    """
+    largest = fixed or tree.size
+    between = () if fixed else [size for size in TIMED_SIZES if size < largest]
+    sizes = sorted({1, *between, largest})
+    file = _costs_file(loaded, sizes, capacity)
+    if (kept := _read_costs(file)) is not None:
+        return kept
+    batches = sorted({1, max(1, capacity // 8), capacity})
+    most = 256 if loaded.device.type == "cpu" else 4096
+    run = _StepTimer(model, loaded, tree, capacity)
+    context = min(_TIMED_CONTEXT, run.longest)
+    costs = time_steps(run, batches=batches, sizes=sizes, most_tokens=most, context=context)
+    _keep_costs(file, costs)
+    return costs
+
+
+class _StepTimer:
+    """Runs one decode forward of (batch, T, context) over whatever lies in the cache."""
+
+    def __init__(self, model: CausalModel, loaded: LoadedModel, tree: Tree, capacity: int) -> None:
+        assert model.cache is not None
+        self._model, self._loaded, self._tree = model, loaded, tree
+        slots = model.cache.pool.pages * model.cache.page_size
+        self.longest = slots // capacity - tree.size - model.cache.page_size
+
+    @torch.inference_mode()
+    def __call__(self, batch: int, size: int, context: int) -> float:
+        cache, device = self._model.cache, self._loaded.device
+        assert cache is not None
+        rooms = [cache.take_room(context + size) for _ in range(batch)]
+        shape = self._tree.prefix(size).on(device)
+        inner = shape.ancestors if size > 1 else None
+        spans = [Span(room, context, size, shape.depths + context, inner) for room in rooms]
+        tokens = torch.arange(batch * size, device=device) % self._loaded.vocab_size
+        self._wait()
+        start = time.perf_counter()
+        logits = self._model.forward(tokens, spans)
+        (logits.topk(min(8, logits.shape[-1])) if size > 1 else logits.argmax(-1))
+        self._wait()
+        seconds = time.perf_counter() - start
+        for room in rooms:
+            cache.give_back(room)
+        return seconds
+
+    def _wait(self) -> None:
+        if self._loaded.device.type == "cuda":
+            torch.cuda.synchronize(self._loaded.device)
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU's name, or what of the CPU decides its speed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()}-core CPU, {torch.get_num_threads()} threads, {capability}"
+
+
+def _costs_file(loaded: LoadedModel, sizes: list[int], capacity: int) -> Path:
+    """One file for each thing that changes the cost of a step."""
+    parts = [
+        _FORMAT, loaded.fingerprint, str(loaded.dtype), machine_name(loaded.device),
+        torch.__version__, sizes, capacity,
+    ]  # fmt: skip
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+    return cache_folder() / "costs" / f"{digest}.json"
+
+
+def _read_costs(file: Path) -> CostTable | None:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        timed = {(int(b), int(t)): float(s) for b, t, s in kept["timed"]}
+        return CostTable(timed, context=kept["context"], per_context=kept["per_context"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        # Whatever is wrong with it: it can be made again, and will be overwritten.
+        return None
+
+
+def _keep_costs(file: Path, costs: CostTable) -> None:
+    kept = {
+        "timed": [[b, t, s] for (b, t), s in sorted(costs.timed.items())],
+        "context": costs.context,
+        "per_context": costs.per_context,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(kept), encoding="utf-8")
+    scratch.replace(file)

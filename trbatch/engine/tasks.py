@@ -1,0 +1,119 @@
+"""The matrices of tasks: which are in memory, where they are kept, when they were saved.
+
+A task's matrix is one safetensors file per (model, task) in the job store, written whole. It opens
+with any safetensors reader: `rows` [V, k] int32, -1 for no candidate.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from trbatch.engine.matrix import Matrix
+from trbatch.errors import ModelError
+
+
+@dataclass(slots=True)
+class Task:
+    """One task's place in the matrix and on disk."""
+
+    name: str
+    index: int
+    file: Path | None
+    changed: bool = False
+    used: float = 0.0
+    age_s: float | None = None  # of the saved matrix that it began from
+
+
+class Tasks:
+    """Open tasks of one engine; the least recently used makes room when there are too many."""
+
+    def __init__(self, matrix: Matrix, *, model: str) -> None:
+        self._matrix, self._model = matrix, model
+        self._tasks: dict[str, Task] = {}
+
+    def open(self, name: str, folder: Path | None, *, cold: bool, busy: set[int]) -> Task:
+        """The task, loaded from `folder` if it is new here and has a saved matrix.
+
+        Args:
+            cold: begin with empty rows instead.
+            busy: indices that running sequences use.
+
+        Raises:
+            ModelError: all places are used by running sequences.
+        """
+        task = self._tasks.get(name)
+        if task is None:
+            file = matrix_file(folder, self._model, name) if folder else None
+            task = Task(name, self._place(busy), file)
+            self._tasks[name] = task
+            self._matrix.clear_task(task.index)
+            if file is not None and file.is_file() and not cold:
+                self._load(task, file)
+        task.used = time.monotonic()
+        return task
+
+    def touch(self, index: int) -> None:
+        """Note that a task's rows changed."""
+        for task in self._tasks.values():
+            if task.index == index:
+                task.changed = True
+
+    def save(self) -> None:
+        """Write the matrices that changed."""
+        for task in self._tasks.values():
+            if task.changed and task.file is not None:
+                _save(task.file, self._matrix.shared[task.index])
+                task.changed = False
+
+    def _place(self, busy: set[int]) -> int:
+        taken = {task.index for task in self._tasks.values()}
+        free = set(range(self._matrix.shared.shape[0])) - taken
+        if free:
+            return min(free)
+        idle = [task for task in self._tasks.values() if task.index not in busy]
+        if not idle:
+            raise ModelError("rows of too many tasks run at the same time")
+        oldest = min(idle, key=lambda task: task.used)
+        self.save()
+        del self._tasks[oldest.name]
+        return oldest.index
+
+    def _load(self, task: Task, file: Path) -> None:
+        try:
+            rows = load_file(file)["rows"]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise ModelError(
+                f"cannot read the matrix {file}: {error}", hint="delete it, or use --cold"
+            ) from error
+        place = self._matrix.shared[task.index]
+        if rows.shape != place.shape:
+            raise ModelError(
+                f"the matrix {file} is for another model: {tuple(rows.shape)} rows and candidates, "
+                f"not {tuple(place.shape)}",
+                hint="delete it, or use --cold",
+            )
+        place.copy_(rows)
+        task.age_s = time.time() - file.stat().st_mtime
+
+
+def matrix_file(folder: Path, model: str, task: str) -> Path:
+    """Where the matrix of a task lies: readable name, and a digest so that no two names meet."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", task)[:60]
+    digest = blake2b(task.encode(), digest_size=4).hexdigest()
+    return Path(folder) / model / f"{readable}-{digest}.safetensors"
+
+
+def _save(file: Path, rows: torch.Tensor) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file({"rows": rows.cpu().contiguous()}, scratch)
+    scratch.replace(file)

@@ -1,0 +1,126 @@
+"""From a request to token ids, and from token ids to text that may have to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from trbatch.config import SamplingParams
+from trbatch.engine.sequence import Request
+from trbatch.errors import RowError
+
+
+class EncodingFailed(Exception):
+    """A request that cannot become tokens. `error` says why, for its error row."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.error = RowError(code, message)
+
+
+def encode(tokenizer: Any, request: Request, vocab_size: int) -> list[int]:
+    """The prompt's token ids.
+
+    A `prompt` is taken as it is, with the tokenizer's special tokens; `messages` go through the
+    model's chat template with the turn of the assistant opened.
+
+    Raises:
+        EncodingFailed: no chat template, a template that refuses the messages, or no tokens.
+    """
+    if request.prompt_token_ids is not None:
+        ids = list(request.prompt_token_ids)
+    elif request.messages is not None:
+        # The template writes the special tokens itself.
+        text = _templated(tokenizer, request.messages)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(request.prompt)["input_ids"]
+    if not ids:
+        raise EncodingFailed("empty_prompt", "the prompt has no tokens")
+    if not all(0 <= token < vocab_size for token in ids):
+        raise EncodingFailed("invalid_token", f"a prompt token is outside 0 … {vocab_size - 1}")
+    return ids
+
+
+def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise EncodingFailed(
+            "no_chat_template",
+            "the model has no chat template: give 'prompt' instead of 'messages'",
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise EncodingFailed(
+            "chat_template_failed", f"the model's chat template refuses these messages: {error}"
+        ) from error
+    return text
+
+
+class StopChecker:
+    """Finds the first token at which a text has to end. Fed one token at a time.
+
+    Args:
+        eos: the model's end-of-text ids.
+    """
+
+    def __init__(self, tokenizer: Any, params: SamplingParams, eos: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        ends = set(params.stop_token_ids)
+        self._stop_ids = ends if params.ignore_eos else ends | eos
+        self._stops = params.stop
+        self._ids: list[int] = []
+        self._text = _GrowingText(tokenizer) if params.stop else None
+        self._cut: int | None = None  # characters before the stop string
+        self._ended_by_id = False
+
+    def ends_with(self, token: int) -> bool:
+        """Take the next token; whether the text ends with it."""
+        self._ids.append(token)
+        if token in self._stop_ids:
+            self._ended_by_id = True
+            return True
+        if self._text is None:
+            return False
+        before = len(self._text.text)
+        self._text.push(token)
+        # A stop string may lie across the border of what was there before.
+        reach = max(0, before - max(len(stop) for stop in self._stops) + 1)
+        found = [at for stop in self._stops if (at := self._text.text.find(stop, reach)) >= 0]
+        self._cut = min(found, default=None)
+        return self._cut is not None
+
+    def text(self) -> str:
+        """The text so far, without a stop token and from a stop string on cut away."""
+        if self._cut is not None and self._text is not None:
+            return self._text.text[: self._cut]
+        ids = self._ids[:-1] if self._ended_by_id else self._ids
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class _GrowingText:
+    """Decodes token by token. A character may take several tokens: it is held back till whole."""
+
+    _KEEP = 6  # tokens decoded again for the sake of spaces and joined bytes
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.text = ""
+        self._ids: list[int] = []
+        self._prefix, self._read = 0, 0  # ids before `_read` are in `text`
+
+    def push(self, token: int) -> None:
+        self._ids.append(token)
+        before = self._decode(self._ids[self._prefix : self._read])
+        now = self._decode(self._ids[self._prefix :])
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            self.text += now[len(before) :]
+            self._prefix = max(0, len(self._ids) - self._KEEP)
+            self._read = len(self._ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,224 @@
+"""One thread that does nothing but decode, so that the worker's own thread can talk to the queue.
+
+Orders go in, events come out, both through queues. The engine is touched by this thread alone.
+Knows nothing of chunks, leases and files.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from trbatch.engine.sequence import Completion, Request
+from trbatch.errors import TrbatchError
+from trbatch.queue import ModelKey
+
+logger = logging.getLogger("trbatch.worker")
+
+SAVE_S = 60.0  # between savings of the matrices
+
+
+class Engine(Protocol):
+    """What the worker needs of an engine. See `trbatch.engine.engine.Engine`."""
+
+    @property
+    def capacity(self) -> int:
+        """Sequences decoded together."""
+        ...
+
+    @property
+    def unfinished(self) -> int:
+        """Requests added and not yet returned."""
+        ...
+
+    def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> object:
+        """Load the task's matrix unless that was done."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Take a request in."""
+        ...
+
+    def step(self) -> list[Completion]:
+        """One forward, and what it finished."""
+        ...
+
+    def abort(self, keys: Iterable[Hashable]) -> None:
+        """Drop requests; they are never returned."""
+        ...
+
+    def save_tasks(self) -> None:
+        """Write the matrices that changed."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Figures since the start; what is a text is a fact for the dataset's metadata."""
+        ...
+
+
+Loader = Callable[[ModelKey], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An engine stands: it decodes `capacity` sequences together; loading took `seconds`."""
+
+    model: ModelKey
+    capacity: int
+    seconds: float
+    facts: dict[str, str]  # of the engine, for the dataset's metadata, e.g. its dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Requests came to their end in one step."""
+
+    completions: list[Completion]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The engine of this model could not be made. The thread waits for other orders."""
+
+    model: ModelKey
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The engine raised; what it held is lost and the thread has ended."""
+
+    error: BaseException
+
+
+Event = Ready | Finished | LoadFailed | Broken
+
+
+class EngineThread:
+    """The thread, its orders and its events.
+
+    Args:
+        load: makes an engine; called in the thread, may take minutes.
+        save_s: seconds between savings of the matrices while there is work.
+    """
+
+    def __init__(self, load: Loader, *, save_s: float = SAVE_S) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._load_engine = load
+        self._save_s = save_s
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._engine: Engine | None = None
+        self._stopping = False
+        self._saved_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it waits for its first order."""
+        self._thread.start()
+
+    def load(self, model: ModelKey) -> None:
+        """Put this model's engine in the place of the one before. Answered by an event."""
+        self._orders.put(partial(self._load, model))
+
+    def add(self, requests: Sequence[Request], task: str, folder: Path | None, cold: bool) -> None:
+        """Decode these requests of one task, whose matrices lie in `folder`."""
+        self._orders.put(partial(self._add, requests, task, folder, cold))
+
+    def abort(self, keys: Iterable[Hashable]) -> None:
+        """Drop requests. Some may still be answered by an event that is on its way."""
+        self._orders.put(partial(self._abort, list(keys)))
+
+    def save(self) -> None:
+        """Write the matrices that changed."""
+        self._orders.put(self._save)
+
+    def stop(self, timeout: float) -> bool:
+        """Save the matrices and end; unfinished requests are forgotten.
+
+        Returns:
+            Whether the thread ended within `timeout` seconds.
+        """
+        self._orders.put(self._stop)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def next_events(self, timeout: float) -> list[Event]:
+        """Everything that has happened; waits up to `timeout` seconds for the first."""
+        events: list[Event] = []
+        try:
+            events.append(self.events.get(timeout=timeout))
+            while True:
+                events.append(self.events.get_nowait())
+        except queue.Empty:
+            return events
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._obey()
+                self._step()
+            self._save()
+        except BaseException as error:  # noqa: BLE001  the worker's thread must hear of it
+            self.events.put(Broken(error))
+
+    def _obey(self) -> None:
+        """Carry out every order; without work, wait for one."""
+        if not self._busy():
+            self._orders.get()()
+        while not self._stopping and not self._orders.empty():
+            self._orders.get()()
+
+    def _step(self) -> None:
+        if self._stopping or self._engine is None or not self._busy():
+            return
+        if completions := self._engine.step():
+            self.events.put(Finished(completions))
+        if time.monotonic() - self._saved_at > self._save_s:
+            self._save()
+
+    def _busy(self) -> bool:
+        return self._engine is not None and self._engine.unfinished > 0
+
+    def _load(self, model: ModelKey) -> None:
+        self._save()
+        self._engine = None
+        gc.collect()  # the old weights must be gone before the new ones come
+        begin = time.monotonic()
+        try:
+            self._engine = self._load_engine(model)
+        except Exception as error:  # noqa: BLE001  it is the worker's to judge
+            self.events.put(LoadFailed(model, error))
+            return
+        self._saved_at = time.monotonic()
+        facts = {name: v for name, v in self._engine.stats().items() if isinstance(v, str)}
+        self.events.put(Ready(model, self._engine.capacity, self._saved_at - begin, facts))
+
+    def _add(self, requests: Sequence[Request], task: str, folder: Path | None, cold: bool) -> None:
+        assert self._engine is not None, "requests are only added after a Ready"
+        self._engine.open_task(task, folder, cold=cold)
+        for request in requests:
+            self._engine.add(request)
+
+    def _abort(self, keys: list[Hashable]) -> None:
+        if self._engine is not None:
+            self._engine.abort(keys)
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        if self._engine is None:
+            return
+        try:
+            self._engine.save_tasks()
+        except (OSError, TrbatchError) as error:  # a cold start next time, no reason to stop now
+            logger.warning("the matrices could not be saved: %s", error)
+
+    def _stop(self) -> None:
+        self._stopping = True

@@ -1,0 +1,93 @@
+"""What can go wrong, for callers to catch and for the command line to turn into an exit code.
+
+    TrbatchError              1   anything below, or a mistake of ours
+    ├── UsageError            2   an option, a setting or a combination of them is wrong
+    ├── InputError            2   a file cannot be read or a whole input is unusable
+    ├── ModelError            4   a model cannot be found, loaded or run by this engine
+    ├── JobFailed             4   the job cannot be finished
+    ├── Cancelled             5   somebody cancelled it
+    ├── TimedOut              6   a time limit passed first
+    ├── ResumeRefused         7   a job of this name exists and was made with other settings
+    └── Unreachable          75   Redis or the storage cannot be reached
+
+A row that fails is none of these: it becomes an error row (see `RowError`) and the job runs on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_ROWS_FAILED = 3  # the job finished, some of its rows are error rows
+
+
+class TrbatchError(Exception):
+    """Base of every error that trbatch raises on purpose.
+
+    Args:
+        message: what is wrong, with the file, line or option that it is about.
+        hint: what to do about it, shown on a line of its own behind `hint:`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(TrbatchError):
+    """An option, a setting or a combination of them is wrong."""
+
+    exit_code = 2
+
+
+class InputError(TrbatchError):
+    """A file cannot be read, or a whole input is unusable."""
+
+    exit_code = 2
+
+
+class ModelError(TrbatchError):
+    """A model cannot be found, loaded or run by this engine."""
+
+    exit_code = 4
+
+
+class JobFailed(TrbatchError):
+    """The job cannot be finished."""
+
+    exit_code = 4
+
+
+class Cancelled(TrbatchError):
+    """Somebody cancelled the job."""
+
+    exit_code = 5
+
+
+class TimedOut(TrbatchError):
+    """A time limit passed before the work was done."""
+
+    exit_code = 6
+
+
+class ResumeRefused(TrbatchError):
+    """A job of this name exists and was made with other settings or other input."""
+
+    exit_code = 7
+
+
+class Unreachable(TrbatchError):
+    """Redis or the storage cannot be reached."""
+
+    exit_code = 75
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why one row has no text: a stable `code` for programs and a `message` for people."""
+
+    code: str
+    message: str

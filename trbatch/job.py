@@ -1,0 +1,264 @@
+"""JobFolder: the sole owner of where a job's files lie, which segments there are, what is missing.
+
+    <store>/<job>/manifest.json                  what was asked, and what the input was
+                  chunks/<reading>/00000.parquet the checked input, one lease of work a file
+                  segments/<worker>-….parquet    finished rows, published every few seconds
+                  errors.jsonl stats.json        written by collect
+                  _SUCCESS | _PARTIAL            whether collect found every row
+    <store>/matrices/                            the tasks' warm matrices
+
+The folder is the truth and needs neither a queue nor a worker to be understood. A row is done when
+a segment holds its key: (id, request fingerprint, sample).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+
+from trbatch import chunks, passthrough
+from trbatch.chunks import ChunkRow
+from trbatch.config import JobSpec, default_store
+from trbatch.engine.sequence import Request
+from trbatch.errors import InputError
+from trbatch.figures import Figures, Progress, covered_seconds
+from trbatch.manifest import Manifest
+from trbatch.naming import MATRICES
+from trbatch.schema import Key
+from trbatch.segments import Ledger, SegmentWriter
+from trbatch.storage import LocalFolder, folder
+from trbatch.submission import MANIFEST, submit
+
+__all__ = ["ChunkRow", "JobFolder", "Key"]
+
+_MARKS = ("_SUCCESS", "_PARTIAL")
+
+
+class JobFolder:
+    """One job's folder, on a local disk or in an object store.
+
+    Not for several threads at once. The manifest is read when the folder is opened; `refresh` reads
+    it again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.folder = folder(path)
+        self.path = self.folder.path
+        self.manifest = self._read_manifest()
+        self.continued = False  # whether `submit` found the job there already
+        self.ledger = Ledger(self.folder)
+        self._segments = SegmentWriter(self.folder)
+        self._counted: tuple[frozenset[str], tuple[int, int]] = (frozenset(), (0, 0))
+
+    @classmethod
+    def submit(cls, spec: JobSpec) -> Self:
+        """Make the job of a spec or continue it; see `submission.submit`. Enqueues nothing.
+
+        Raises:
+            InputError: the input is unusable or an id is repeated.
+            ResumeRefused: the job is there and cannot be continued as `spec.resume` asks.
+        """
+        submission = submit(spec)
+        job = cls(submission.path)
+        job.continued = submission.continued
+        return job
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """The job of a folder.
+
+        Raises:
+            InputError: the folder is no job folder.
+            UsageError: it is damaged, or of another version's format.
+        """
+        return cls(path)
+
+    @classmethod
+    def find(cls, name: str, store: str = "") -> Self:
+        """A job by its folder's path, or by its id in a store (default: `default_store()`).
+
+        Raises:
+            InputError: there is neither.
+        """
+        if folder(name).exists(MANIFEST):
+            return cls(name)
+        in_store = folder(store or default_store()).join(name)
+        if "/" not in name and folder(in_store).exists(MANIFEST):
+            return cls(in_store)
+        raise InputError(
+            f"no job {name!r}, neither as a folder nor as {in_store}",
+            hint="give the id that submit printed, or the job folder's path",
+        )
+
+    @property
+    def id(self) -> str:
+        """The job's id: the name of its folder."""
+        return self.manifest.id
+
+    @property
+    def spec(self) -> JobSpec:
+        """What was asked."""
+        return self.manifest.spec
+
+    @property
+    def matrices(self) -> Path | None:
+        """Where the store keeps the tasks' matrices; None in an object store."""
+        if isinstance(self.folder, LocalFolder):
+            return Path(self.path).parent / MATRICES
+        return None
+
+    def refresh(self) -> None:
+        """Read the manifest again: the input may have been read anew since."""
+        self.manifest = self._read_manifest()
+        self._counted = (frozenset(), (0, 0))
+
+    def chunk_rows(self, index: int) -> list[ChunkRow]:
+        """The rows of a chunk, bad ones included."""
+        with self.folder.open(self.manifest.chunk_name(index)) as file:
+            return chunks.read_rows(file)
+
+    def chunk_table(self, index: int) -> pa.Table:
+        """A chunk with its passed-through columns; see `chunks.SCHEMA`."""
+        with self.folder.open(self.manifest.chunk_name(index)) as file:
+            return chunks.read_table(file)
+
+    def passthrough_schema(self) -> passthrough.Schema:
+        """Names and types of the passed-through columns, over all chunks."""
+        return passthrough.unified(self._chunk_schemas())
+
+    def done(self) -> Set[Key]:
+        """Keys of the rows that the segments hold, failed ones included, cancelled ones not."""
+        return self.ledger.outcomes().keys()
+
+    def missing(self, index: int, done: Set[Key] | None = None) -> list[tuple[ChunkRow, int]]:
+        """Rows of a chunk and their samples that still have to be decoded.
+
+        Args:
+            index: of the chunk.
+            done: keys to leave out; `done()` if None.
+        """
+        done = self.done() if done is None else done
+        return [
+            (row, sample)
+            for row in self.chunk_rows(index)
+            for sample in range(row.samples)
+            if row.key(sample) not in done
+        ]
+
+    def missing_chunks(self) -> list[int]:
+        """Chunks of which at least one row still has to be decoded."""
+        done = self.done()
+        asked = [i for i, samples in enumerate(self.manifest.chunk_samples) if samples]
+        if not done:
+            return asked
+        return [i for i in asked if any(key not in done for key in self._chunk_keys(i))]
+
+    def request(self, row: ChunkRow, sample_index: int) -> Request:
+        """One sample of a good row as the engine takes it; its key is the row's `Key`."""
+        assert row.error is None, f"row {row.custom_id} cannot be decoded: {row.error}"
+        return Request(
+            key=row.key(sample_index),
+            sampling=row.sampling(self.spec.sampling),
+            seed=row.seed,
+            sample_index=sample_index,
+            order=row.prompt_index,
+            task=self.manifest.task,
+            prompt=row.request.get("prompt"),
+            messages=row.request.get("messages"),
+        )
+
+    def publish(
+        self,
+        worker: str,
+        results: Sequence[Mapping[str, Any]],
+        *,
+        facts: Mapping[str, str] | None = None,
+    ) -> str:
+        """Write finished rows as one segment; they are safe when this returns.
+
+        Args:
+            worker: who decoded them; part of the segment's name.
+            results: result rows as `results.result_row` makes them, at least one.
+            facts: what the dataset's metadata should say of the engine, e.g. its dtype.
+
+        Returns:
+            the segment's file name.
+        """
+        return self._segments.publish(worker, results, facts or {})
+
+    def progress(self) -> Progress:
+        """How far the job is. Reads only footers that it has not read yet.
+
+        Keys are compared as well once the footers claim that nothing is missing, and always when
+        the input was read anew: only keys can tell a duplicate or an outdated row.
+        """
+        footers = self.ledger.footers()
+        figures = Figures()
+        for one, _ in footers:
+            figures.add(one)
+        ok, failed = figures.rows_ok, figures.rows_failed
+        asked = sum(self.manifest.chunk_samples)
+        if ok + failed >= asked or self.manifest.generation:
+            ok, failed = self._exact_counts()
+        busy = covered_seconds(span for _, span in footers)
+        left = asked - ok - failed
+        paced = busy > 0 and ok + failed > 0
+        return Progress(
+            rows=self.manifest.samples,
+            rows_ok=ok,
+            rows_failed=failed + self.manifest.rows_failed,
+            rows_cancelled=figures.rows_cancelled,
+            prompt_tokens=figures.prompt_tokens,
+            completion_tokens=figures.completion_tokens,
+            num_spec_steps=figures.num_spec_steps,
+            mean_acceptance_length=figures.mean_acceptance_length,
+            draft_acceptance_rate=figures.draft_acceptance_rate,
+            speedup=figures.speedup,
+            busy_s=busy,
+            tokens_per_s=figures.completion_tokens / busy if busy > 0 else None,
+            seconds_left=left * busy / (ok + failed) if paced else None,
+        )
+
+    def mark(self, *, complete: bool) -> None:
+        """Leave `_SUCCESS` or `_PARTIAL` in the folder, and only that one."""
+        right, wrong = _MARKS if complete else _MARKS[::-1]
+        self.folder.remove(wrong)
+        self.folder.write(right, b"")
+
+    def _exact_counts(self) -> tuple[int, int]:
+        """How many of the rows asked for succeeded and failed, by their keys."""
+        names = frozenset(self.ledger.names())
+        if self._counted[0] == names:
+            return self._counted[1]
+        outcomes = self.ledger.outcomes()
+        ok = failed = 0
+        for index in range(self.manifest.chunks):
+            for key in self._chunk_keys(index):
+                succeeded = outcomes.get(key)
+                ok += succeeded is True
+                failed += succeeded is False
+        self._counted = (names, (ok, failed))
+        return ok, failed
+
+    def _chunk_keys(self, index: int) -> Iterator[Key]:
+        with self.folder.open(self.manifest.chunk_name(index)) as file:
+            yield from chunks.read_keys(file)
+
+    def _chunk_schemas(self) -> Iterator[passthrough.Schema]:
+        for index in range(self.manifest.chunks):
+            with self.folder.open(self.manifest.chunk_name(index)) as file:
+                yield chunks.read_schema(file)
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            data = self.folder.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"{self.path} is not a job folder: it has no {MANIFEST}",
+                hint="give the id that submit printed, or the job folder's path",
+            ) from error
+        return Manifest.from_json(data, self.folder.join(MANIFEST))

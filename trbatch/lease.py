@@ -1,0 +1,330 @@
+"""rq's worker without its loop: take chunks, keep their leases alive, say how they ended.
+
+A lease is an entry in rq's registry of started jobs that runs out unless it is renewed. A chunk
+whose lease ran out goes back to the queue by the hand of any worker of that queue. Everything here
+runs in one thread; what comes in from rq's command channel is put aside for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from rq import worker_registration
+from rq.command import parse_payload
+from rq.exceptions import DeserializationError, InvalidJobOperation
+from rq.executions import Execution
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+from rq.worker import SimpleWorker
+from rq.worker.base import WorkerStatus
+
+from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
+from trbatch.errors import TrbatchError
+from trbatch.queue import FUNCTION, PREFIX, RETRIES
+
+logger = logging.getLogger("trbatch.worker")
+
+BEAT_S = 3.0  # between renewals
+LEASE_S = 30  # a dead worker's chunks come back after this; no step may hold the GIL as long
+WORKER_TTL_S = 60
+
+
+class BadChunk(TrbatchError):
+    """A queue entry that is no chunk of ours, or one that this worker must not open."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lease:
+    """A chunk that this worker may work on until the lease is lost."""
+
+    job: Job
+    queue: ChunkQueue
+    execution: Execution
+    folder: str  # of the job
+    chunk: int
+    generation: int
+    attempt: int  # from 1
+
+    @property
+    def id(self) -> str:
+        """Unique among all leases ever given."""
+        return str(self.execution.id)
+
+
+class LeaseWorker(SimpleWorker):
+    """What a worker says to Redis. The caller's loop decides when."""
+
+    job_class = ChunkJob
+    queue_class = ChunkQueue
+
+    def __init__(self, connection: redis.Redis, name: str, queues: Sequence[ChunkQueue]) -> None:
+        super().__init__(
+            list(queues),
+            name=name,
+            connection=connection,
+            serializer=JSONSerializer,
+            maintenance_interval=int(BEAT_S),
+            worker_ttl=WORKER_TTL_S,
+            log_job_description=False,
+        )
+        self.log.setLevel(logging.WARNING)  # a line per job and clean-up is rq's habit, not ours
+        self.leases: dict[str, Lease] = {}
+        self.shutdown_asked = False
+        self._commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._last_beat = time.monotonic()
+        self._no_reaping_until = 0.0
+
+    @property
+    def connection_timeout(self) -> int:
+        """Seconds that a command may take; nothing here blocks on purpose."""
+        return 10
+
+    def open(self) -> None:
+        """Appear among the workers and listen for commands."""
+        self.register_birth()  # type: ignore[no-untyped-call]
+        self.subscribe()
+        self.set_state(WorkerStatus.STARTED)
+
+    def close(self) -> None:
+        """Disappear from the workers. Leases still held run out by themselves."""
+        self.teardown()  # type: ignore[no-untyped-call]
+
+    def subscribe(self) -> None:
+        """Listen for commands in a thread of rq's that can be ended within half a second."""
+        self.pubsub = self.connection.pubsub()  # type: ignore[no-untyped-call]
+        self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        self.pubsub_thread = self.pubsub.run_in_thread(  # type: ignore[assignment]
+            sleep_time=0.5, daemon=True, exception_handler=self._pubsub_exception_handler
+        )
+
+    def say(self, state: str, model: str) -> None:
+        """Tell what this worker does, for `trbatch status`."""
+        self.set_state(state)
+        self.connection.hset(self.key, "trbatch_model", model)
+
+    def watch(self, queues: Sequence[ChunkQueue]) -> None:
+        """Listen on these queues from now on: their abandoned chunks are brought back."""
+        gone = [found for found in self.queues if found not in queues]
+        self.queues = list(queues)
+        with self.connection.pipeline() as pipeline:
+            for found in gone:
+                pipeline.srem(worker_registration.WORKERS_BY_QUEUE_KEY % found.name, self.key)
+            pipeline.hset(self.key, "queues", ",".join(self.queue_names()))
+            worker_registration.register(self, pipeline)
+            pipeline.execute()
+
+    def take(self, queue: ChunkQueue) -> Lease | None:
+        """The next chunk of this queue, leased; None if there is none.
+
+        Entries that are no chunks of ours end as failed on the way.
+        """
+        while True:
+            try:
+                # One queue a call, and no waiting: an LMOVE, so a crash here loses nothing.
+                found = ChunkQueue.dequeue_any(
+                    [queue],
+                    None,
+                    connection=self.connection,
+                    job_class=ChunkJob,
+                    serializer=JSONSerializer,
+                )
+            except redis.RedisError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever a strange hash makes rq raise
+                self._discard(queue, str(getattr(error, "job_id", "")), error)
+                continue
+            if found is None:
+                return None
+            if lease := self._claim(found[0], queue):
+                return lease
+
+    def _claim(self, job: Job, queue: ChunkQueue) -> Lease | None:
+        """Lease a popped job unless somebody else has it: an id can be in the queue twice."""
+        claim = f"{PREFIX}claim:{job.id}"
+        if not self.connection.set(claim, self.name, nx=True, ex=LOCK_S):
+            queue.intermediate_queue.remove(job.id)
+            return None
+        try:
+            if self._status(job) != JobStatus.QUEUED:
+                queue.intermediate_queue.remove(job.id)
+                return None
+            return self._lease(job, queue)
+        finally:
+            self.connection.delete(claim)
+
+    def _lease(self, job: Job, queue: ChunkQueue) -> Lease | None:
+        job.redis_server_version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
+        execution = self.prepare_execution(job)
+        try:
+            self.prepare_job_execution(job, remove_from_intermediate_queue=True)
+            folder, chunk, generation = _payload(job)
+        except (DeserializationError, BadChunk) as error:
+            logger.error("queue %s: %s", queue.name, error or "an entry that cannot be read")
+            self._fail(job, queue, execution, error, final=True)
+            return None
+        attempt = RETRIES - (job.retries_left or 0) + 1
+        lease = Lease(job, queue, execution, folder, chunk, generation, attempt)
+        self.leases[lease.id] = lease
+        return lease
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether the lease is still ours: not run out and taken back, not cancelled."""
+        key = lease.job.started_job_registry.key
+        return self.connection.zscore(key, lease.execution.composite_key) is not None
+
+    def finish(self, lease: Lease, result: dict[str, int]) -> bool:
+        """Mark the chunk as done. False if the lease was lost before."""
+        if not self.holds(lease):
+            self.drop(lease)
+            return False
+        self._finalize_success(lease.job, lease.queue, lease.execution, result)
+        self._forget(lease)
+        return True
+
+    def fail(self, lease: Lease, error: BaseException, *, final: bool = False) -> bool:
+        """Mark the chunk as failed: queued again while it has retries, unless `final`."""
+        if not self.holds(lease):
+            self.drop(lease)
+            return False
+        self._fail(lease.job, lease.queue, lease.execution, error, final=final)
+        self._forget(lease)
+        return True
+
+    def hand_back(self, lease: Lease) -> bool:
+        """Put the chunk back at the head of its queue; this costs it no retry."""
+        if not self.holds(lease):
+            self.drop(lease)
+            return False
+        with self.connection.pipeline() as pipeline:
+            # In this order: enqueue_job opens the transaction that the clean-up then joins.
+            lease.queue.enqueue_job(lease.job, pipeline=pipeline, at_front=True)
+            self.cleanup_execution(lease.job, pipeline=pipeline, execution=lease.execution)
+            pipeline.execute()
+        self._forget(lease)
+        return True
+
+    def drop(self, lease: Lease) -> None:
+        """Forget a lease that is somebody else's now."""
+        with self.connection.pipeline() as pipeline:
+            self.cleanup_execution(lease.job, pipeline=pipeline, execution=lease.execution)
+            pipeline.execute()
+        self._forget(lease)
+
+    def beat(self) -> list[Lease]:
+        """Renew every lease, bring back what dead workers left. Call it every `BEAT_S` or sooner.
+
+        Returns:
+            The leases that were lost since the last call; they are dropped already.
+        """
+        now = time.monotonic()
+        if now - self._last_beat < BEAT_S:
+            return []
+        if now - self._last_beat > LEASE_S:
+            # After an outage every lease looks run out; the owners get time to renew theirs.
+            self._no_reaping_until = now + LEASE_S
+        self._last_beat = now
+        lost = [lease for lease in self.leases.values() if not self._renew(lease)]
+        for lease in lost:
+            self.drop(lease)
+        self._announce()
+        if now >= self._no_reaping_until:
+            self.clean_registries()  # type: ignore[no-untyped-call]
+        return lost
+
+    def stopped(self) -> list[Lease]:
+        """The leases whose chunk somebody asked to stop since the last call."""
+        asked: list[Lease] = []
+        while not self._commands.empty():
+            command = self._commands.get()
+            names = (command.get("job_id"), command.get("execution_id"))
+            asked += [
+                lease
+                for lease in self.leases.values()
+                if (names[1] or lease.id) == lease.id and names[0] == lease.job.id
+            ]
+        return asked
+
+    def stop_chunk(self, lease: Lease) -> None:
+        """Mark a chunk as stopped on request; it is not queued again."""
+        self._stopped_job_id = lease.job.id
+        self.fail(lease, BadChunk("stopped on request"))
+        self._stopped_job_id = None
+
+    def handle_payload(self, message: dict[Any, Any]) -> None:
+        """Take a command from rq's channel; called in rq's own thread, so only put aside."""
+        command = parse_payload(message)
+        if command.get("command") == "shutdown":
+            self.shutdown_asked = True
+        elif command.get("command") in ("stop-job", "stop-execution"):
+            self._commands.put(command)
+
+    def handle_exception(self, job: Job, *exc_info: Any) -> None:
+        """Write no traceback per chunk: the caller of `fail` has said what is wrong."""
+
+    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
+        """Seconds until a lease runs out."""
+        return LEASE_S
+
+    def _renew(self, lease: Lease) -> bool:
+        if not self.holds(lease):
+            return False
+        self.maintain_heartbeats(lease.job, lease.execution)
+        return True
+
+    def _announce(self) -> None:
+        """Appear again if Redis, or another worker's clean-up, has forgotten this worker."""
+        self.heartbeat(WORKER_TTL_S)
+        with self.connection.pipeline() as pipeline:
+            pipeline.hset(self.key, mapping={**self.serialize(), "state": self.get_state()})
+            worker_registration.register(self, pipeline)
+            pipeline.execute()
+
+    def _fail(
+        self,
+        job: Job,
+        queue: ChunkQueue,
+        execution: Execution,
+        error: BaseException,
+        *,
+        final: bool,
+    ) -> None:
+        if final:
+            job.retries_left = 0
+        self._finalize_failure(job, queue, execution, (type(error), error, error.__traceback__))
+
+    def _forget(self, lease: Lease) -> None:
+        self.leases.pop(lease.id, None)
+        if not self.leases:
+            self.set_state(WorkerStatus.IDLE)
+
+    def _discard(self, queue: ChunkQueue, rq_id: str, error: Exception) -> None:
+        logger.error("queue %s: entry %r is not readable and was removed: %s", queue, rq_id, error)
+        queue.intermediate_queue.remove(rq_id)
+        self.connection.delete(ChunkJob.key_for(rq_id))
+
+    @staticmethod
+    def _status(job: Job) -> JobStatus | None:
+        try:
+            return job.get_status(refresh=True)
+        except InvalidJobOperation:  # deleted between the pop and now
+            return None
+
+
+def _payload(job: Job) -> tuple[str, int, int]:
+    """Job folder, chunk and generation out of a queue entry.
+
+    Raises:
+        BadChunk: it is not one that `JobQueue.enqueue` made.
+    """
+    if job.func_name != FUNCTION or job.instance or job.kwargs:
+        raise BadChunk(f"{job.id} is not a chunk: it asks for {job.func_name!r}")
+    match job.args:
+        case [str(folder), int(chunk), int(generation)] if chunk >= 0 and folder:
+            return folder, chunk, generation
+    raise BadChunk(f"{job.id} is not a chunk: its arguments are {str(job.args)[:200]}")

@@ -1,0 +1,399 @@
+"""The queue: which chunks wait, run and failed. The only owner of Redis names and of rq.
+
+A queued chunk is one rq job: a constant function name and JSON `[job folder, chunk, generation]`.
+There is one rq queue per model, so that a worker is only handed chunks of the model it holds.
+What a chunk holds, and which of its rows are done, is written in the job folder and not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+from urllib.parse import unquote, urlsplit
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry as ConnectionRetry
+from rq import Queue, Retry
+from rq.job import Job, JobStatus
+from rq.queue import EnqueueData
+from rq.serializers import JSONSerializer
+from rq.utils import as_text, get_version
+from rq.worker_registration import get_keys
+
+from trbatch import server
+from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
+from trbatch.errors import Unreachable, UsageError
+
+PREFIX = "trbatch:"  # of every key that rq does not make itself
+MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
+FUNCTION = "trbatch.decode_chunk"  # what every rq job says; compared with, never imported
+RETRIES = 3  # of a chunk, a crash of its worker included
+BATCH = 64  # rq jobs a pipeline
+RESULT_TTL_S = 24 * 3600
+FAILURE_TTL_S = 30 * 24 * 3600
+MINIMUM_SERVER = (6, 2, 0)
+_AWAY = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.exceptions.NoPermissionError,
+    redis.exceptions.OutOfMemoryError,
+    redis.ReadOnlyError,
+)
+WAITING = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.DEFERRED})
+
+
+class Folder(Protocol):
+    """What the queue reads of a `job.JobFolder`."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def path(self) -> str | os.PathLike[str]: ...
+
+    @property
+    def manifest(self) -> Any: ...  # with `model`, `revision` and `generation`
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKey:
+    """A model as the queue tells models apart: a hub name or an absolute path, and a revision."""
+
+    name: str
+    revision: str = ""
+
+    @classmethod
+    def of(cls, name: str, revision: str = "") -> Self:
+        """The key of a model by the name that a user gave; a local path is made absolute."""
+        local = Path(name).expanduser()
+        return cls(str(local.absolute()) if local.exists() else name, revision)
+
+    @property
+    def queue_name(self) -> str:
+        """The rq queue of this model: a readable part and a hash that keeps names apart."""
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", Path(self.name).name).strip("-").lower()[:40]
+        return f"trbatch-{slug}-{_digest(self.name, self.revision)}"
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Chunks of one job by where they are."""
+
+    queued: int = 0
+    started: int = 0
+    failed: int = 0
+    finished: int = 0
+
+    @property
+    def open(self) -> int:
+        """Chunks that still wait or run."""
+        return self.queued + self.started
+
+
+@dataclass(frozen=True, slots=True)
+class QueueInfo:
+    """One model's queue: chunks waiting, running and failed."""
+
+    name: str
+    model: ModelKey
+    queued: int
+    started: int
+    failed: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker that has said that it lives. `model` is empty while it holds none."""
+
+    name: str
+    state: str
+    model: str
+    host: str
+    pid: int
+    born: str
+    last_heartbeat: str
+    chunks: int  # in flight
+    finished: int
+    failed: int
+
+
+class JobQueue:
+    """One connection to the queue: put chunks in, ask what became of them."""
+
+    def __init__(self, connection: redis.Redis, url: str) -> None:
+        self.connection = connection
+        self.url = url
+
+    @classmethod
+    def connect(cls, url: str = "", *, patient: bool = False) -> Self:
+        """Connect to `url`, else `TRBATCH_REDIS_URL`, `REDIS_URL`, the embedded server.
+
+        Args:
+            patient: wait minutes instead of seconds for a server that is away, as a worker does.
+
+        Raises:
+            Unreachable: nobody answers there, or does not let us in.
+            UsageError: the URL is none, or the server is older than Redis 6.2.
+        """
+        url = url or os.environ.get("TRBATCH_REDIS_URL") or os.environ.get("REDIS_URL") or ""
+        url = url or server.ensure()
+        waits = ConnectionRetry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), 3)
+        try:
+            connection = redis.Redis.from_url(url, socket_timeout=10.0, retry=waits)
+        except ValueError as error:
+            raise UsageError(f"{mask_url(url)} is not a Redis URL: {error}") from error
+        with reaching(url):
+            version = get_version(connection)
+        if version < MINIMUM_SERVER:
+            found = ".".join(map(str, version))
+            raise UsageError(f"{mask_url(url)} is Redis {found}; 6.2 or newer is needed")
+        if patient:
+            connection.close()
+            waits = ConnectionRetry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), 200)
+            connection = redis.Redis.from_url(url, socket_timeout=10.0, retry=waits)
+        return cls(connection, url)
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"JobQueue({mask_url(self.url)!r})"
+
+    def queue(self, name: str) -> ChunkQueue:
+        """The rq queue of this name."""
+        return ChunkQueue(
+            name, connection=self.connection, job_class=ChunkJob, serializer=JSONSerializer
+        )
+
+    def enqueue(self, job: Folder, chunks: Sequence[int]) -> int:
+        """Queue these chunks of a job; those that wait or run already are left alone.
+
+        Returns:
+            How many chunks were added.
+        """
+        model = ModelKey.of(job.manifest.model, job.manifest.revision)
+        queue = self.queue(model.queue_name)
+        added = 0
+        turn = self.connection.lock(f"{PREFIX}enqueue:{job.id}", timeout=LOCK_S)
+        with reaching(self.url), turn:
+            self.connection.hset(MODELS_KEY, queue.name, json.dumps([model.name, model.revision]))
+            self._forget_older(job)
+            for start in range(0, len(chunks), BATCH):
+                added += self._enqueue_batch(queue, job, chunks[start : start + BATCH])
+                turn.reacquire()
+        return added
+
+    def _forget_older(self, job: Folder) -> None:
+        """Count no chunk of an earlier generation any more that has come to its end."""
+        ours = chunk_id(job, 0).rpartition("-")[0]  # of this generation
+        store = ours.rpartition("-")[0]  # of this job folder
+        ids = [as_text(rq_id) for rq_id in self.connection.smembers(_index_key(job.id))]
+        older = [i for i in ids if i.startswith(f"{store}-") and not i.startswith(f"{ours}-")]
+        over = [i for i, status in self._statuses(older).items() if not _is_open(status)]
+        if over:
+            self.connection.srem(_index_key(job.id), *over)
+
+    def _enqueue_batch(self, queue: ChunkQueue, job: Folder, chunks: Sequence[int]) -> int:
+        ids = {chunk: chunk_id(job, chunk) for chunk in chunks}
+        statuses = self._statuses(list(ids.values()))
+        fresh = {chunk: i for chunk, i in ids.items() if not _is_open(statuses[i])}
+        if not fresh:
+            return 0
+        with self.connection.pipeline() as pipeline:
+            # What an earlier round left behind would be merged into the new job's hash.
+            pipeline.delete(*(ChunkJob.key_for(rq_id) for rq_id in fresh.values()))
+            pipeline.zrem(queue.failed_job_registry.key, *fresh.values())
+            pipeline.zrem(queue.finished_job_registry.key, *fresh.values())
+            pipeline.sadd(_index_key(job.id), *fresh.values())
+            pipeline.expire(_index_key(job.id), FAILURE_TTL_S)
+            queue.enqueue_many(
+                [_job_data(job, chunk, rq_id) for chunk, rq_id in fresh.items()], pipeline=pipeline
+            )
+            pipeline.execute()
+        return len(fresh)
+
+    def counts(self, job_id: str) -> Counts:
+        """Chunks of a job by where they are. A job that was never enqueued has none anywhere."""
+        with reaching(self.url):
+            ids = [as_text(rq_id) for rq_id in self.connection.smembers(_index_key(job_id))]
+            found = list(self._statuses(ids).values())
+        queued = sum(status in WAITING for status in found)
+        failed = found.count(JobStatus.FAILED) + found.count(JobStatus.STOPPED)
+        return Counts(
+            queued, found.count(JobStatus.STARTED), failed, found.count(JobStatus.FINISHED)
+        )
+
+    def failures(self, job_id: str) -> dict[int, str]:
+        """Of each failed chunk of a job, the last line of what went wrong."""
+        with reaching(self.url):
+            ids = [as_text(rq_id) for rq_id in self.connection.smembers(_index_key(job_id))]
+            statuses = self._statuses(ids)
+            failed = [rq_id for rq_id in ids if statuses[rq_id] == JobStatus.FAILED]
+            jobs = ChunkJob.fetch_many(failed, self.connection, serializer=JSONSerializer)
+            reasons = {int(job.args[1]): _reason(job) for job in jobs if job is not None}
+        return dict(sorted(reasons.items()))
+
+    def models(self) -> dict[str, ModelKey]:
+        """Every queue that was ever filled, by name, and its model."""
+        with reaching(self.url):
+            found: dict[bytes, bytes] = self.connection.hgetall(MODELS_KEY)  # type: ignore[assignment]
+        return {as_text(name): ModelKey(*json.loads(model)) for name, model in found.items()}
+
+    def longest_waiting(self) -> ModelKey | None:
+        """The model whose next chunk was enqueued first; None if nothing waits."""
+        heads: list[tuple[str, str]] = []
+        models = self.models()
+        with reaching(self.url):
+            for name in models:
+                rq_id = self.connection.lindex(self.queue(name).key, 0)
+                if rq_id is not None:
+                    key = ChunkJob.key_for(as_text(rq_id))
+                    since = self.connection.hget(key, "enqueued_at")
+                    heads.append((as_text(since) if since else "", name))
+        return models[min(heads)[1]] if heads else None
+
+    def waiting(self, model: ModelKey) -> int:
+        """Chunks of this model that nobody has taken yet."""
+        with reaching(self.url):
+            return int(self.connection.llen(self.queue(model.queue_name).key))
+
+    def queues(self) -> list[QueueInfo]:
+        """Every model's queue with what waits, runs and failed in it."""
+        infos = []
+        models = self.models()
+        with reaching(self.url):
+            for name, model in sorted(models.items()):
+                queue = self.queue(name)
+                with self.connection.pipeline() as pipeline:
+                    pipeline.llen(queue.key)
+                    pipeline.zcard(queue.started_job_registry.key)
+                    pipeline.zcard(queue.failed_job_registry.key)
+                    queued, started, failed = pipeline.execute()
+                workers = len(get_keys(queue=queue))
+                infos.append(QueueInfo(name, model, queued, started, failed, workers))
+        return infos
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers that live, by name."""
+        with reaching(self.url):
+            keys = sorted(get_keys(connection=self.connection))
+            with self.connection.pipeline() as pipeline:
+                for key in keys:
+                    pipeline.hgetall(key)
+                    pipeline.scard(f"{key}:executions")
+                answers = pipeline.execute()
+        found = zip(keys, answers[::2], answers[1::2], strict=True)
+        return [_worker_info(key, data, chunks) for key, data, chunks in found if data]
+
+    def _statuses(self, ids: Sequence[str]) -> dict[str, JobStatus | None]:
+        """Where each rq job is; None if there is none of this id."""
+        found: dict[str, JobStatus | None] = {}
+        for start in range(0, len(ids), 1000):
+            some = ids[start : start + 1000]
+            with self.connection.pipeline(transaction=False) as pipeline:
+                for rq_id in some:
+                    pipeline.hget(ChunkJob.key_for(rq_id), "status")
+                for rq_id, status in zip(some, pipeline.execute(), strict=True):
+                    found[rq_id] = JobStatus(as_text(status)) if status else None
+        return found
+
+
+def chunk_id(job: Folder, chunk: int) -> str:
+    """The rq job of a chunk: the same chunk of the same job folder always has the same."""
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", job.id)[:60]
+    return f"{slug}-{_digest(os.fspath(job.path))}-{job.manifest.generation}-{chunk}"
+
+
+def mask_url(url: str) -> str:
+    """The URL with its password, if it has one, replaced by stars: fit for logs and messages."""
+    parts = urlsplit(url)
+    place = parts.netloc
+    if "@" in place:
+        user, _, host = place.rpartition("@")
+        place = f"{user.partition(':')[0]}:***@{host}" if ":" in user else place
+    query = re.sub(r"(^|&)(password)=[^&]*", r"\1\2=***", parts.query)
+    return f"{parts.scheme}://{place}{parts.path}" + (f"?{query}" if query else "")
+
+
+@contextlib.contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Turn what redis-py says of a server that is away, or says no, into `Unreachable`."""
+    try:
+        yield
+    except _AWAY as error:
+        words = str(error)
+        secret = urlsplit(url).password
+        for form in (secret, unquote(secret)) if secret else ():
+            words = words.replace(form, "***")
+        raise Unreachable(
+            f"the queue at {mask_url(url)} cannot be reached: {words}",
+            hint="start it, or name another with --redis-url or TRBATCH_REDIS_URL",
+        ) from error
+
+
+def _job_data(job: Folder, chunk: int, rq_id: str) -> EnqueueData:
+    return Queue.prepare_data(
+        FUNCTION,
+        args=[os.fspath(job.path), chunk, job.manifest.generation],
+        timeout=-1,  # rq's timers cannot stop an engine; a lease that is not renewed runs out
+        result_ttl=RESULT_TTL_S,
+        failure_ttl=FAILURE_TTL_S,
+        description=f"{job.id} chunk {chunk}",
+        job_id=rq_id,
+        # No interval: a crash's retry would wait for a scheduler, and there is none.
+        retry=Retry(max=RETRIES, interval=0, enqueue_at_front=True),
+    )
+
+
+def _worker_info(key: str, data: dict[bytes, bytes], chunks: int) -> WorkerInfo:
+    text = {as_text(name): as_text(value) for name, value in data.items()}
+    return WorkerInfo(
+        name=key.partition(":worker:")[2],
+        state=text.get("state", "?"),
+        model=text.get("trbatch_model", ""),
+        host=text.get("hostname", ""),
+        pid=int(text.get("pid") or 0),
+        born=text.get("birth", ""),
+        last_heartbeat=text.get("last_heartbeat", ""),
+        chunks=chunks,
+        finished=int(text.get("successful_job_count") or 0),
+        failed=int(text.get("failed_job_count") or 0),
+    )
+
+
+def _is_open(status: JobStatus | None) -> bool:
+    """Whether a chunk still waits or runs."""
+    return status in WAITING or status == JobStatus.STARTED
+
+
+def _reason(job: Job) -> str:
+    result = job.latest_result()
+    words = (result.exc_string if result is not None else "") or "no reason given"
+    return words.strip().splitlines()[-1]
+
+
+def _index_key(job_id: str) -> str:
+    return f"{PREFIX}chunks:{job_id}"
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=6).hexdigest()

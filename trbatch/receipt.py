@@ -1,0 +1,64 @@
+"""The proof that a dataset is complete: rows in = ok + failed + cancelled, each id once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, JobFailed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What `collect` found. Counts are output rows: one for each sample, one for each bad row."""
+
+    job: str
+    output: str  # where the dataset lies
+    rows_in: int  # asked for
+    rows_ok: int
+    rows_failed: int
+    rows_cancelled: int
+    rows_missing: int  # in no segment, and so not in the dataset either
+    duplicates: int  # rows that another segment held already; left out
+    repeated: int  # rows of the dataset whose (id, sample) another row has: 0, or a bug
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in stats.json
+
+    @property
+    def rows_out(self) -> int:
+        """Rows of the dataset."""
+        return self.rows_ok + self.rows_failed + self.rows_cancelled
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row that was asked for is in the dataset, exactly once."""
+        return self.rows_in == self.rows_out and not self.rows_missing and not self.repeated
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line exits with."""
+        if not self.complete:
+            return JobFailed.exit_code
+        return EXIT_ROWS_FAILED if self.rows_failed or self.rows_cancelled else EXIT_OK
+
+    def __str__(self) -> str:
+        """The receipt in words."""
+        out = f"{self.rows_ok} ok + {self.rows_failed} failed + {self.rows_cancelled} cancelled"
+        dropped = f"; {self.duplicates} duplicates left out" if self.duplicates else ""
+        if self.complete:
+            return f"complete: {self.rows_in} rows in = {out}, each id once{dropped}"
+        problems = []
+        if self.rows_missing:
+            problems.append(f"{self.rows_missing} missing")
+        if self.repeated:
+            problems.append(f"{self.repeated} repeated")
+        return (
+            f"NOT complete: {self.rows_in} rows in, {out}, {', '.join(problems) or 'too many'}"
+            f"{dropped}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The receipt as JSON-serialisable values, without the stats."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "stats"]
+        values = {name: getattr(self, name) for name in names}
+        return values | {"complete": self.complete, "in_words": str(self)}

@@ -1,0 +1,60 @@
+"""The columns of every result: one constant for segments, for the dataset and for the docs."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+FINISH_REASONS = ("stop", "length", "error", "cancelled")
+
+# name, type, meaning; the passed-through columns of the input come behind `prompt_index`
+_COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
+    ("custom_id", pa.string(), "the row's id: its `custom_id`, else its `id`, else its number"),
+    ("sample_index", pa.int32(), "which of the row's `n` samples, from 0"),
+    ("prompt_index", pa.int64(), "the row's place in the input, from 0"),
+    ("text", pa.string(), "the generated text; null for an error row"),
+    ("reasoning", pa.string(), "the reasoning, when the model separates it from the text"),
+    ("finish_reason", pa.string(), "`stop`, `length`, `error` or `cancelled`"),
+    ("error_code", pa.string(), "why there is no text, for programs"),
+    ("error_message", pa.string(), "why there is no text, for people"),
+    ("prompt_tokens", pa.int32(), "tokens of the prompt"),
+    ("completion_tokens", pa.int32(), "tokens generated, the stop token included"),
+    ("attempts", pa.int32(), "how often the row was started"),
+    ("seed", pa.int64(), "the row's seed; the same seed gives the same tokens"),
+    ("model", pa.string(), "the model that wrote the text"),
+    ("task", pa.string(), "whose shared matrix the drafts came from"),
+    ("worker", pa.string(), "the worker that decoded the row"),
+    ("queued_s", pa.float64(), "seconds in the engine before the first prefill step"),
+    ("prefill_s", pa.float64(), "seconds of prefill"),
+    ("decode_s", pa.float64(), "seconds of the decode steps that the row took part in"),
+    ("tokens_per_s", pa.float64(), "(completion_tokens - 1) / decode_s"),
+    ("baseline_tokens_per_s", pa.float64(), "the same for plain decoding, by its measured cost"),
+    ("speedup", pa.float64(), "plain decoding's seconds over decode_s"),
+    ("num_spec_steps", pa.int32(), "decode forwards"),
+    ("num_draft_tokens", pa.int32(), "draft tokens verified"),
+    ("num_accepted_draft_tokens", pa.int32(), "draft tokens that came true"),
+    ("mean_acceptance_length", pa.float64(), "(completion_tokens - 1) / num_spec_steps"),
+    ("draft_acceptance_rate", pa.float64(), "num_accepted_draft_tokens / num_draft_tokens"),
+    ("acceptance_histogram", pa.list_(pa.int32()), "[i]: forwards that gave i + 1 tokens"),
+    ("cumulative_logprob", pa.float64(), "sum of the tokens' log probabilities, when asked for"),
+    ("request_fingerprint", pa.string(), "hash of text or messages, model, sampling and seed"),
+)
+
+SCHEMA = pa.schema(
+    [pa.field(name, kind, metadata={"description": text}) for name, kind, text in _COLUMNS]
+)
+
+# The passed-through columns stand behind the first so many columns.
+LEADING_COLUMNS = 3
+
+# What makes two result rows the same row: (custom_id, request_fingerprint, sample_index).
+Key = tuple[str, str, int]
+KEY_COLUMNS = ("custom_id", "request_fingerprint", "sample_index")
+
+
+def schema_table() -> str:
+    """The result columns as a Markdown table: name, type, meaning."""
+    lines = ["| column | type | meaning |", "|---|---|---|"]
+    lines += [f"| `{name}` | {kind} | {text} |" for name, kind, text in _COLUMNS]
+    position = 2 + LEADING_COLUMNS
+    lines.insert(position, "| … | as in the input | the input's other columns |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,102 @@
+"""What a dataset is written as: one Parquet file, or OpenAI's batch result lines."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trbatch import passthrough
+from trbatch.openai_format import result_line
+from trbatch.schema import LEADING_COLUMNS, SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive rows of the output: result columns, input columns, lines; equally long."""
+
+    results: pa.Table
+    inputs: pa.Table
+    lines: pa.ChunkedArray
+
+
+class Sink(Protocol):
+    """Where groups are written to."""
+
+    def write(self, group: Group) -> None:
+        """Write a group."""
+
+    def close(self) -> None:
+        """Write what has to come last."""
+
+
+class ParquetSink:
+    """Writes groups into one Parquet file, the input's columns behind the first of ours."""
+
+    def __init__(self, file: BinaryIO, inputs: passthrough.Schema, metadata: dict[str, str]):
+        self._names = _output_names(list(inputs.types))
+        fields = [
+            pa.field(name, kind)
+            for name, kind in zip(self._names, inputs.types.values(), strict=True)
+        ]
+        ours = list(SCHEMA)
+        self._schema = pa.schema(
+            [*ours[:LEADING_COLUMNS], *fields, *ours[LEADING_COLUMNS:]], metadata=metadata
+        )
+        self._writer = pq.ParquetWriter(file, self._schema, compression="zstd")
+
+    def write(self, group: Group) -> None:
+        """Write a group as one row group."""
+        ours = group.results.columns
+        columns = [*ours[:LEADING_COLUMNS], *group.inputs.columns, *ours[LEADING_COLUMNS:]]
+        self._writer.write_table(pa.table(columns, schema=self._schema))
+
+    def close(self) -> None:
+        """Write the footer."""
+        self._writer.close()
+
+
+class JsonSink:
+    """Writes groups as OpenAI batch result lines: one for each input row."""
+
+    def __init__(self, file: BinaryIO, inputs: passthrough.Schema) -> None:
+        self._file = file
+        self._inputs = inputs
+        self._created = int(time.time())
+
+    def write(self, group: Group) -> None:
+        """Write the lines of a group; a row's samples are never in two groups."""
+        inputs = group.inputs.to_pylist() or [{}] * group.results.num_rows
+        pairs = zip(group.results.to_pylist(), inputs, strict=True)
+        for _, samples in itertools.groupby(pairs, key=lambda pair: pair[0]["prompt_index"]):
+            rows = list(samples)
+            line = result_line([row for row, _ in rows], self._parsed(rows[0][1]), self._created)
+            self._file.write(orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE))
+
+    def close(self) -> None:
+        """Nothing is left to write."""
+
+    def _parsed(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: orjson.loads(value) if name in self._inputs.as_json and value else value
+            for name, value in values.items()
+        }
+
+
+def _output_names(inputs: list[str]) -> list[str]:
+    """Names of the input's columns in the output: a name that is taken gets `input_` before it."""
+    taken = {*SCHEMA.names, *inputs}
+    names = []
+    for name in inputs:
+        if name in SCHEMA.names:
+            name = f"input_{name}"
+            while name in taken:
+                name = f"input_{name}"
+            taken.add(name)
+        names.append(name)
+    return names

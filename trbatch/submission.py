@@ -1,0 +1,268 @@
+"""From a job spec to a job folder: made anew, continued as it is, or with its input read anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import Self
+
+import pyarrow as pa
+
+import trbatch
+from trbatch import chunks
+from trbatch.config import JobSpec, default_model, default_store
+from trbatch.errors import ResumeRefused
+from trbatch.ids import RepeatCheck
+from trbatch.manifest import InputState, Manifest, differences, settings
+from trbatch.naming import checked_job_name, default_job_id, default_task
+from trbatch.prompts import Batch, check_repeats, read_batches, read_rows
+from trbatch.storage import Folder, LocalFolder, folder
+
+MANIFEST = "manifest.json"
+_LOCAL_WRITERS = 1  # threads; more of them only contend with the one that reads and hashes
+_REMOTE_WRITERS = 8  # an object store takes much longer for a chunk than it takes to make one
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job folder that is ready for workers. `continued`: it was there already."""
+
+    path: str
+    continued: bool
+
+
+def submit(spec: JobSpec) -> Submission:
+    """Make or continue the job of a spec. Reads the input only if it is new or has changed.
+
+    A job is continued by its id: `spec.name`, else an id made from the input's path and the
+    settings, so that the same command again finds the same job. `spec.resume` says what may be:
+    `if_possible` continues a job of the same settings, `always` insists on one and takes it over
+    with changed settings too, `never` makes a new one.
+
+    Raises:
+        InputError: the file is unusable or an id is repeated; nothing has been kept.
+        ResumeRefused: the job cannot be continued as `spec.resume` asks.
+    """
+    spec = _resolved(spec)
+    store = folder(spec.out)
+    job_id = _job_id(spec, store)
+    job = folder(store.join(job_id))
+    if not job.exists(MANIFEST):
+        if spec.resume == "always":
+            raise ResumeRefused(
+                f"there is no job {job_id!r} in {spec.out} to resume",
+                hint="leave --resume away to make it",
+            )
+        return Submission(job.path, _make(job, job_id, spec))
+    _continue(job, Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST)), spec)
+    return Submission(job.path, continued=True)
+
+
+def _resolved(spec: JobSpec) -> JobSpec:
+    """The spec with absolute paths and with names for what was left open."""
+    path = _absolute(spec.input)
+    return dataclasses.replace(
+        spec,
+        input=path,
+        output=_absolute(spec.output) if spec.output else "",
+        out=folder(spec.out or default_store()).path,
+        model=_resolved_model(spec.model or default_model()),
+        task=spec.task or default_task(path),
+    )
+
+
+def _absolute(path: str) -> str:
+    if "://" in path:
+        return path
+    is_folder = "/" if path.endswith("/") else ""
+    return os.path.abspath(os.path.expanduser(path)) + is_folder
+
+
+def _resolved_model(model: str) -> str:
+    """A local model by its absolute path, so that a worker finds it from any folder."""
+    path = Path(model).expanduser()
+    is_local = path.is_file() or (path / "config.json").is_file()
+    return str(path.absolute()) if is_local else model
+
+
+def _job_id(spec: JobSpec, store: Folder) -> str:
+    if spec.name:
+        job_id = checked_job_name(spec.name)
+        if spec.resume == "never" and folder(store.join(job_id)).exists(MANIFEST):
+            raise ResumeRefused(
+                f"a job {job_id!r} is there already and --resume is 'never'",
+                hint="choose another --name, or leave --resume away to continue the job",
+            )
+        return job_id
+    default = job_id = default_job_id(spec.input, settings(spec, spec.model))
+    number = 1
+    while spec.resume == "never" and folder(store.join(job_id)).exists(MANIFEST):
+        number += 1
+        job_id = f"{default}-{number}"
+    return job_id
+
+
+def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
+    """Make the job. Returns whether somebody else made it in the meantime."""
+    seed = secrets.randbits(63) if spec.seed is None else spec.seed
+    manifest = _read_input(job, job_id, spec, seed, generation=0)
+    if job.exists(MANIFEST):  # two commands at once: the first one's job counts for both
+        job.remove(manifest.chunk_folder)
+        return True
+    job.write(MANIFEST, manifest.to_json())
+    return False
+
+
+def _continue(job: Folder, old: Manifest, spec: JobSpec) -> None:
+    changed = differences(settings(old.spec, old.model), settings(spec, spec.model))
+    if changed and spec.resume != "always":
+        raise ResumeRefused(
+            f"job {old.id!r} was made with other settings: {'; '.join(changed)}",
+            hint="choose another --name, or --resume always to go on with the new settings",
+        )
+    same_input = old.input.path == spec.input and old.input.holds()
+    if same_input and not changed:
+        if spec.output != old.spec.output:
+            spec = dataclasses.replace(old.spec, output=spec.output)
+            job.write(MANIFEST, dataclasses.replace(old, spec=spec).to_json())
+        return
+    seed = old.job_seed if spec.seed is None else spec.seed
+    new = _read_input(job, old.id, spec, seed, generation=old.generation + 1)
+    if not same_input and (old.unnamed_rows or new.unnamed_rows):
+        job.remove(new.chunk_folder)
+        raise ResumeRefused(
+            f"the input of job {old.id!r} has changed and {new.unnamed_rows or old.unnamed_rows}"
+            " of its rows have no id, so that their numbers may mean other rows now",
+            hint="give every row a 'custom_id' or 'id', or start a new job with --resume never",
+        )
+    job.write(MANIFEST, dataclasses.replace(new, created=old.created).to_json())
+
+
+def _read_input(
+    job: Folder, job_id: str, spec: JobSpec, job_seed: int, generation: int
+) -> Manifest:
+    """Read, check and hash the input and write its chunks; on any error no chunk is left."""
+    state = InputState.of(spec.input)
+    mark = blake2b(f"{state} {spec} {job_seed}".encode(), digest_size=4).hexdigest()
+    # Its own name for each reading: two commands at once never mix their chunks.
+    writer = _ChunkWriter(job, f"chunks/{generation}-{mark}", spec, job_seed)
+    with _removed_on_error(job, writer.folder):
+        with writer:
+            for batch in _batches(spec):
+                writer.write(batch)
+        writer.check_repeats()
+    return Manifest(
+        id=job_id,
+        spec=spec,
+        model=spec.model,
+        revision=spec.revision,
+        task=spec.task,
+        job_seed=job_seed,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=trbatch.__version__,
+        input=state,
+        rows=len(writer.ids),
+        rows_failed=writer.rows_failed,
+        unnamed_rows=writer.unnamed_rows,
+        generation=generation,
+        chunk_folder=writer.folder,
+        chunk_samples=tuple(writer.chunk_samples),
+    )
+
+
+def _batches(spec: JobSpec) -> Iterator[Batch]:
+    return read_batches(
+        spec.input,
+        spec.chunk_size,
+        prompt_column=spec.prompt_column,
+        id_column=spec.id_column,
+        sampling=spec.sampling,
+    )
+
+
+@contextmanager
+def _removed_on_error(job: Folder, name: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        job.remove(name)
+        raise
+
+
+class _ChunkWriter:
+    """Writes batches as chunks and counts what a manifest says about them.
+
+    Files are encoded and stored by threads of their own, while the next rows are read and hashed.
+    A chunk is certainly stored only when the context has ended.
+    """
+
+    def __init__(self, job: Folder, name: str, spec: JobSpec, job_seed: int) -> None:
+        self.folder = name
+        self.ids = RepeatCheck()
+        self.rows_failed = 0
+        self.unnamed_rows = 0
+        self.chunk_samples: list[int] = []
+        self._job = job
+        self._spec = spec
+        self._hasher = chunks.RowHasher(spec.model, spec.revision, spec.sampling, job_seed)
+        self._writers = _LOCAL_WRITERS if isinstance(job, LocalFolder) else _REMOTE_WRITERS
+        self._threads = ThreadPoolExecutor(self._writers, thread_name_prefix="chunk-writer")
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=kind is not None)
+        while self._waiting and kind is None:
+            self._waiting.popleft().result()
+
+    def write(self, batch: Batch) -> None:
+        """Write the next chunk. Waits when the threads are far behind."""
+        table, samples = chunks.encode(batch, self._hasher)
+        number = len(self.chunk_samples)
+        self._waiting.append(self._threads.submit(self._store, number, table))
+        if len(self._waiting) > 4 * self._writers:
+            self._waiting.popleft().result()
+        self.chunk_samples.append(samples)
+        self.ids.add(row.id for row in batch.rows)
+        for row in batch.rows:
+            self.rows_failed += row.request is None
+            self.unnamed_rows += not row.named and row.request is not None
+
+    def check_repeats(self) -> None:
+        """Raise `InputError` if an id came twice.
+
+        A bad row without an id gives way when its number is another row's id: one bad row must not
+        refuse the rest.
+        """
+        repeated = self.ids.repeated()
+        if not repeated:
+            return
+        spec = self._spec
+        rows = read_rows(
+            spec.input,
+            prompt_column=spec.prompt_column,
+            id_column=spec.id_column,
+            sampling=spec.sampling,
+        )
+        for row in check_repeats(rows, repeated, spec.input):
+            index, position = divmod(row.index, spec.chunk_size)
+            with self._job.open(self._name(index)) as file:
+                table = chunks.read_table(file)
+            self._store(index, chunks.with_id(table, position, f"{row.id} (line {row.line})"))
+
+    def _store(self, index: int, table: pa.Table) -> None:
+        self._job.write(self._name(index), chunks.to_bytes(table), durable=False)
+
+    def _name(self, index: int) -> str:
+        return f"{self.folder}/{index:05d}.parquet"
