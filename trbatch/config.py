@@ -153,11 +153,13 @@ class EngineConfig(_Config):
     page_size: int = 16  # tokens a page of the K/V cache
     prefill_chunk: int = 512  # prompt tokens a prefill step, over all its sequences
     speculate: bool = True
+    tree: str = "best_first"  # how nodes are picked; or paper: the published tree, as a reference
     tree_size: int = 0  # tokens a step per sequence, the root included; 0: by the budget
     max_tree_size: int = DEFAULT_TREE_SIZE  # the largest that the budget may choose
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _choice("tree", self.tree, ("best_first", "paper"))
         for name in ("max_num_seqs", "max_model_len", "tree_size"):
             _integer(name, getattr(self, name), 0)
         for name in ("page_size", "prefill_chunk", "max_tree_size"):

@@ -25,6 +25,7 @@ from trbatch.errors import InputError
 from trbatch.models import load_model, load_unmodified
 
 Progress = Callable[[str], None]
+_LONGEST_PROMPT = 160  # tokens, of those that `speed` takes
 
 
 def acceptance(
@@ -80,7 +81,7 @@ def _acceptance_figures(size: int, done: list[Completion], seconds: float) -> di
     ]
     return {
         "tree_size": size,
-        "mean_acceptance_length": round((tokens - len(done)) / forwards, 4),
+        "mean_acceptance_length": round((tokens - len(done)) / forwards, 4) if forwards else None,
         "tokens": tokens,
         "decode_forwards": forwards,
         "draft_acceptance_rate": round(accepted / drafted, 4) if drafted else None,
@@ -103,19 +104,27 @@ def speed(
 ) -> dict[str, Any]:
     """Tokens a second of three ways to decode the same prompts, and their ratios run by run.
 
-    Each run takes the next prompts of the file (twice the batch at batch 1, the batch else) and
-    decodes them in each of the three ways, greedy, always `max_tokens` long, from empty rows.
+    Each run takes other prompts of up to 160 tokens from all over the file (two at batch 1, the
+    batch else) and decodes them in each of the three ways, greedy, always `max_tokens` long, from
+    empty rows.
     Seconds count from the first prompt's first prefill to the last token.
 
     Args:
         batches: sequences decoded together.
         runs: how often each of the three takes its turn.
-        limit: prompts of the file that are used at all; 0: as many as the runs need.
+        limit: how many of the file's first prompts may be used; 0: all.
     """
     loaded = load_model(model, device=device, dtype=dtype)
     unmodified = load_unmodified(model, loaded)
     most = max(_prompts_a_run(batch) for batch in batches) * runs
-    texts = read_prompts(prompts, limit or most)
+    texts = read_prompts(prompts, limit)
+    # The question is how fast tokens come out: a long prompt's prefill, the same for all three,
+    # would hide the answer.
+    texts = [text for text in texts if _length(loaded, text) <= _LONGEST_PROMPT]
+    if not texts:
+        raise InputError(f"{prompts} has no prompt of at most {_LONGEST_PROMPT} tokens")
+    # Benchmark files are sorted by category: take prompts from all over the file.
+    texts = texts[:: max(1, len(texts) // most)]
     results = []
     for batch in batches:
         engines = {
@@ -144,6 +153,11 @@ def speed(
 
 def _prompts_a_run(batch: int) -> int:
     return 2 if batch == 1 else batch
+
+
+def _length(loaded: LoadedModel, text: str) -> int:
+    ids = loaded.tokenizer(_templated(loaded.tokenizer, text), add_special_tokens=False)
+    return len(ids["input_ids"])
 
 
 def _latest(rates: dict[str, list[float]]) -> str:
@@ -201,7 +215,7 @@ def _speed_figures(
         "speedup_by_cost": round(
             sum(c.baseline_decode_s or 0.0 for c in done) / sum(c.decode_s for c in done), 4
         ),
-        "tree_sizes": engine.stats()["tree_sizes"],
+        "tree_sizes": {str(size): n for size, n in engine.stats()["tree_sizes"].items()},
     }
 
 
@@ -228,7 +242,7 @@ def _student(freedom: int) -> float:
 
 
 def read_prompts(path: Path, limit: int) -> list[str]:
-    """The first `limit` prompts of a JSONL file: `turns[0]`, `prompt`, or the last message.
+    """The first `limit` prompts (0: all) of a JSONL file: `turns[0]`, `prompt` or last message.
 
     Raises:
         InputError: the file cannot be read or a row has none of these.
@@ -237,26 +251,32 @@ def read_prompts(path: Path, limit: int) -> list[str]:
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if len(texts) == limit:
+                if limit and len(texts) == limit:
                     break
                 if line.strip():
-                    texts.append(_prompt_of(json.loads(line)))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise InputError(
-            f"{path}, line {number}: no prompt in this row ({error})",
-            hint="each line is a JSON object with 'turns', 'prompt' or 'messages'",
-        ) from error
+                    texts.append(_prompt_of(line, f"{path}, line {number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
     if not texts:
         raise InputError(f"{path} has no prompts")
     return texts
 
 
-def _prompt_of(row: dict[str, Any]) -> str:
-    if "turns" in row:
-        return str(row["turns"][0])
-    return str(row["prompt"] if "prompt" in row else row["messages"][-1]["content"])
+def _prompt_of(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+        if "turns" in row:
+            text = row["turns"][0] if isinstance(row["turns"], list) else None
+        else:
+            text = row["prompt"] if "prompt" in row else row["messages"][-1]["content"]
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is not a text")
+        return text
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(
+            f"{place}: no prompt in this row ({error!r})",
+            hint="each line is a JSON object with 'turns', 'prompt' or 'messages'",
+        ) from error
 
 
 def _requests(texts: list[str], max_tokens: int, *, ignore_eos: bool = False) -> list[Request]:

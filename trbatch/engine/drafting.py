@@ -1,12 +1,13 @@
 """From rows to a draft tree, and from a verified tree back to rows.
 
-The breadth-first search of Token Recycling (arXiv 2408.08696, section 3.2), one tree level at a
-time, and its update: every node's candidates are recycled, rejected branches too, the accepted path
-last so that it wins.
+The search of Token Recycling (arXiv 2408.08696, section 3.2) one tree level at a time, and its
+update: every node's candidates are recycled, rejected branches too, the accepted path last so that
+it wins. Here the tree has a fixed shape, the paper's; `best_first` picks its nodes by probability.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,18 +19,43 @@ from trbatch.engine.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Drafted trees of B sequences. `tokens`: [B, T], -1 where there was no candidate.
+    """Drafted trees of B sequences, padded to T nodes; node 0 is the root, parents come first.
 
-    `contexts`: [B, T, 3], each node's last tokens along its own path, newest first.
+    A node that is not there, because there was no candidate or as padding, has token -1.
     """
 
-    tree: Tree
-    tokens: Tensor
-    contexts: Tensor
+    tokens: Tensor  # [B, T] int64
+    parents: Tensor  # [B, T] index of each node's parent; the root's is 0
+    depths: Tensor  # [B, T] edges from the root
+    ancestors: Tensor  # [B, T, T] bool: row i is true at i and at each node on its way to the root
+    contexts: Tensor  # [B, T, 3] each node's last tokens along its own path, newest first
+    sizes: list[int]  # nodes of each sequence that are verified, the root included
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each sequence's nodes begin when all are laid one after the other."""
+        starts = [0]
+        for size in self.sizes[:-1]:
+            starts.append(starts[-1] + size)
+        return starts
 
 
-def draft(matrix: Matrix, tree: Tree, slots: Tensor, tasks: Tensor, last: Tensor) -> Draft:
-    """Build the trees of B sequences.
+def roots(last: Tensor) -> Draft:
+    """No draft at all: plain decoding. `last`: [B, 3] last committed tokens, newest first."""
+    batch = last.shape[0]
+    zero = last.new_zeros(batch, 1)
+    return Draft(
+        tokens=last[:, :1],
+        parents=zero,
+        depths=zero,
+        ancestors=torch.ones(batch, 1, 1, dtype=torch.bool, device=last.device),
+        contexts=last[:, None],
+        sizes=[1] * batch,
+    )
+
+
+def from_template(matrix: Matrix, tree: Tree, slots: Tensor, tasks: Tensor, last: Tensor) -> Draft:
+    """Fill one fixed tree for each of B sequences.
 
     Args:
         slots: [B] whose own rows.
@@ -42,17 +68,40 @@ def draft(matrix: Matrix, tree: Tree, slots: Tensor, tasks: Tensor, last: Tensor
     contexts[:, 0] = last
     for level in shape.levels:
         count = level.internal.shape[0]
-        at = Contexts(
-            slots=slots.repeat_interleave(count),
-            tasks=tasks.repeat_interleave(count),
-            # A node without a candidate has no row of its own: any valid id serves, since its
-            # children cannot be accepted.
-            tokens=_valid(contexts[:, level.internal].reshape(-1, ORDERS)),
-        )
-        rows = matrix.find(at).view(batch, count, -1)
+        rows, _ = find_rows(matrix, slots, tasks, contexts[:, level.internal])
+        rows = rows.view(batch, count, -1)
         contexts[:, level.children, 0] = rows[:, level.parent_at, level.ranks]
         contexts[:, level.children, 1:] = contexts[:, level.parents, : ORDERS - 1]
-    return Draft(tree=tree, tokens=contexts[:, :, 0], contexts=contexts)
+    return Draft(
+        tokens=contexts[:, :, 0],
+        parents=shape.parents.expand(batch, -1),
+        depths=shape.depths.expand(batch, -1),
+        ancestors=shape.ancestors.expand(batch, -1, -1),
+        contexts=contexts,
+        sizes=[tree.size] * batch,
+    )
+
+
+def find_rows(
+    matrix: Matrix, slots: Tensor, tasks: Tensor, contexts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows of n places in each of B sequences.
+
+    Args:
+        contexts: [B, n, 3]. A place without a token has no row of its own: it gets some valid
+            one, which is harmless because its children cannot be accepted.
+
+    Returns:
+        [B, n, k] candidates and [B, n] where they came from (`Matrix.find`).
+    """
+    batch, count = contexts.shape[:2]
+    at = Contexts(
+        slots=slots.repeat_interleave(count),
+        tasks=tasks.repeat_interleave(count),
+        tokens=_valid(contexts.reshape(-1, ORDERS)),
+    )
+    rows, origin = matrix.find(at)
+    return rows.view(batch, count, -1), origin.view(batch, count)
 
 
 def learn(
@@ -95,13 +144,19 @@ def learn_prompt(
 ) -> None:
     """Recycle the candidates of a prefilled piece of prompt; later places win.
 
+    Where the prompt itself says what followed, that token goes first, before the model's own
+    candidates: texts repeat their prompts (prompt lookup in Token Recycling's rows).
+
     Args:
-        tokens: [n] the prompt up to the end of the piece.
+        tokens: [n] the prompt up to the end of the piece, and the token after it if there is one.
         first: where the piece begins.
-        candidates: [n - first, k] of the piece's places.
+        candidates: [m, k] of the piece's places.
     """
-    contexts = last_tokens(tokens)[first:]
-    count = contexts.shape[0]
+    count = candidates.shape[0]
+    contexts = last_tokens(tokens)[first : first + count]
+    known = tokens[first + 1 : first + 1 + count]
+    candidates = candidates.clone()
+    candidates[: known.shape[0]] = _put_first(known, candidates[: known.shape[0]])
     at = Contexts(
         slots=contexts.new_full((count,), slot),
         tasks=contexts.new_full((count,), task),
@@ -111,12 +166,31 @@ def learn_prompt(
     matrix.write(at, candidates, order, order)
 
 
+def _put_first(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Rows [n, k] with tokens [n] at rank 0; what stood before them moves down, the last falls."""
+    longer = torch.cat([tokens[:, None], rows], dim=1)
+    repeated = longer == tokens[:, None]
+    repeated[:, 0] = False
+    order = repeated.int().sort(dim=1, stable=True).indices
+    return longer.gather(1, order)[:, : rows.shape[1]]
+
+
+def padded(flat: Tensor, sizes: Sequence[int], width: int, fill: int) -> Tensor:
+    """Lay [N, …] values of B sequences, one after the other, out as [B, width, …]."""
+    if all(size == width for size in sizes):
+        return flat.view(len(sizes), width, *flat.shape[1:])
+    out = flat.new_full((len(sizes), width, *flat.shape[1:]), fill)
+    start = 0
+    for index, size in enumerate(sizes):
+        out[index, :size] = flat[start : start + size]
+        start += size
+    return out
+
+
 def _whole_path(drafted: Draft) -> Tensor:
     """[B, T] whether a node and all its ancestors have a token."""
-    present = drafted.tokens >= 0
-    ancestors = drafted.tree.on(present.device).ancestors
-    missing = (~present).to(torch.float32) @ ancestors.to(torch.float32).T
-    return missing == 0
+    missing = (drafted.tokens < 0).to(torch.float32)
+    return (drafted.ancestors.to(torch.float32) @ missing[:, :, None])[:, :, 0] == 0
 
 
 def _valid(tokens: Tensor) -> Tensor:

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from trbatch.config import EngineConfig
-from trbatch.engine import drafting, sizing, verify
-from trbatch.engine.attention import Span
+from trbatch.engine import best_first, drafting, sizing, spans, verify
+from trbatch.engine.best_first import Calibration
 from trbatch.engine.budget import Budget
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.drafting import Draft
-from trbatch.engine.matrix import ORDERS, Matrix
+from trbatch.engine.matrix import EMPTY, ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.scheduler import Scheduler
 from trbatch.engine.sequence import Completion, Figures, Request, Sequence
 from trbatch.engine.tasks import Task, Tasks
 from trbatch.engine.text import EncodingFailed, StopChecker, encode
-from trbatch.engine.tree import Tree, default_tree
+from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
 
 MAX_TASKS = 8  # matrices in memory
-_PLAIN = Tree(())
+_WIDEST = 32  # nodes kept a level while searching
 
 
 class Engine:
@@ -40,7 +40,8 @@ class Engine:
     Args:
         loaded: the model.
         config: sizes and the device's share.
-        tree: the draft tree in nested order; the paper's nodes if None.
+        tree: a fixed draft tree in nested order, of which `tree_size` nodes are used; None as
+            `config.tree` says.
         orders: longest context that keys a sequence's own rows, tokens.
 
     Raises:
@@ -59,16 +60,16 @@ class Engine:
         self.loaded, self.config = loaded, config
         self.capacity = sizing.max_num_seqs(config, loaded)
         self.max_model_len = sizing.max_model_len(config, loaded)
-        self._tree = (tree or default_tree()).prefix(config.tree_size or config.max_tree_size)
-        if not config.speculate:
-            self._tree = _PLAIN
+        # Tokens a step per sequence, at most: the root and its nodes.
+        self._most = (config.tree_size or config.max_tree_size) if config.speculate else 1
+        self._template = fixed_tree(config, tree)
         self._model = CausalModel(loaded, page_size=config.page_size)
         slots = sizing.cache_slots(
             config, loaded, self._model.bytes_per_token,
-            sequences=self.capacity, longest=self.max_model_len + self._tree.size,
+            sequences=self.capacity, longest=self.max_model_len + self._most,
         )  # fmt: skip
         self._cache = self._model.allocate(slots)
-        self._scheduler = Scheduler(self._cache, slots=self.capacity, spare=self._tree.size)
+        self._scheduler = Scheduler(self._cache, slots=self.capacity, spare=self._most)
         self._matrix = Matrix(
             slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS,
             device=loaded.device, orders=orders,
@@ -76,9 +77,10 @@ class Engine:
         self._tasks = Tasks(self._matrix, model=loaded.fingerprint)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
-        fixed = self._tree.size if config.tree_size or not config.speculate else 0
-        costs = sizing.step_costs(self._model, loaded, self._tree, self.capacity, fixed=fixed)
-        self.budget = Budget(costs, self._tree, fixed=fixed)
+        fixed = self._most if config.tree_size or not config.speculate else 0
+        costs = sizing.step_costs(self._model, loaded, self._most, self.capacity, fixed=fixed)
+        self.budget = Budget(costs, most=self._most)
+        self._calibration = Calibration(self._matrix.candidates)
 
     @property
     def unfinished(self) -> int:
@@ -92,8 +94,7 @@ class Engine:
             folder: where matrices are kept; None keeps this one in memory only.
             cold: begin with empty rows.
         """
-        busy = {sequence.task for sequence in self._scheduler.running}
-        return self._tasks.open(name, folder, cold=cold, busy=busy)
+        return self._tasks.open(name, folder, cold=cold, busy=self._busy_tasks())
 
     def save_tasks(self) -> None:
         """Write the matrices of tasks that changed since the last time."""
@@ -136,7 +137,9 @@ class Engine:
     def step(self) -> list[Completion]:
         """Prefill a piece of the prompts that wait, then decode once. Returns who finished."""
         start = time.perf_counter()
-        while self._scheduler.can_admit():
+        while self._scheduler.can_admit() and self._tasks.can_open(
+            self._scheduler.waiting[0].request.task, self._busy_tasks()
+        ):
             self._begin(self._scheduler.admit())
         if prefilling := self._scheduler.prefilling():
             self._prefill(prefilling)
@@ -150,6 +153,7 @@ class Engine:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
         for task in range(MAX_TASKS):
             self._matrix.clear_task(task)
+        self._calibration = Calibration(self._matrix.candidates)
 
     def stats(self) -> dict[str, Any]:
         """What the engine did since it was made (counts, seconds), and on what (texts)."""
@@ -176,6 +180,9 @@ class Engine:
             )
         )
 
+    def _busy_tasks(self) -> set[int]:
+        return {sequence.task for sequence in self._scheduler.running if sequence.task >= 0}
+
     def _begin(self, sequence: Sequence) -> None:
         sequence.figures.started = time.perf_counter()
         sequence.task = self.open_task(sequence.request.task).index
@@ -191,31 +198,28 @@ class Engine:
                 break
             pieces.append((sequence, count))
             left -= count
-        spans = [self._prompt_span(sequence, count) for sequence, count in pieces]
+        where = [spans.of_prompt(sequence, count) for sequence, count in pieces]
         tokens = [
             token
             for sequence, count in pieces
             for token in sequence.tokens[sequence.cached : sequence.cached + count]
         ]
-        learning = self._tree.size > 1
+        learning = self._most > 1
         ends = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
         ends = ends.to(self.loaded.device)
-        logits = self._model.forward(self._ids(tokens), spans, None if learning else ends)
+        logits = self._model.forward(self._ids(tokens), where, None if learning else ends)
         last = logits[ends] if learning else logits
         if learning:
             self._learn_prompts(pieces, logits)
         for sequence, count in pieces:
             sequence.cached += count
-        self._first_tokens([sequence for sequence, _ in pieces], last)
+        first = self._first_tokens([sequence for sequence, _ in pieces], last)
         seconds = time.perf_counter() - start
         for sequence, count in pieces:
             sequence.figures.prefill_s += seconds * count / len(tokens)
-
-    def _prompt_span(self, sequence: Sequence, count: int) -> Span:
-        device = self.loaded.device
-        positions = torch.arange(sequence.cached, sequence.cached + count, device=device)
-        inner = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-        return Span(sequence.room, sequence.cached, count, positions, inner)
+        for sequence, token in first:
+            self._tokens += sequence.take([token])
+            self._retire_if_finished(sequence)
 
     def _learn_prompts(self, pieces: list[tuple[Sequence, int]], logits: Tensor) -> None:
         candidates = logits.topk(self._matrix.candidates).indices
@@ -225,85 +229,100 @@ class Engine:
             start = sum(c for s, c in pieces[: [s for s, _ in pieces].index(sequence)])
             end = sequence.cached + count
             drafting.learn_prompt(
-                self._matrix, self._ids(sequence.tokens[:end]), sequence.cached,
+                self._matrix, self._ids(sequence.tokens[: end + 1]), sequence.cached,
                 candidates[start : start + count], sequence.slot, sequence.task,
             )  # fmt: skip
             self._tasks.touch(sequence.task)
 
-    def _first_tokens(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Choose the token after each wholly prefilled prompt."""
+    def _first_tokens(
+        self, sequences: list[Sequence], logits: Tensor
+    ) -> list[tuple[Sequence, int]]:
+        """The token after each wholly prefilled prompt."""
         ready = [i for i, sequence in enumerate(sequences) if sequence.prefilled]
         if not ready:
-            return
-        chosen = choose_tokens([sequences[i] for i in ready], logits[ready], [[]] * len(ready))
-        for i, token in zip(ready, chosen.tolist(), strict=True):
-            sequences[i].take([token])
-            self._tokens += 1
-            self._retire_if_finished(sequences[i])
+            return []
+        who = [sequences[i] for i in ready]
+        chosen = choose_tokens(who, logits[ready], [[]] * len(ready))
+        return list(zip(who, chosen.tolist(), strict=True))
 
     def _decode(self, batch: list[Sequence]) -> None:
         start = time.perf_counter()
         context = sum(len(sequence.tokens) for sequence in batch) / len(batch)
-        size = self.budget.choose(len(batch), context)
         plain_s = self.budget.plain_seconds(len(batch), context)
         slots = self._ids([sequence.slot for sequence in batch])
         tasks = self._ids([sequence.task for sequence in batch])
-        drafted = drafting.draft(
-            self._matrix, self._tree.prefix(size), slots, tasks, self._last_tokens(batch)
-        )
+        recycling = self._most > 1 and (bool(self.config.tree_size) or self.budget.wants_draft())
+        last = self._last_tokens(batch)
+        plain = drafting.roots(last)
+        drafted = self._draft(last, slots, tasks, context) or plain if recycling else plain
         logits = self._verify_forward(batch, drafted)
         verdict = verify.accept(drafted, self._chosen(batch, drafted, logits))
         taken = self._commit(batch, verdict)
-        if size > 1:
+        tokens = sum(drafted.sizes)
+        if recycling:
+            # Also where no node was worth it: what is not recycled now cannot be drafted later.
             self._keep_accepted(batch, verdict)
             self._learn(batch, drafted, logits, verdict, slots, tasks)
         seconds = time.perf_counter() - start
         self._forwards += 1
-        for sequence, (count, accepted) in zip(batch, taken, strict=True):
+        for sequence, size, (count, accepted) in zip(batch, drafted.sizes, taken, strict=True):
             sequence.figures.count_forward(
                 tokens=count, accepted=accepted, drafted=size - 1, seconds=seconds, plain_s=plain_s
             )
             self._retire_if_finished(sequence)
-        nodes = verdict.nodes[verdict.nodes > 0].tolist() if size > 1 else []
-        self.budget.count(size, len(batch), context, seconds, nodes)
+        self.budget.count(tokens, len(batch), context, seconds)
+
+    def _draft(self, last: Tensor, slots: Tensor, tasks: Tensor, context: float) -> Draft | None:
+        """Trees of a fixed size, or of as many nodes as the budget gives; None for none."""
+        fixed = self.config.tree_size
+        if self._template is not None:
+            return drafting.from_template(self._matrix, self._template, slots, tasks, last)
+        found = best_first.expand(
+            self._matrix, self._calibration, slots, tasks, last,
+            width=min(self._most - 1, _WIDEST),
+            least=0.0 if fixed else self.budget.least_chance(len(last), context),
+            enough=fixed and fixed - 1,
+        )  # fmt: skip
+        if fixed:
+            count = fixed - 1
+        else:
+            chances = [] if found is None else best_first.falling_chances(found)
+            count = self.budget.choose(len(last), context, chances)
+        if found is None or count == 0:
+            return None
+        taken = best_first.take_likeliest(found, count, each=bool(fixed))
+        return best_first.build(found, taken, last)
 
     def _last_tokens(self, batch: list[Sequence]) -> Tensor:
         rows = [([-1] * ORDERS + sequence.tokens)[: -ORDERS - 1 : -1] for sequence in batch]
         return torch.tensor(rows, device=self.loaded.device)
 
     def _verify_forward(self, batch: list[Sequence], drafted: Draft) -> Tensor:
-        """Raw logits [B, T, V] of the drafted trees."""
-        shape = drafted.tree.on(self.loaded.device)
-        size = drafted.tree.size
-        spans = [
-            Span(
-                room=sequence.room,
-                committed=len(sequence.tokens) - 1,
-                length=size,
-                positions=shape.depths + (len(sequence.tokens) - 1),
-                inner=shape.ancestors if size > 1 else None,
-            )
-            for sequence in batch
-        ]
-        logits = self._model.forward(drafted.tokens.clamp(min=0).flatten(), spans)
-        return logits.view(len(batch), size, -1)
+        """Raw logits [N, V] of the drafted nodes, sequence after sequence."""
+        nodes = [drafted.tokens[index, :size] for index, size in enumerate(drafted.sizes)]
+        where = spans.of_trees(batch, drafted, self.loaded.max_positions)
+        return self._model.forward(torch.cat(nodes).clamp_(min=0), where)
 
     def _chosen(self, batch: list[Sequence], drafted: Draft, logits: Tensor) -> Tensor:
         """[B, T] the model's own next token at each node; for sampled rows where the walk comes."""
+        width = drafted.tokens.shape[1]
+        likeliest = drafting.padded(logits.argmax(-1), drafted.sizes, width, verify.NOT_CHOSEN)
         plain = [s.request.sampling.greedy and not s.request.logits_processors for s in batch]
         if all(plain):
-            return logits.argmax(-1)
-        chosen = torch.where(
-            torch.tensor(plain, device=logits.device)[:, None], logits.argmax(-1), verify.NOT_CHOSEN
-        )
-        walkers = self._ids([i for i, is_plain in enumerate(plain) if not is_plain])
+            return likeliest
+        is_plain = torch.tensor(plain, device=logits.device)[:, None]
+        chosen = torch.where(is_plain, likeliest, verify.NOT_CHOSEN)
+        offsets = self._ids(drafted.offsets)
 
-        def choose_at(members: Tensor, nodes: Tensor, depth: int) -> Tensor:
-            paths = drafted.tree.on(logits.device).paths[nodes, 1:]
-            drafts = drafted.tokens[members[:, None], paths.clamp(min=0)][:, :depth].tolist()
+        def choose_at(members: Tensor, nodes: Tensor) -> Tensor:
+            paths = [
+                drafted.tokens[i][drafted.ancestors[i, node]][1:].tolist()
+                for i, node in zip(members.tolist(), nodes.tolist(), strict=True)
+            ]
             who = [batch[i] for i in members.tolist()]
-            return choose_tokens(who, logits[members, nodes], drafts)
+            return choose_tokens(who, logits[offsets[members] + nodes], paths)
 
+        walkers = self._ids([i for i, is_greedy in enumerate(plain) if not is_greedy])
         verify.walk(drafted, walkers, choose_at, chosen)
         return chosen
 
@@ -345,7 +364,10 @@ class Engine:
         slots: Tensor,
         tasks: Tensor,
     ) -> None:
-        candidates = logits.topk(self._matrix.candidates).indices
+        flat = logits.topk(self._matrix.candidates).indices
+        width = drafted.tokens.shape[1]
+        candidates = drafting.padded(flat, drafted.sizes, width, EMPTY)
+        self._calibrate(drafted, verdict, slots, tasks)
         order = sorted(range(len(batch)), key=lambda i: batch[i].turn)
         turn = torch.empty(len(batch), dtype=torch.long)
         turn[order] = torch.arange(len(batch))
@@ -355,6 +377,19 @@ class Engine:
         )  # fmt: skip
         for task in {sequence.task for sequence in batch}:
             self._tasks.touch(task)
+
+    def _calibrate(
+        self, drafted: Draft, verdict: verify.Verdict, slots: Tensor, tasks: Tensor
+    ) -> None:
+        """Count which rank of its row each token was that came true, before rows change."""
+        there = verdict.nodes >= 0
+        nodes = verdict.nodes.clamp(min=0)
+        index = nodes[:, :, None].expand(-1, -1, ORDERS)
+        rows, origins = drafting.find_rows(
+            self._matrix, slots, tasks, drafted.contexts.gather(1, index)
+        )
+        depths = drafted.depths.gather(1, nodes)
+        self._calibration.count(depths[there], origins[there], rows[there], verdict.tokens[there])
 
     def _retire_if_finished(self, sequence: Sequence) -> None:
         if sequence.finish_reason:

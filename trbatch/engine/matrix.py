@@ -88,9 +88,15 @@ class Matrix:
         """Forget a task's matrix."""
         self.shared[task] = EMPTY
 
-    def find(self, at: Contexts) -> Tensor:
-        """The row of each place: [n, k] token ids, -1 where there is no candidate."""
+    def find(self, at: Contexts) -> tuple[Tensor, Tensor]:
+        """The row of each place, longest context first.
+
+        Returns:
+            [n, k] token ids, -1 where there is no candidate, and [n] where the row came from:
+            1 to 3 is an own row of so many tokens, 0 the task's matrix.
+        """
         rows = self.shared[at.tasks, at.tokens[:, 0]]
+        longest = torch.zeros_like(at.slots)
         if self.orders:
             keys = self._context_keys(at.tokens)
             places = self._places(at.slots, keys)
@@ -100,7 +106,7 @@ class Matrix:
             place = places.gather(1, (longest - 1).clamp_(min=0)[:, None])[:, 0]
             own = self._rows.view(-1, self.candidates)[place]
             rows = torch.where(longest[:, None] > 0, own, rows)
-        return rows.long()
+        return rows.long(), longest
 
     def write(self, at: Contexts, rows: Tensor, priority: Tensor, shared: Tensor) -> None:
         """Write rows [n, k]; where two want one place the higher priority wins.

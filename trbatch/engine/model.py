@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -90,18 +91,22 @@ def load_pretrained(
             config = AutoConfig.from_pretrained(source, **options)
             refuse_unsupported(config)
             kind = pick_dtype(dtype, place, config)
-            network = AutoModelForCausalLM.from_pretrained(
+            loading: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=kind, use_safetensors=True,
-                attn_implementation=ATTENTION, **options,
+                attn_implementation=ATTENTION, output_loading_info=True, **options,
             )  # fmt: skip
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             # WordPiece's clean-up, which some transformers apply to BPE too: it eats spaces.
             tokenizer.clean_up_tokenization_spaces = False
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot load model {name!r}: {_first_line(error)}",
             hint="a hub name, a folder with config.json and *.safetensors, or a .gguf file",
         ) from error
+    network, report = loading
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and go on.
+        raise ModelError(f"model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
     return from_network(nn.Module.to(network, place), tokenizer, name=name, source=source)
 
 

@@ -12,9 +12,8 @@ import torch
 
 from trbatch.config import EngineConfig, cache_folder
 from trbatch.engine.attention import Span
-from trbatch.engine.budget import TIMED_SIZES, CostTable, time_steps
+from trbatch.engine.costs import TIMED_SIZES, CostTable, steady, time_steps
 from trbatch.engine.model import CausalModel, LoadedModel
-from trbatch.engine.tree import Tree
 from trbatch.errors import ModelError
 
 _LONGEST = 8192  # tokens, unless asked for more
@@ -22,6 +21,7 @@ _CPU_SEQS, _GPU_SEQS = 8, 64
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
 _FORMAT = 1  # of the saved cost tables
+_DRIFT = 1.2  # a saved table may be off by so much
 
 
 def max_num_seqs(config: EngineConfig, loaded: LoadedModel) -> int:
@@ -77,22 +77,24 @@ def cache_slots(
 
 
 def step_costs(
-    model: CausalModel, loaded: LoadedModel, tree: Tree, capacity: int, *, fixed: int = 0
+    model: CausalModel, loaded: LoadedModel, most: int, capacity: int, *, fixed: int = 0
 ) -> CostTable:
     """The cost table of this model on this machine, timed once and kept in the cache folder.
 
     Args:
-        fixed: the only T that will be used, beside plain steps; 0: any up to the tree's.
+        most: tokens a step per sequence, at most.
+        fixed: the only such number that will be used, beside plain steps; 0: any up to `most`.
     """
-    largest = fixed or tree.size
+    largest = fixed or most
     between = () if fixed else [size for size in TIMED_SIZES if size < largest]
     sizes = sorted({1, *between, largest})
     file = _costs_file(loaded, sizes, capacity)
-    if (kept := _read_costs(file)) is not None:
+    run = _StepTimer(model, loaded, largest, capacity)
+    kept = _read_costs(file)
+    if kept is not None and _still_true(kept, run, sizes):
         return kept
     batches = sorted({1, max(1, capacity // 8), capacity})
     most = 256 if loaded.device.type == "cpu" else 4096
-    run = _StepTimer(model, loaded, tree, capacity)
     context = min(_TIMED_CONTEXT, run.longest)
     costs = time_steps(run, batches=batches, sizes=sizes, most_tokens=most, context=context)
     _keep_costs(file, costs)
@@ -102,20 +104,21 @@ def step_costs(
 class _StepTimer:
     """Runs one decode forward of (batch, T, context) over whatever lies in the cache."""
 
-    def __init__(self, model: CausalModel, loaded: LoadedModel, tree: Tree, capacity: int) -> None:
+    def __init__(self, model: CausalModel, loaded: LoadedModel, most: int, capacity: int) -> None:
         assert model.cache is not None
-        self._model, self._loaded, self._tree = model, loaded, tree
+        self._model, self._loaded = model, loaded
         slots = model.cache.pool.pages * model.cache.page_size
-        self.longest = slots // capacity - tree.size - model.cache.page_size
+        self.longest = max(1, slots // capacity - most - model.cache.page_size)
 
     @torch.inference_mode()
     def __call__(self, batch: int, size: int, context: int) -> float:
         cache, device = self._model.cache, self._loaded.device
         assert cache is not None
         rooms = [cache.take_room(context + size) for _ in range(batch)]
-        shape = self._tree.prefix(size).on(device)
-        inner = shape.ancestors if size > 1 else None
-        spans = [Span(room, context, size, shape.depths + context, inner) for room in rooms]
+        inner = torch.ones(size, size, dtype=torch.bool, device=device).tril() if size > 1 else None
+        positions = torch.arange(context, context + size, device=device)
+        positions.clamp_(max=self._loaded.max_positions - 1)
+        spans = [Span(room, context, size, positions, inner) for room in rooms]
         tokens = torch.arange(batch * size, device=device) % self._loaded.vocab_size
         self._wait()
         start = time.perf_counter()
@@ -148,6 +151,15 @@ def _costs_file(loaded: LoadedModel, sizes: list[int], capacity: int) -> Path:
     ]  # fmt: skip
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
     return cache_folder() / "costs" / f"{digest}.json"
+
+
+def _still_true(kept: CostTable, run: _StepTimer, sizes: list[int]) -> bool:
+    """Whether two steps take what the table says: it may have been timed on a busier machine."""
+    for size in (1, min(8, sizes[-1])):
+        seconds = steady(run, 1, size, kept.context)
+        if not 1 / _DRIFT < kept.seconds(1, size, kept.context) / seconds < _DRIFT:
+            return False
+    return True
 
 
 def _read_costs(file: Path) -> CostTable | None:

@@ -6,6 +6,7 @@ with any safetensors reader: `rows` [V, k] int32, -1 for no candidate.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from trbatch.engine.matrix import Matrix
 from trbatch.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class Tasks:
     def __init__(self, matrix: Matrix, *, model: str) -> None:
         self._matrix, self._model = matrix, model
         self._tasks: dict[str, Task] = {}
+        self._folders: dict[str, Path] = {}  # also of tasks that had to make room
 
     def open(self, name: str, folder: Path | None, *, cold: bool, busy: set[int]) -> Task:
         """The task, loaded from `folder` if it is new here and has a saved matrix.
@@ -52,14 +56,24 @@ class Tasks:
         """
         task = self._tasks.get(name)
         if task is None:
+            known = name in self._folders
+            folder = folder or self._folders.get(name)
             file = matrix_file(folder, self._model, name) if folder else None
             task = Task(name, self._place(busy), file)
-            self._tasks[name] = task
             self._matrix.clear_task(task.index)
-            if file is not None and file.is_file() and not cold:
+            # What made room for others was saved and goes on, also if it began cold.
+            if file is not None and file.is_file() and (known or not cold):
                 self._load(task, file)
+            self._tasks[name] = task
+            if folder is not None:
+                self._folders[name] = folder
+            logger.info(_describe(task, self._matrix.shared[task.index]))
         task.used = time.monotonic()
         return task
+
+    def can_open(self, name: str, busy: set[int]) -> bool:
+        """Whether there is a place for this task, given those that running sequences use."""
+        return name in self._tasks or len(busy) < self._matrix.shared.shape[0]
 
     def touch(self, index: int) -> None:
         """Note that a task's rows changed."""
@@ -103,6 +117,14 @@ class Tasks:
             )
         place.copy_(rows)
         task.age_s = time.time() - file.stat().st_mtime
+
+
+def _describe(task: Task, rows: torch.Tensor) -> str:
+    if task.age_s is None:
+        return f"task {task.name!r}: begins with an empty matrix"
+    hours, filled = task.age_s / 3600, int((rows[:, 0] >= 0).sum())
+    age = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+    return f"task {task.name!r}: matrix of {filled} rows, saved {age} ago"
 
 
 def matrix_file(folder: Path, model: str, task: str) -> Path:

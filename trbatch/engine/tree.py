@@ -16,6 +16,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from trbatch.config import EngineConfig
+from trbatch.errors import UsageError
+
 # The paper's tree: how many candidates of the row at the end of each path are tried. A path is
 # written as the ranks that lead to it, "" is the root.
 _PAPER_CHILDREN = {
@@ -184,3 +187,16 @@ def default_tree() -> Tree:
 def paper_tree() -> Tree:
     """The paper's tree in its own, breadth-first order: the reference."""
     return Tree(tuple(paper_paths()))
+
+
+def fixed_tree(config: EngineConfig, tree: Tree | None = None) -> Tree | None:
+    """The fixed tree that an engine uses, None where nodes are picked by chance (`best_first`).
+
+    Raises:
+        UsageError: the paper's tree without a size: only best-first trees follow a budget.
+    """
+    if tree is None and (config.tree != "paper" or not config.speculate):
+        return None
+    if not config.tree_size:
+        raise UsageError("the paper's tree needs a fixed size", hint="set tree_size, e.g. 81")
+    return (tree or default_tree()).prefix(config.tree_size)

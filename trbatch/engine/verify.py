@@ -20,7 +20,7 @@ NOT_CHOSEN = -2  # equals no drafted token, not even the absent one
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was accepted. D is the tree's depth."""
+    """What was accepted. D is the depth of the deepest tree."""
 
     nodes: Tensor  # [B, D+1] accepted nodes from the root on, -1 behind the end
     tokens: Tensor  # [B, D+1] the model's token after each of them, -1 behind the end
@@ -36,39 +36,41 @@ def accept(drafted: Draft, chosen: Tensor) -> Verdict:
     Args:
         chosen: [B, T] the model's own next token at each node; `NOT_CHOSEN` where nobody asked.
     """
-    shape = drafted.tree.on(chosen.device)
-    agrees = drafted.tokens == chosen[:, shape.parents]
+    size = chosen.shape[1]
+    agrees = drafted.tokens == chosen.gather(1, drafted.parents)
     agrees[:, 0] = True
-    broken = (~agrees).to(torch.float32) @ shape.ancestors.to(torch.float32).T
-    size = drafted.tree.size
-    score = shape.depths * size + torch.arange(size - 1, -1, -1, device=chosen.device)
-    last = torch.where(broken == 0, score, -1).argmax(1)
-    nodes = shape.paths[last]
+    wrong = (~agrees).to(torch.float32)[:, :, None]
+    alive = (drafted.ancestors.to(torch.float32) @ wrong)[:, :, 0] == 0
+    node = torch.arange(size, device=chosen.device)
+    # Parents come first, so the first of the deepest has the highest score.
+    last = torch.where(alive, drafted.depths * size + (size - 1 - node), -1).argmax(1)
+    index = last[:, None, None].expand(-1, 1, size)
+    on_path = drafted.ancestors.gather(1, index)[:, 0]
+    width = int(drafted.depths.max()) + 1
+    nodes = torch.where(on_path, node, size).sort(dim=1).values[:, :width]
+    nodes = torch.where(nodes < size, nodes, -1)
     tokens = chosen.gather(1, nodes.clamp(min=0)).where(nodes >= 0, -1)
-    return Verdict(nodes=nodes, tokens=tokens, on_path=shape.ancestors[last])
+    return Verdict(nodes=nodes, tokens=tokens, on_path=on_path)
 
 
 def walk(
     drafted: Draft,
     members: Tensor,
-    choose_at: Callable[[Tensor, Tensor, int], Tensor],
+    choose_at: Callable[[Tensor, Tensor], Tensor],
     chosen: Tensor,
 ) -> None:
     """Choose tokens only where the walk comes by, for rows that sample or process their logits.
 
     Args:
         members: [m] the sequences to walk.
-        choose_at: (members [a], nodes [a], depth) -> [a] tokens.
+        choose_at: (members [a], nodes [a]) -> [a] tokens.
         chosen: [B, T], filled at the visited nodes.
     """
-    children = drafted.tree.on(chosen.device).children
-    node, depth = torch.zeros_like(members), 0
+    node = torch.zeros_like(members)
     while members.numel():
-        token = choose_at(members, node, depth)
+        token = choose_at(members, node)
         chosen[members, node] = token
-        below = children[node]
-        drafts = drafted.tokens[members[:, None], below.clamp(min=0)]
-        match = (below >= 0) & (drafts == token[:, None])
-        found, at = match.max(dim=1)
-        node = below.gather(1, at[:, None])[:, 0][found]
-        members, depth = members[found], depth + 1
+        is_child = drafted.parents[members] == node[:, None]
+        is_child[:, 0] = False
+        found, at = (is_child & (drafted.tokens[members] == token[:, None])).max(dim=1)
+        node, members = at[found], members[found]

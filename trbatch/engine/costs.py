@@ -1,0 +1,77 @@
+"""What a step costs on this machine, by sequences and tokens: timed, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+TIMED_SIZES = (1, 2, 4, 8, 16, 32, 81)  # tokens a sequence; those between are interpolated
+
+
+class CostTable:
+    """Seconds of a step by (batch, T), piecewise linear between what was timed.
+
+    Args:
+        timed: (batch, T) -> seconds at `context` committed tokens a sequence.
+        per_context: seconds that one more committed token of one sequence adds.
+    """
+
+    def __init__(
+        self, timed: Mapping[tuple[int, int], float], *, context: int, per_context: float
+    ) -> None:
+        assert timed, "time something first"
+        self.timed, self.context, self.per_context = dict(timed), context, per_context
+        self._batches = sorted({batch for batch, _ in timed})
+
+    def seconds(self, batch: int, size: float, context: float) -> float:
+        """Expected seconds of a step of `size` tokens a sequence on average."""
+        points = [(b, self._at(b, size)) for b in self._batches]
+        extra = self.per_context * batch * (context - self.context)
+        return max(1e-6, _interpolate(points, batch) + extra)
+
+    def _at(self, batch: int, size: float) -> float:
+        points = sorted((t, s) for (b, t), s in self.timed.items() if b == batch)
+        return _interpolate(points, size)
+
+
+def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
+    """Linear through the neighbours of x; beyond the ends along the last piece, never falling."""
+    if len(points) == 1:
+        return points[0][1]
+    at = next((i for i, (px, _) in enumerate(points) if px >= x), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(0, at - 1)], points[max(1, at)]
+    slope = (y1 - y0) / (x1 - x0)
+    if x > points[-1][0]:
+        return y1 + max(0.0, slope) * (x - x1)
+    return y0 + slope * (x - x0)
+
+
+def time_steps(
+    run: Callable[[int, int, int], float],
+    *,
+    batches: Sequence[int],
+    sizes: Sequence[int],
+    most_tokens: int,
+    context: int,
+) -> CostTable:
+    """Time steps over a grid.
+
+    Args:
+        run: (batch, T, context) -> seconds of one such step; called a few times each.
+        sizes: T, ascending.
+        most_tokens: steps of more tokens than this are extrapolated, not timed.
+        context: committed tokens a sequence; a quarter of it gives the slope.
+    """
+    timed = {}
+    for batch in batches:
+        for size in sizes:
+            if size in sizes[:2] or batch * size <= most_tokens:
+                timed[batch, size] = steady(run, batch, size, context)
+    short = steady(run, batches[-1], 1, context // 4)
+    gained = (timed[batches[-1], 1] - short) / (batches[-1] * (context - context // 4))
+    return CostTable(timed, context=context, per_context=max(0.0, gained))
+
+
+def steady(run: Callable[[int, int, int], float], batch: int, size: int, context: int) -> float:
+    """The least of three runs after a first one: what the machine can do, not what disturbed it."""
+    run(batch, size, context)
+    return min(run(batch, size, context) for _ in range(3))
