@@ -30,3 +30,30 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def redis_url(home: Path) -> str:
     """The URL of a running embedded server that belongs to this test alone."""
     return server.ensure()
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """The folder of the small real model; fetched and converted by the first test that needs it."""
+    from trbatch import models  # its own imports are light; torch comes with the first conversion
+
+    return models.small_model()
+
+
+@pytest.fixture
+def own_costs(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder that has the models and no step costs: they are timed when they are used."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "models").symlink_to(small_model.parent)
+    monkeypatch.setenv("TRBATCH_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spec_bench() -> Path:
+    """The prompts of Spec-Bench, which do not come with the repository."""
+    file = Path(__file__).parent.parent.parent / "shared" / "data" / "spec_bench.jsonl"
+    if not file.is_file():
+        pytest.skip("shared/data/spec_bench.jsonl is absent beside the repository")
+    return file

@@ -35,7 +35,7 @@ def test_own_rows_come_before_shared_and_longer_contexts_before_shorter() -> Non
     m = matrix()
     write(m, contexts([[5, 4, 3]], slots=[0]), [[7, 8]])
     write(m, contexts([[5, 9, 9]], slots=[1]), [[1, 2]])
-    find = lambda tokens, slot: m.find(contexts([tokens], slots=[slot])).tolist()[0]  # noqa: E731
+    find = lambda tokens, slot: m.find(contexts([tokens], slots=[slot]))[0].tolist()[0]  # noqa: E731
     assert find([5, 4, 3], 0) == [7, 8]  # three tokens
     assert find([5, 4, 0], 0) == [7, 8]  # two
     assert find([5, 0, 0], 0) == [7, 8]  # one
@@ -47,15 +47,15 @@ def test_own_rows_come_before_shared_and_longer_contexts_before_shorter() -> Non
 def test_tasks_do_not_see_each_other() -> None:
     m = matrix()
     write(m, contexts([[5, 4, 3]], tasks=[1]), [[7, 8]])
-    assert m.find(contexts([[5, 4, 3]], slots=[2], tasks=[0])).tolist() == [[-1, -1]]
-    assert m.find(contexts([[5, 4, 3]], slots=[2], tasks=[1])).tolist() == [[7, 8]]
+    assert m.find(contexts([[5, 4, 3]], slots=[2], tasks=[0]))[0].tolist() == [[-1, -1]]
+    assert m.find(contexts([[5, 4, 3]], slots=[2], tasks=[1]))[0].tolist() == [[7, 8]]
 
 
 def test_clearing_a_slot_leaves_only_the_shared_row() -> None:
     m = matrix()
     write(m, contexts([[5, 4, 3], [5, 9, 9]], slots=[0, 1]), [[7, 8], [1, 2]])
     m.clear_slot(0)
-    assert m.find(contexts([[5, 4, 3]], slots=[0])).tolist() == [[1, 2]]
+    assert m.find(contexts([[5, 4, 3]], slots=[0]))[0].tolist() == [[1, 2]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +71,7 @@ def test_a_collision_never_yields_another_keys_row(seen) -> None:
         for order in (1, 2, 3):
             last[tokens[:order]] = number
     for tokens in seen:
-        found = m.find(contexts([tokens])).tolist()[0][0]
+        found = m.find(contexts([tokens]))[0].tolist()[0][0]
         assert found in {-1, *(last[tokens[:order]] for order in (1, 2, 3))}
 
 
@@ -89,13 +89,26 @@ def test_the_highest_priority_wins_whatever_the_order_of_the_entries(data) -> No
         rows = torch.tensor([[i % 50, 0] for i in places])
         priority = torch.tensor(places)
         m.write(at, rows, priority, priority)
-        return m.find(contexts([[token, 1, 1] for token in range(4)])).tolist()
+        return m.find(contexts([[token, 1, 1] for token in range(4)]))[0].tolist()
 
     assert result(range(len(entries))) == result(order)
     for token in range(4):
         wanted = [i for i, entry in enumerate(entries) if entry[0] == token]
         if wanted:
             assert result(order)[token] == [wanted[-1] % 50, 0]
+
+
+def shaped(tree: Tree, tokens: torch.Tensor, contexts: torch.Tensor) -> drafting.Draft:
+    """A draft of this shape and these tokens [B, T]."""
+    shape, batch = tree.on(CPU), tokens.shape[0]
+    return drafting.Draft(
+        tokens=tokens,
+        parents=shape.parents.expand(batch, -1),
+        depths=shape.depths.expand(batch, -1),
+        ancestors=shape.ancestors.expand(batch, -1, -1),
+        contexts=contexts,
+        sizes=[tree.size] * batch,
+    )
 
 
 def test_accepted_path_wins_over_rejected_branches_and_slots_do_not_matter() -> None:
@@ -105,7 +118,7 @@ def test_accepted_path_wins_over_rejected_branches_and_slots_do_not_matter() -> 
         m = matrix()
         tokens = torch.tensor([[5, 6, 6, 7], [5, 6, 8, 9]])  # node 1 and 2 hold the same token
         ctx = torch.stack([tokens, tokens, tokens], dim=2)
-        drafted = drafting.Draft(tree=tree, tokens=tokens, contexts=ctx)
+        drafted = shaped(tree, tokens, ctx)
         candidates = torch.arange(16).view(2, 4, 2)
         path = torch.tensor([[True, True, False, False], [True, False, False, False]])
         drafting.learn(
@@ -125,7 +138,7 @@ def test_a_node_behind_a_missing_candidate_is_never_recycled() -> None:
     m = matrix()
     tokens = torch.tensor([[5, -1, 7]])
     ctx = torch.stack([tokens] * 3, dim=2)
-    drafted = drafting.Draft(tree=tree, tokens=tokens, contexts=ctx)
+    drafted = shaped(tree, tokens, ctx)
     zero = torch.tensor([0])
     drafting.learn(
         m, drafted, torch.ones(1, 3, 2, dtype=torch.long), torch.tensor([[True, False, False]]),

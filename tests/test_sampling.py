@@ -67,7 +67,7 @@ def test_joint_distribution_of_drafted_tokens_is_the_models_own(top_p: float) ->
     model = from_network(network, tiny.NumberTokenizer(), name="flat")
     # All pairs of candidates, so that nearly every token is an accepted draft.
     pairs = tuple((a,) for a in range(8)) + tuple((a, b) for a in range(8) for b in range(8))
-    engine = tiny.engine(model, max_num_seqs=32, tree_size=73, tree=Tree(pairs))
+    engine = tiny.engine(model, max_num_seqs=32, tree_size=73, shape=Tree(pairs))
     done = tiny.decode(
         engine,
         [

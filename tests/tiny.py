@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,9 @@ def loaded(kind: str = "llama", **changes: Any) -> LoadedModel:
 
 def engine(model: LoadedModel, **settings: Any) -> Engine:
     """An engine of small sizes."""
-    more = {name: settings.pop(name) for name in ("orders", "tree") if name in settings}
+    more = {name: settings.pop(name) for name in ("orders", "shape") if name in settings}
+    if "shape" in more:
+        more["tree"] = more.pop("shape")
     values = {"max_num_seqs": 4, "max_model_len": 256, "page_size": 8, "tree_size": 24}
     return Engine(model, EngineConfig(**{**values, **settings}), **more)
 
@@ -94,6 +96,12 @@ def request(key: int, ids: Sequence[int], **changes: Any) -> Request:
     return Request(key=key, order=key, prompt_token_ids=list(ids), sampling=params, **fields)
 
 
+def chat_request(key: int, messages: Sequence[Mapping[str, Any]], **changes: Any) -> Request:
+    """A request of messages; the other fields are its sampling's."""
+    params = SamplingParams(**{"max_tokens": 24, **changes})
+    return Request(key=key, order=key, messages=list(messages), sampling=params)
+
+
 _REQUEST_FIELDS = {"seed", "sample_index", "logits_processors", "task"}
 
 
@@ -102,11 +110,13 @@ def decode(engine: Engine, requests: Sequence[Request]) -> dict[Any, Completion]
     for one in requests:
         engine.add(one)
     done: dict[Any, Completion] = {}
-    while engine.unfinished:
+    for _ in range(20_000):
+        if not engine.unfinished:
+            return done
         for completion in engine.step():
             assert completion.key not in done
             done[completion.key] = completion
-    return done
+    raise AssertionError(f"{engine.unfinished} requests never end")
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 40) -> list[list[int]]:

@@ -1,0 +1,174 @@
+"""The benchmarks: their arithmetic, what they read, and the figures that we stand by."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from trbatch.engine import bench
+from trbatch.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["Count to ten, then count to ten again.", "List the days of the week, twice."]
+
+
+def trbatch_bench(*arguments: str) -> dict[str, Any]:
+    """The JSON on the last line of stdout of `trbatch bench …`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "trbatch", "bench", *arguments, "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def by_batch(result: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    return {entry["batch"]: entry for entry in result["by_batch"]}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"turns": [PROMPTS[0], "and then?"]}, {"prompt": PROMPTS[1]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    "ratios", [[1.1, 1.3], [1.1, 1.2, 1.3], [0.5, 2.0, 1.0, 1.0, 4.0], [1.3] * 6 + [1.25]]
+)
+def test_ratios_are_summed_up_by_their_median_and_students_bound(ratios: list[float]) -> None:
+    figures = bench.ratio_figures(ratios)
+    logs = [math.log(ratio) for ratio in ratios]
+    bound = stats.t.interval(0.95, len(logs) - 1, loc=sum(logs) / len(logs), scale=stats.sem(logs))
+    assert figures["median"] == pytest.approx(statistics.median(ratios), abs=1e-4)
+    assert figures["lower_95"] == pytest.approx(math.exp(bound[0]), rel=1e-3)
+
+
+def test_known_ratios_have_known_figures() -> None:
+    assert bench.ratio_figures([2.0, 2.0, 2.0]) == {"median": 2.0, "lower_95": 2.0}
+    assert bench.ratio_figures([1.0, 2.0, 4.0])["median"] == 2.0
+    assert bench.ratio_figures([1.0, 3.0])["median"] == 2.0
+    assert math.isnan(bench.ratio_figures([1.5])["lower_95"]), "one run knows no spread"
+
+
+@pytest.mark.parametrize("count", [8, 11, 12, 15, 30])
+def test_the_bound_is_within_one_percent_of_students_for_any_number_of_runs(count: int) -> None:
+    ratios = [1.2 * math.exp(0.05 * math.sin(7 * i)) for i in range(count)]
+    logs = [math.log(ratio) for ratio in ratios]
+    bound = stats.t.interval(0.95, count - 1, loc=sum(logs) / count, scale=stats.sem(logs))
+    assert bench.ratio_figures(ratios)["lower_95"] == pytest.approx(math.exp(bound[0]), rel=0.01)
+
+
+def test_prompts_are_first_turns_prompts_or_last_messages(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "世界"}]
+    rows = [{"turns": ["a", "b"], "prompt": "x"}, {"prompt": "c"}, {"messages": messages}]
+    file.write_text("\n\n".join(json.dumps(row) for row in rows) + "\nnot read any more\n")
+    assert bench.read_prompts(file, 3) == ["a", "c", "世界"]
+    assert bench.read_prompts(file, 1) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON", "5", '"turns"', "[]", "{}", '{"turns": []}', '{"turns": null}',
+        '{"messages": []}', '{"messages": [{"role": "user"}]}', '{"prompt": null}', '{"prompt": 5}',
+    ],
+)  # fmt: skip
+def test_a_row_without_a_prompt_is_named_by_file_and_line(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(f'{{"prompt": "fine"}}\n\n{line}\n')
+    with pytest.raises(InputError) as caught:
+        bench.read_prompts(file, 5)
+    assert f"{file}, line 3" in str(caught.value)
+    assert "'turns'" in str(caught.value.hint)
+
+
+def test_a_file_without_prompts_or_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for name, content in {"empty": b"\n\n", "binary": b"\xff\xfe\x00"}.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("empty", "binary", "missing"):
+        with pytest.raises(InputError) as caught:
+            bench.read_prompts(tmp_path / name, 5)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_acceptance_counts_tokens_for_each_forward(prompts: Path, own_costs: Path) -> None:
+    said: list[str] = []
+    result = bench.acceptance(
+        prompts=prompts, batch=2, limit=8, max_tokens=6, tree_sizes=[4, 1], device="cpu",
+        progress=said.append,
+    )  # fmt: skip
+    assert [entry["tree_size"] for entry in result["by_tree_size"]] == [4, 1]
+    assert len(said) == 2
+    for entry in result["by_tree_size"]:
+        forwards, tokens = entry["decode_forwards"], entry["tokens"]
+        assert entry["mean_acceptance_length"] == pytest.approx((tokens - 2) / forwards, abs=1e-4)
+        assert sum(entry["acceptance_histogram"]) == forwards
+        assert 2 <= tokens <= 12
+    assert result["mean_acceptance_length"] == result["by_tree_size"][0]["mean_acceptance_length"]
+    assert (result["prompt_count"], result["batch"], result["dtype"]) == (2, 2, "float32")
+    assert {"python", "torch", "transformers"} <= set(result["versions"])
+    json.dumps(result)
+
+
+def test_acceptance_of_one_token_has_no_forward_and_says_so(prompts: Path, own_costs: Path) -> None:
+    result = bench.acceptance(
+        prompts=prompts, batch=2, limit=1, max_tokens=1, tree_sizes=[1], device="cpu"
+    )
+    assert (result["tokens"], result["decode_forwards"]) == (1, 0)
+    assert result["mean_acceptance_length"] is None
+
+
+@pytest.mark.long
+def test_speed_compares_three_ways_on_the_same_prompts(prompts: Path, own_costs: Path) -> None:
+    result = trbatch_bench(
+        "speed", "--prompts", str(prompts), "--batch", "1", "--max-tokens", "4", "--runs", "2",
+        "--device", "cpu",
+    )  # fmt: skip
+    figures = by_batch(result)[1]
+    assert set(figures["tokens_per_s"]) == {"generate", "plain", "recycling"}
+    assert all(rate > 0 for rate in figures["tokens_per_s"].values())
+    names = ("recycling_over_plain", "plain_over_generate", "recycling_over_generate")
+    for name in names:
+        assert 0 < figures[name]["lower_95"] <= figures[name]["median"]
+    assert figures["mean_acceptance_length"] >= 1.0
+    assert (result["runs"], result["max_tokens"]) == (2, 4)
+
+
+@pytest.mark.long
+def test_a_tree_of_80_nodes_accepts_2_2_tokens_a_forward_on_spec_bench(spec_bench: Path) -> None:
+    result = trbatch_bench(
+        "acceptance", "--prompts", str(spec_bench), "--batch", "8", "--limit", "32",
+        "--max-tokens", "128", "--tree-size", "80",
+    )  # fmt: skip
+    assert (result["prompt_count"], result["tree_size"]) == (32, 80)
+    assert result["mean_acceptance_length"] >= 2.2
+
+
+@pytest.mark.long
+def test_recycling_is_quicker_than_plain_decoding_and_that_than_generate(
+    spec_bench: Path, own_costs: Path
+) -> None:
+    result = trbatch_bench(
+        "speed", "--prompts", str(spec_bench), "--batch", "1,8", "--max-tokens", "96",
+        "--device", "cpu",
+    )  # fmt: skip
+    one, eight = by_batch(result)[1], by_batch(result)[8]
+    assert result["runs"] == 7
+    # docs/performance.md has the figures of a quiet machine. These bounds leave room for a busy
+    # one: two cores that something else shares have given a quarter of their speed.
+    assert one["recycling_over_plain"]["median"] >= 1.05, one
+    assert eight["recycling_over_plain"]["median"] >= 0.9, eight
+    for figures in (one, eight):
+        assert figures["plain_over_generate"]["median"] >= 0.9, figures

@@ -1,0 +1,106 @@
+"""Token for token what `transformers` generates: the real model, real prompts, a drafted batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from trbatch.config import DEFAULT_MODEL, EngineConfig
+from trbatch.engine.engine import Engine
+from trbatch.models import load_model
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where a text leaves the one of `generate`, and how close the two tokens were there."""
+
+    prompt: int
+    position: int
+    expected: int | None  # None: that text has ended
+    found: int | None
+    logit_gap: float  # of the model alone, between its likeliest token and the next
+
+
+def first_turns(file: Path, count: int) -> list[str]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line)["turns"][0] for _, line in zip(range(count), lines, strict=False)]
+
+
+def generated(network: Any, ids: Sequence[int], max_tokens: int) -> list[int]:
+    """What transformers alone says, its own end of text included."""
+    tokens = torch.tensor([list(ids)])
+    with torch.inference_mode():
+        out = network.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+            max_new_tokens=max_tokens,
+        )  # fmt: skip
+    result: list[int] = out[0, len(ids) :].tolist()
+    return result
+
+
+def divergence(
+    network: Any, prompt: int, ids: Sequence[int], expected: list[int], found: list[int]
+) -> Divergence | None:
+    if expected == found:
+        return None
+    pairs = enumerate(zip(expected, found, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
+    with torch.inference_mode():
+        logits = network(torch.tensor([[*ids, *expected[:at]]])).logits[0, -1]
+    first, second = logits.topk(2).values.tolist()
+
+    def token(tokens: list[int]) -> int | None:
+        return tokens[at] if at < len(tokens) else None
+
+    return Divergence(prompt, at, token(expected), token(found), first - second)
+
+
+@pytest.mark.parametrize(
+    ("count", "max_tokens", "settings"),
+    [
+        pytest.param(3, 24, {"tree_size": 12}, id="a few"),
+        pytest.param(64, 128, {}, id="64 prompts", marks=pytest.mark.long),
+    ],
+)
+def test_spec_bench_in_a_drafted_batch_equals_generate(
+    spec_bench: Path, small_model: Path, count: int, max_tokens: int, settings: dict[str, Any]
+) -> None:
+    loaded = load_model(DEFAULT_MODEL, device="cpu", dtype="float32")
+    network = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
+    messages = [[{"role": "user", "content": text}] for text in first_turns(spec_bench, count)]
+    prompts = [
+        loaded.tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)
+        for one in messages
+    ]
+    engine = Engine(loaded, EngineConfig(device="cpu", max_num_seqs=BATCH, **settings))
+    done = tiny.decode(
+        engine,
+        [
+            tiny.chat_request(i, one, max_tokens=max_tokens, ignore_eos=False)
+            for i, one in enumerate(messages)
+        ],
+    )
+    assert len(done) == len(prompts) == count
+    assert [done[i].prompt_tokens for i in range(count)] == [len(ids) for ids in prompts]
+    differing = [
+        found
+        for i, ids in enumerate(prompts)
+        if (
+            found := divergence(
+                network, i, ids, generated(network, ids, max_tokens), done[i].token_ids
+            )
+        )
+    ]
+    assert not differing, "\n".join(map(str, differing))
+    accepted = sum(c.num_accepted_draft_tokens for c in done.values())
+    assert accepted > 0, "nothing was drafted, so nothing was shown"

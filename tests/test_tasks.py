@@ -1,0 +1,255 @@
+"""The matrices of tasks: kept between runs, never mixed up, evicted when idle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from trbatch.engine.engine import MAX_TASKS
+from trbatch.engine.matrix import Contexts, Matrix
+from trbatch.engine.model import LoadedModel, from_network
+from trbatch.engine.tasks import Tasks, matrix_file
+from trbatch.errors import ModelError
+
+VOCAB = 50
+CPU = torch.device("cpu")
+
+
+class Room:
+    """Tasks over a small matrix, and what is written to it."""
+
+    def __init__(self, places: int = 2, *, vocab: int = VOCAB, model: str = "model") -> None:
+        self.matrix = Matrix(slots=1, vocab_size=vocab, tasks=places, device=CPU, orders=0)
+        self.tasks = Tasks(self.matrix, model=model)
+
+    def write(self, index: int, token: int, first: int) -> None:
+        """Make `first` and those behind it the candidates after `token`."""
+        at = Contexts(
+            slots=torch.tensor([0]), tasks=torch.tensor([index]),
+            tokens=torch.tensor([[token, -1, -1]]),
+        )  # fmt: skip
+        order = torch.tensor([0])
+        row = torch.arange(first, first + self.matrix.candidates)[None]
+        self.matrix.write(at, row, order, order)
+        self.tasks.touch(index)
+
+    def rows(self, index: int) -> torch.Tensor:
+        return self.matrix.shared[index]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return tiny.loaded("llama")
+
+
+def test_a_saved_matrix_comes_back_row_for_row(tmp_path: Path) -> None:
+    first, second = Room(), Room(places=3)
+    task = first.tasks.open("news", tmp_path, cold=False, busy=set())
+    assert task.age_s is None
+    first.write(task.index, 7, 20)
+    first.write(task.index, VOCAB - 1, 30)
+    first.tasks.save()
+    second.tasks.open("other", tmp_path, cold=False, busy=set())
+    again = second.tasks.open("news", tmp_path, cold=False, busy=set())
+    assert again.index != task.index
+    assert torch.equal(second.rows(again.index), first.rows(task.index))
+    assert again.age_s is not None and 0 <= again.age_s < 60
+
+
+def test_the_file_opens_with_any_safetensors_reader_and_is_written_whole(tmp_path: Path) -> None:
+    room = Room()
+    task = room.tasks.open("a task/with: odd letters", tmp_path, cold=False, busy=set())
+    room.write(task.index, 7, 20)
+    room.tasks.save()
+    file = matrix_file(tmp_path, "model", "a task/with: odd letters")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file], "scratch is left"
+    kept = load_file(file)
+    assert list(kept) == ["rows"]
+    assert kept["rows"].dtype == torch.int32
+    assert kept["rows"].shape == (VOCAB, room.matrix.candidates)
+    assert kept["rows"][7].tolist() == list(range(20, 20 + room.matrix.candidates))
+    assert kept["rows"][8].tolist() == [-1] * room.matrix.candidates
+
+
+def test_opening_twice_is_harmless(tmp_path: Path) -> None:
+    room = Room()
+    task = room.tasks.open("news", tmp_path, cold=False, busy=set())
+    room.write(task.index, 7, 20)
+    room.tasks.save()
+    room.write(task.index, 7, 30)
+    for cold in (False, True):
+        assert room.tasks.open("news", tmp_path, cold=cold, busy=set()) is task
+    assert room.rows(task.index)[7, 0] == 30, "what was learned since is gone"
+
+
+def test_only_a_changed_matrix_is_written(tmp_path: Path) -> None:
+    room = Room()
+    task = room.tasks.open("news", tmp_path, cold=False, busy=set())
+    file = matrix_file(tmp_path, "model", "news")
+    room.tasks.save()
+    assert not file.exists()
+    room.write(task.index, 7, 20)
+    room.tasks.save()
+    os.utime(file, (1000, 1000))
+    room.tasks.save()
+    assert file.stat().st_mtime == 1000
+    room.write(task.index, 7, 21)
+    room.tasks.save()
+    assert file.stat().st_mtime > 1000
+
+
+def test_a_task_without_a_folder_stays_in_memory(tmp_path: Path) -> None:
+    room = Room()
+    task = room.tasks.open("news", None, cold=False, busy=set())
+    room.write(task.index, 7, 20)
+    room.tasks.save()
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_cold_begins_empty_and_replaces_the_file_when_saved(tmp_path: Path) -> None:
+    old, new = Room(), Room()
+    old.write(old.tasks.open("news", tmp_path, cold=False, busy=set()).index, 7, 20)
+    old.tasks.save()
+    task = new.tasks.open("news", tmp_path, cold=True, busy=set())
+    assert task.age_s is None
+    assert (new.rows(task.index) == -1).all()
+    new.write(task.index, 8, 30)
+    new.tasks.save()
+    rows = load_file(matrix_file(tmp_path, "model", "news"))["rows"]
+    assert rows[7, 0] == -1 and rows[8, 0] == 30
+
+
+def test_models_and_tasks_never_share_a_file(tmp_path: Path) -> None:
+    names = ["a b", "a-b", "a/b", "A b", "", "a" * 200, "a" * 200 + "b", "../a b", "新闻", "新聞"]
+    files = {matrix_file(tmp_path, model, name) for model in ("one", "two") for name in names}
+    assert len(files) == 2 * len(names)
+    for file in files:
+        assert file.resolve().is_relative_to(tmp_path.resolve())
+        assert len(file.name.encode()) < 128
+
+
+def test_a_matrix_of_another_vocabulary_is_refused_by_its_file(tmp_path: Path) -> None:
+    small, large = Room(vocab=40), Room(vocab=VOCAB)
+    small.write(small.tasks.open("news", tmp_path, cold=False, busy=set()).index, 7, 20)
+    small.tasks.save()
+    file = matrix_file(tmp_path, "model", "news")
+    for _ in range(2):  # no failed attempt makes the next one succeed
+        with pytest.raises(ModelError) as caught:
+            large.tasks.open("news", tmp_path, cold=False, busy=set())
+        assert str(file) in str(caught.value)
+        assert "another model" in str(caught.value)
+        assert "--cold" in str(caught.value.hint)
+    assert large.tasks.open("news", tmp_path, cold=True, busy=set()).age_s is None
+
+
+@pytest.mark.parametrize("damage", ["empty", "noise", "truncated", "other names"])
+def test_a_damaged_file_is_a_clear_error_as_often_as_it_is_opened(
+    tmp_path: Path, damage: str
+) -> None:
+    old = Room()
+    old.write(old.tasks.open("news", tmp_path, cold=False, busy=set()).index, 7, 20)
+    old.tasks.save()
+    file = matrix_file(tmp_path, "model", "news")
+    whole = file.read_bytes()
+    if damage == "other names":
+        save_file({"lines": torch.zeros(VOCAB, 8, dtype=torch.int32)}, file)
+    else:
+        texts = {"empty": b"", "noise": b"\x00\xff" * 99, "truncated": whole[: len(whole) // 2]}
+        file.write_bytes(texts[damage])
+    spoiled = file.read_bytes()
+    new = Room()
+    for _ in range(2):
+        with pytest.raises(ModelError) as caught:
+            new.tasks.open("news", tmp_path, cold=False, busy=set())
+        assert str(file) in str(caught.value)
+        assert "--cold" in str(caught.value.hint)
+    new.tasks.save()
+    assert file.read_bytes() == spoiled, "it was overwritten without being asked"
+    assert new.tasks.open("news", tmp_path, cold=True, busy=set()).age_s is None
+
+
+def test_the_idle_task_unused_for_longest_makes_room_and_is_saved(tmp_path: Path) -> None:
+    room = Room(places=2)
+    first = room.tasks.open("first", tmp_path, cold=False, busy=set())
+    second = room.tasks.open("second", tmp_path, cold=False, busy=set())
+    room.write(first.index, 7, 20)
+    room.write(second.index, 7, 30)
+    room.tasks.open("first", tmp_path, cold=False, busy=set())  # used again
+    third = room.tasks.open("third", tmp_path, cold=False, busy=set())
+    assert third.index == second.index
+    assert (room.rows(third.index) == -1).all(), "it sees what another task learned"
+    assert room.rows(first.index)[7, 0] == 20
+    back = room.tasks.open("second", tmp_path, cold=False, busy={third.index})
+    assert back.index == first.index
+    assert room.rows(back.index)[7, 0] == 30
+
+
+def test_a_task_that_runs_is_never_evicted(tmp_path: Path) -> None:
+    room = Room(places=2)
+    first = room.tasks.open("first", tmp_path, cold=False, busy=set())
+    second = room.tasks.open("second", tmp_path, cold=False, busy=set())
+    third = room.tasks.open("third", tmp_path, cold=False, busy={first.index})
+    assert third.index == second.index
+    with pytest.raises(ModelError, match="tasks"):
+        room.tasks.open("fourth", tmp_path, cold=False, busy={0, 1})
+
+
+@pytest.fixture(scope="module")
+def varied_model() -> LoadedModel:
+    """Its next token hangs mostly on the last one, and it seldom repeats itself by then."""
+    network = tiny.network("llama", vocab_size=997)
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+    return from_network(network, tiny.NumberTokenizer(), name="varied")
+
+
+def forwards(model: LoadedModel, folder: Path, *, cold: bool = False) -> tuple[int, int]:
+    """Decode forwards and tokens of some prompts, and their matrix is saved."""
+    engine = tiny.engine(model, max_num_seqs=2)
+    engine.open_task("news", folder, cold=cold)
+    prompts = tiny.prompts(8, seed=21, longest=12)
+    done = tiny.decode(
+        engine, [tiny.request(i, ids, task="news", max_tokens=24) for i, ids in enumerate(prompts)]
+    ).values()
+    engine.save_tasks()
+    return sum(c.num_spec_steps for c in done), sum(c.completion_tokens for c in done)
+
+
+def test_a_warm_matrix_is_right_more_often_on_prompts_it_has_seen(
+    varied_model, tmp_path: Path
+) -> None:
+    first, tokens = forwards(varied_model, tmp_path)
+    file = matrix_file(tmp_path, varied_model.fingerprint, "news")
+    assert (load_file(file)["rows"] >= 0).any()
+    warm, warm_tokens = forwards(varied_model, tmp_path)
+    cold, cold_tokens = forwards(varied_model, tmp_path, cold=True)
+    assert tokens == warm_tokens == cold_tokens == 8 * 24
+    assert warm < 0.7 * first, f"{warm} forwards from the warm matrix, {first} from none"
+    assert cold == first, "cold took something from the file"
+
+
+def test_rows_of_more_tasks_than_there_are_matrices_are_all_decoded(model) -> None:
+    count = MAX_TASKS + 2
+    engine = tiny.engine(model, max_num_seqs=count)
+    requests = [tiny.request(i, [5, 6, 7], task=f"task {i}") for i in range(count)]
+    done = tiny.decode(engine, requests)
+    assert {c.finish_reason for c in done.values()} == {"length"}
+    assert len({tuple(c.token_ids) for c in done.values()}) == 1
+
+
+def test_a_task_whose_rows_still_wait_keeps_its_folder(model, tmp_path: Path) -> None:
+    """A worker opens a task with its folder when a chunk comes, long before its rows run."""
+    engine = tiny.engine(model)
+    engine.open_task("waits", tmp_path)
+    engine.add(tiny.request(0, [5, 6, 7], task="waits"))
+    for other in range(MAX_TASKS):
+        engine.open_task(f"other {other}", tmp_path)
+    tiny.decode(engine, [])
+    engine.save_tasks()
+    assert matrix_file(tmp_path, model.fingerprint, "waits").is_file()
