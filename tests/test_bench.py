@@ -166,9 +166,9 @@ def test_recycling_is_quicker_than_plain_decoding_and_that_than_generate(
     )  # fmt: skip
     one, eight = by_batch(result)[1], by_batch(result)[8]
     assert result["runs"] == 7
-    # docs/performance.md has the figures of a quiet machine. These bounds leave room for a busy
-    # one: two cores that something else shares have given a quarter of their speed.
-    assert one["recycling_over_plain"]["median"] >= 0.95, one
-    assert eight["recycling_over_plain"]["median"] >= 0.7, eight
+    assert one["recycling_over_plain"]["median"] >= 1.15, one
+    assert eight["recycling_over_plain"]["median"] >= 1.0, eight
+    assert eight["recycling_over_plain"]["lower_95"] >= 0.95, eight
     for figures in (one, eight):
-        assert figures["plain_over_generate"]["median"] >= 0.85, figures
+        # `generate` cannot take turns by the half second, so this ratio is as noisy as the machine.
+        assert figures["plain_over_generate"]["median"] >= 0.95, figures

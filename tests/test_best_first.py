@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trbatch.engine import best_first, drafting, verify
+from trbatch.engine import best_first, costs, drafting, verify
 from trbatch.engine.best_first import Calibration
 from trbatch.engine.budget import Budget
 from trbatch.engine.costs import CostTable
@@ -124,6 +124,31 @@ def test_a_prompts_own_continuation_is_the_first_candidate() -> None:
     assert row(6, 5, 4) == [7, 10, 11]
 
 
+def test_a_prompt_without_candidates_puts_its_continuation_before_what_was_known() -> None:
+    matrix = Matrix(slots=1, vocab_size=20, tasks=1, device=CPU, candidates=3, own_rows=64)
+    matrix.shared[0, 5] = torch.tensor([8, 6, 9], dtype=torch.int32)
+    drafting.learn_prompt(matrix, torch.tensor([4, 5, 6, 7]), 0, 4, 0, 0)
+    zero = torch.tensor([0])
+
+    def row(*context: int) -> tuple[list[int], int]:
+        found, origin = matrix.find(Contexts(zero, zero, torch.tensor([context])))
+        return found[0].tolist(), int(origin)
+
+    assert row(4, -1, -1) == ([5, -1, -1], 1)
+    assert row(5, 4, -1) == ([6, 8, 9], 2)
+    assert matrix.shared[0, 5].tolist() == [6, 8, 9]
+    assert row(6, 5, 4) == ([7, -1, -1], 3)
+    assert row(7, 6, 5) == ([-1, -1, -1], 0), "nothing is known to follow the last token"
+
+
+def test_no_sequence_gets_more_nodes_than_it_has_room_for() -> None:
+    found, _ = search(filled_matrix(3), width=100)
+    limited = best_first.limit(found, 5)
+    assert ((limited.chances > 0).sum(1) <= 5).all()
+    best = found.chances.sort(dim=1, descending=True).values[:, :5]
+    torch.testing.assert_close(limited.chances.sort(dim=1, descending=True).values[:, :5], best)
+
+
 def test_the_budget_buys_nodes_only_where_they_pay() -> None:
     flat = CostTable({(1, 1): 1.0, (1, 8): 1.01}, context=0, per_context=0.0)
     steep = CostTable({(1, 1): 1.0, (1, 8): 8.0}, context=0, per_context=0.0)
@@ -150,6 +175,35 @@ def test_measured_steps_correct_the_table() -> None:
     for _ in range(100):
         budget.count(1, 1, 0, 0.5)
     assert abs(budget.plain_seconds(1, 0) - 0.5) < 0.01
+
+
+def test_a_machine_that_slows_down_is_not_taken_for_dear_plain_steps() -> None:
+    """Steps that are not being made become as slow as those that are."""
+    table = CostTable({(1, 1): 1.0, (1, 8): 2.0}, context=0, per_context=0.0)
+    budget = Budget(table, most=8)
+    chances = [0.04] * 7  # 1.28 tokens in 2 seconds: worse than 1 in 1
+    for seconds in [1.0] * 50 + [1.8] * 100:
+        assert budget.choose(1, 0, chances) == 0
+        budget.count(1, 1, 0, seconds)
+
+
+def test_what_the_table_got_wrong_about_some_steps_is_learned_about_these() -> None:
+    table = CostTable({(1, 1): 1.0, (1, 8): 1.0}, context=0, per_context=0.0)
+    budget = Budget(table, most=8)
+    chances = [0.1] * 7
+    assert budget.choose(1, 0, chances) == 7
+    for _ in range(200):
+        budget.count(1, 1, 0, 1.0)
+        budget.count(8, 1, 0, 2.0)
+    assert budget.choose(1, 0, chances) < 4, "as large as what nothing is known against"
+    assert abs(budget.plain_seconds(1, 0) - 1.0) < 0.15
+
+
+def test_a_disturbed_timing_does_not_make_larger_steps_cheap() -> None:
+    timed = {(1, 1): 1.0, (1, 8): 3.0, (1, 16): 2.0, (8, 1): 4.0, (8, 8): 9.0}
+    assert costs.rising(timed) == {**timed, (1, 8): 2.0}
+    table = CostTable({(1, 1): 1.0, (1, 8): 2.0, (1, 16): 2.0}, context=0, per_context=0.0)
+    assert table.seconds(1, 24, 0) > 3.0
 
 
 def test_nodes_picked_by_chance_accept_more_than_the_published_tree() -> None:

@@ -26,6 +26,7 @@ from trbatch.models import load_model, load_unmodified
 
 Progress = Callable[[str], None]
 _LONGEST_PROMPT = 160  # tokens, of those that `speed` takes
+_TURN_S = 0.5
 
 
 def acceptance(
@@ -100,19 +101,22 @@ def speed(
     limit: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    cold: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Tokens a second of three ways to decode the same prompts, and their ratios run by run.
 
-    Each run takes other prompts of up to 160 tokens from all over the file (two at batch 1, the
-    batch else) and decodes them in each of the three ways, greedy, always `max_tokens` long, from
-    empty rows.
-    Seconds count from the first prompt's first prefill to the last token.
+    Each run takes other prompts of up to 160 tokens from all over the file (twice the
+    batch) and decodes them in each of the three ways, greedy, always `max_tokens` long.
+    As in a worker, what one run learned stays for the next. Seconds count from the first prompt's
+    first prefill to the last token. Our two ways take turns by the half second, so that a machine
+    that changes its pace changes it for both.
 
     Args:
         batches: sequences decoded together.
         runs: how often each of the three takes its turn.
         limit: how many of the file's first prompts may be used; 0: all.
+        cold: begin each run with empty rows.
     """
     loaded = load_model(model, device=device, dtype=dtype)
     unmodified = load_unmodified(model, loaded)
@@ -137,9 +141,9 @@ def speed(
             count = _prompts_a_run(batch)
             chosen = [texts[(run * count + i) % len(texts)] for i in range(count)]
             rates["generate"].append(_generate_rate(unmodified, loaded, chosen, batch, max_tokens))
-            for name, engine in engines.items():
-                finished, rate = _engine_rate(engine, chosen, max_tokens)
-                rates[name].append(rate)
+            requests = _requests(chosen, max_tokens, ignore_eos=True)
+            for name, (finished, seconds) in _take_turns(engines, requests, cold=cold).items():
+                rates[name].append(sum(c.completion_tokens for c in finished) / seconds)
                 done += finished if name == "recycling" else []
             progress(f"batch {batch}, run {run + 1} of {runs}: " + _latest(rates))
         results.append(_speed_figures(batch, rates, done, engines["recycling"]))
@@ -147,12 +151,13 @@ def speed(
         "bench": "speed",
         **_conditions(loaded, prompts, len(texts), max_tokens),
         "runs": runs,
+        "cold": cold,
         "by_batch": results,
     }
 
 
 def _prompts_a_run(batch: int) -> int:
-    return 2 if batch == 1 else batch
+    return 2 * batch
 
 
 def _length(loaded: LoadedModel, text: str) -> int:
@@ -168,11 +173,21 @@ def _engine(loaded: LoadedModel, batch: int, max_tokens: int, *, speculate: bool
     return Engine(loaded, EngineConfig(max_num_seqs=batch, speculate=speculate))
 
 
-def _engine_rate(
-    engine: Engine, texts: list[str], max_tokens: int
-) -> tuple[list[Completion], float]:
-    done, seconds = _decode(engine, _requests(texts, max_tokens, ignore_eos=True), cold=True)
-    return done, sum(c.completion_tokens for c in done) / seconds
+def _take_turns(
+    engines: dict[str, Engine], requests: list[Request], *, cold: bool
+) -> dict[str, tuple[list[Completion], float]]:
+    """Each engine's completions of the same requests, and its own seconds."""
+    done: dict[str, list[Completion]] = {name: [] for name in engines}
+    seconds = dict.fromkeys(engines, 0.0)
+    for engine in engines.values():
+        _begin(engine, requests, cold=cold)
+    while any(engine.unfinished for engine in engines.values()):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            while engine.unfinished and time.perf_counter() - start < _TURN_S:
+                done[name] += engine.step()
+            seconds[name] += time.perf_counter() - start
+    return {name: (_checked(done[name]), seconds[name]) for name in engines}
 
 
 def _generate_rate(
@@ -300,19 +315,26 @@ def _decode(
     engine: Engine, requests: list[Request], *, cold: bool = False
 ) -> tuple[list[Completion], float]:
     """All completions, in the order of the requests, and the seconds they took together."""
-    if cold:
-        engine.forget()
-    for request in requests:
-        engine.add(request)
+    _begin(engine, requests, cold=cold)
     done: list[Completion] = []
     start = time.perf_counter()
     while engine.unfinished:
         done += engine.step()
-    seconds = time.perf_counter() - start
+    return _checked(done), time.perf_counter() - start
+
+
+def _begin(engine: Engine, requests: list[Request], *, cold: bool) -> None:
+    if cold:
+        engine.forget()
+    for request in requests:
+        engine.add(request)
+
+
+def _checked(done: list[Completion]) -> list[Completion]:
     for completion in done:
         if completion.finish_reason == "error":
             raise InputError(f"prompt {completion.key}: {completion.error_message}")
-    return sorted(done, key=lambda completion: completion.key), seconds  # type: ignore[arg-type,return-value]
+    return sorted(done, key=lambda completion: completion.key)  # type: ignore[arg-type,return-value]
 
 
 def _conditions(loaded: LoadedModel, prompts: Path, count: int, max_tokens: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ sequences use them best.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class Calibration:
         self._prior = prior * _PRIOR_WEIGHT
         self._chances: Tensor | None = None
 
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self._counts.zero_()
+        self._chances = None
+
     def chances(self, device: torch.device) -> Tensor:
         """[kinds, k] chance of each rank, given that the row's own token came true."""
         if self._chances is None:
@@ -74,9 +79,9 @@ class Calibration:
         """
         hit = rows == truth[:, None]
         rank = torch.where(hit.any(1), hit.int().argmax(1), self._ranks)
-        kind = kinds(depths, origins)
+        kind_of = kinds(depths, origins)
         seen = torch.bincount(
-            kind * (self._ranks + 1) + rank, minlength=self._counts.numel()
+            kind_of * (self._ranks + 1) + rank, minlength=self._counts.numel()
         ).view_as(self._counts)
         fresh = seen.to(self._counts)
         self._counts *= 0.5 ** (fresh.sum(1, keepdim=True) / _MEMORY)
@@ -84,8 +89,13 @@ class Calibration:
         self._chances = None
 
 
-def kinds(depths: Tensor, origins: Tensor) -> Tensor:
+def kind(depth: int, origin: int) -> int:
     """Index into a calibration's rows."""
+    return min(depth, _DEPTHS - 1) * (ORDERS + 1) + origin
+
+
+def kinds(depths: Tensor, origins: Tensor) -> Tensor:
+    """`kind` of tensors."""
     return depths.clamp(max=_DEPTHS - 1) * (ORDERS + 1) + origins
 
 
@@ -126,6 +136,8 @@ def expand(
         The nodes found, None if there are none.
     """
     batch = last.shape[0]
+    # The chances of a level sum up to 1 at most: no more than this can be worth their place.
+    width = min(width, int(1 / least) + 1) if least > 0 else width
     chance = torch.ones(batch, 1, device=last.device)
     contexts = last[:, None]
     parts: list[tuple[Tensor, ...]] = []
@@ -133,8 +145,8 @@ def expand(
     for depth in range(MAX_DEPTH):
         rows, origins = find_rows(matrix, slots, tasks, contexts)
         count, k = rows.shape[1:]
-        kind = kinds(torch.full_like(origins, depth), origins)
-        each = calibration.chances(last.device)[kind] * (rows >= 0)
+        kind_of = kinds(torch.full_like(origins, depth), origins)
+        each = calibration.chances(last.device)[kind_of] * (rows >= 0)
         flat = (chance[:, :, None] * each).view(batch, -1)
         chance, at = flat.topk(min(width, count * k), dim=1)
         if float(chance[:, 0].max()) < least or _cannot_matter(parts, chance, enough):
@@ -157,6 +169,13 @@ def _cannot_matter(parts: list[tuple[Tensor, ...]], chance: Tensor, enough: int)
         return False
     known = torch.cat([part[-1] for part in parts], dim=1)
     return bool((known.topk(enough, dim=1).values[:, -1] >= chance[:, 0]).all())
+
+
+def limit(found: Candidates, most: int) -> Candidates:
+    """Without all but the `most` likeliest nodes of each sequence: their chances become 0."""
+    kept = found.chances.topk(min(most, found.chances.shape[1]), dim=1)
+    chances = torch.zeros_like(found.chances).scatter_(1, kept.indices, kept.values)
+    return replace(found, chances=chances)
 
 
 def take_likeliest(found: Candidates, count: int, *, each: bool) -> Tensor:

@@ -3,12 +3,14 @@
     n* = argmax over n of (B + sum of the n largest chances) / seconds(B sequences, B + n tokens)
 
 Chances are calibrated while decoding (`best_first`), seconds come from a table timed at the start
-and corrected by every real step. n = 0 is plain decoding, and when it stays the best for long,
+and corrected by every real step: by how fast the machine is just now, and by what the table got
+wrong about steps of this kind. n = 0 is plain decoding, and when it stays the best for long,
 drafting and learning are left out too and only tried again now and then.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -17,9 +19,10 @@ from trbatch.engine.costs import TIMED_SIZES, CostTable
 _PLAIN_EVERY = 256  # steps between plain ones that keep the baseline honest (0.4 %)
 _HOPELESS = 32  # steps without a node worth drafting, after which drafting rests
 _REST = 16  # plain steps between two tries then
-_STEP = 0.08  # weight of the newest step in a correction
-# A drafted token is worth more than itself: whatever it finds is recycled (docs/performance.md).
-_WORTH = 1.15
+_PACE_STEP = 0.1  # weight of the newest step in the machine's pace, logarithmic
+_SIZE_STEP = 0.03  # the same in the usual size of a tree
+_KIND_STEP = 0.015  # the same in what is particular to its kind of step
+_SURPRISE = math.log(1.5)  # a step that something else disturbed counts as this much at most
 
 
 class Budget:
@@ -32,8 +35,12 @@ class Budget:
 
     def __init__(self, costs: CostTable, *, most: int) -> None:
         self._costs, self._most = costs, most
-        self._correction: dict[int, float] = {}  # kind of step -> measured over expected seconds
+        # Logarithms of measured over expected seconds. A machine that slows down slows all steps,
+        # also those that are not being made: without the common part they would look cheap.
+        self._pace: float | None = None
+        self._particular: dict[tuple[int, int], float] = {}
         self._steps = self._misses = self._pause = 0
+        self.usual_size = float(most)  # tokens a step and sequence, of the last 30 steps or so
         self.chosen: dict[int, int] = {}  # tokens a sequence, rounded -> steps
 
     def wants_draft(self) -> bool:
@@ -50,7 +57,7 @@ class Budget:
         """The chance below which no node of any sequence can pay for itself."""
         plain = self._seconds(batch, 1.0, context)
         slope = self._seconds(batch, 1 + 8 / batch, context) - plain
-        return min(0.5, max(0.01, 0.5 * slope / 8 / (plain / batch) / _WORTH))
+        return min(0.5, max(0.01, 0.7 * slope / 8 / (plain / batch)))
 
     def choose(self, batch: int, context: float, chances: Sequence[float]) -> int:
         """How many nodes to verify in all.
@@ -62,7 +69,7 @@ class Budget:
         """
         best, best_rate, expected, taken = 0, batch / self._seconds(batch, 1.0, context), 0.0, 0
         for count in _grid(min(len(chances), batch * (self._most - 1))):
-            expected += _WORTH * sum(chances[taken:count])
+            expected += sum(chances[taken:count])
             taken = count
             rate = (batch + expected) / self._seconds(batch, 1 + count / batch, context)
             if rate > best_rate:
@@ -79,25 +86,26 @@ class Budget:
     def count(self, tokens: int, batch: int, context: float, seconds: float) -> None:
         """Learn from a step that was made: its tokens in all and its time."""
         size = tokens / batch
+        self.usual_size += _SIZE_STEP * (size - self.usual_size)
         rounded = round(size)
         self.chosen[rounded] = self.chosen.get(rounded, 0) + 1
-        ratio = seconds / self._costs.seconds(batch, size, context)
-        kind = _kind(size)
-        old = self._correction.get(kind, ratio)
-        # A step that something else disturbed counts as one and a half of the usual at most.
-        self._correction[kind] = old + _STEP * (min(ratio, 1.5 * old) - old)
+        kind = _kind(batch, size)
+        found = math.log(seconds / self._costs.seconds(batch, size, context))
+        if self._pace is None:
+            self._pace = found
+        particular = self._particular.get(kind, 0.0)
+        surprise = max(-_SURPRISE, min(_SURPRISE, found - self._pace - particular))
+        self._pace += _PACE_STEP * surprise
+        self._particular[kind] = particular + _KIND_STEP * surprise
 
     def _seconds(self, batch: int, size: float, context: float) -> float:
-        known = self._correction
-        kind = _kind(size)
-        if known and kind not in known:
-            kind = min(known, key=lambda other: abs(other - kind))
-        return known.get(kind, 1.0) * self._costs.seconds(batch, size, context)
+        correction = (self._pace or 0.0) + self._particular.get(_kind(batch, size), 0.0)
+        return math.exp(correction) * self._costs.seconds(batch, size, context)
 
 
-def _kind(size: float) -> int:
-    """Plain steps apart, the others by the timed size that they reach."""
-    return 0 if size == 1.0 else bisect_left(TIMED_SIZES, size)
+def _kind(batch: int, size: float) -> tuple[int, int]:
+    """Batches by powers of two; plain steps apart, the others by the timed size they reach."""
+    return batch.bit_length(), 0 if size == 1.0 else bisect_left(TIMED_SIZES, size)
 
 
 def _grid(most: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 TIMED_SIZES = (1, 2, 4, 8, 16, 32, 81)  # tokens a sequence; those between are interpolated
 
@@ -34,14 +35,15 @@ class CostTable:
 
 
 def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
-    """Linear through the neighbours of x; beyond the ends along the last piece, never falling."""
+    """Linear through the neighbours of x; beyond the last as steep as the steepest piece."""
     if len(points) == 1:
         return points[0][1]
     at = next((i for i, (px, _) in enumerate(points) if px >= x), len(points) - 1)
     (x0, y0), (x1, y1) = points[max(0, at - 1)], points[max(1, at)]
     slope = (y1 - y0) / (x1 - x0)
     if x > points[-1][0]:
-        return y1 + max(0.0, slope) * (x - x1)
+        pieces = pairwise(points)
+        return y1 + max((b[1] - a[1]) / (b[0] - a[0]) for a, b in pieces) * (x - x1)
     return y0 + slope * (x - x0)
 
 
@@ -66,12 +68,21 @@ def time_steps(
         for size in sizes:
             if size in sizes[:2] or batch * size <= most_tokens:
                 timed[batch, size] = steady(run, batch, size, context)
+    timed = rising(timed)
     short = steady(run, batches[-1], 1, context // 4)
     gained = (timed[batches[-1], 1] - short) / (batches[-1] * (context - context // 4))
     return CostTable(timed, context=context, per_context=max(0.0, gained))
 
 
+def rising(timed: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    """No step dearer than one of more tokens: where one was, something disturbed it."""
+    return {
+        (batch, size): min(s for (b, t), s in timed.items() if b >= batch and t >= size)
+        for batch, size in timed
+    }
+
+
 def steady(run: Callable[[int, int, int], float], batch: int, size: int, context: int) -> float:
-    """The least of three runs after a first one: what the machine can do, not what disturbed it."""
+    """The least of two runs after a first one: what the machine can do, not what disturbed it."""
     run(batch, size, context)
-    return min(run(batch, size, context) for _ in range(3))
+    return min(run(batch, size, context) for _ in range(2))

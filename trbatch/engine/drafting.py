@@ -138,11 +138,11 @@ def learn_prompt(
     matrix: Matrix,
     tokens: Tensor,
     first: int,
-    candidates: Tensor,
+    candidates: Tensor | int,
     slot: int,
     task: int,
 ) -> None:
-    """Recycle the candidates of a prefilled piece of prompt; later places win.
+    """Recycle a prefilled piece of prompt; later places win.
 
     Where the prompt itself says what followed, that token goes first, before the model's own
     candidates: texts repeat their prompts (prompt lookup in Token Recycling's rows).
@@ -150,20 +150,23 @@ def learn_prompt(
     Args:
         tokens: [n] the prompt up to the end of the piece, and the token after it if there is one.
         first: where the piece begins.
-        candidates: [m, k] of the piece's places.
+        candidates: [m, k] of the piece's m places; m alone where they were not computed: the rows
+            that are there already stand in, and a place without a next token is left alone.
     """
-    count = candidates.shape[0]
-    contexts = last_tokens(tokens)[first : first + count]
+    computed = isinstance(candidates, Tensor)
+    count = candidates.shape[0] if isinstance(candidates, Tensor) else candidates
     known = tokens[first + 1 : first + 1 + count]
-    candidates = candidates.clone()
-    candidates[: known.shape[0]] = _put_first(known, candidates[: known.shape[0]])
+    count = count if computed else known.shape[0]
+    contexts = last_tokens(tokens)[first : first + count]
     at = Contexts(
         slots=contexts.new_full((count,), slot),
         tasks=contexts.new_full((count,), task),
         tokens=contexts,
     )
+    rows = candidates.clone() if isinstance(candidates, Tensor) else matrix.find(at)[0]
+    rows[: known.shape[0]] = _put_first(known, rows[: known.shape[0]])
     order = torch.arange(count, device=tokens.device)
-    matrix.write(at, candidates, order, order)
+    matrix.write(at, rows, order, order)
 
 
 def _put_first(tokens: Tensor, rows: Tensor) -> Tensor:

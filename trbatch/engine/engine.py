@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from trbatch.config import EngineConfig
-from trbatch.engine import best_first, drafting, sizing, spans, verify
+from trbatch.engine import drafting, sizing, spans, verify
 from trbatch.engine.best_first import Calibration
 from trbatch.engine.budget import Budget
 from trbatch.engine.choosing import choose_tokens
+from trbatch.engine.drafter import Drafter
 from trbatch.engine.drafting import Draft
 from trbatch.engine.matrix import EMPTY, ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
@@ -31,7 +32,7 @@ from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
 
 MAX_TASKS = 8  # matrices in memory
-_WIDEST = 32  # nodes kept a level while searching
+_SMALL_TREE = 6.0  # tokens a step and sequence
 
 
 class Engine:
@@ -62,7 +63,6 @@ class Engine:
         self.max_model_len = sizing.max_model_len(config, loaded)
         # Tokens a step per sequence, at most: the root and its nodes.
         self._most = (config.tree_size or config.max_tree_size) if config.speculate else 1
-        self._template = fixed_tree(config, tree)
         self._model = CausalModel(loaded, page_size=config.page_size)
         slots = sizing.cache_slots(
             config, loaded, self._model.bytes_per_token,
@@ -81,6 +81,10 @@ class Engine:
         costs = sizing.step_costs(self._model, loaded, self._most, self.capacity, fixed=fixed)
         self.budget = Budget(costs, most=self._most)
         self._calibration = Calibration(self._matrix.candidates)
+        self._drafter = Drafter(
+            self._matrix, self._calibration, self.budget, config,
+            most=self._most, template=fixed_tree(config, tree),
+        )  # fmt: skip
 
     @property
     def unfinished(self) -> int:
@@ -153,7 +157,7 @@ class Engine:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
         for task in range(MAX_TASKS):
             self._matrix.clear_task(task)
-        self._calibration = Calibration(self._matrix.candidates)
+        self._calibration.clear()
 
     def stats(self) -> dict[str, Any]:
         """What the engine did since it was made (counts, seconds), and on what (texts)."""
@@ -204,13 +208,13 @@ class Engine:
             for sequence, count in pieces
             for token in sequence.tokens[sequence.cached : sequence.cached + count]
         ]
-        learning = self._most > 1
+        everywhere = self._most > 1 and self._wants_prompt_candidates()
         ends = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
         ends = ends.to(self.loaded.device)
-        logits = self._model.forward(self._ids(tokens), where, None if learning else ends)
-        last = logits[ends] if learning else logits
-        if learning:
-            self._learn_prompts(pieces, logits)
+        logits = self._model.forward(self._ids(tokens), where, None if everywhere else ends)
+        last = logits[ends] if everywhere else logits
+        if self._most > 1:
+            self._learn_prompts(pieces, logits if everywhere else None)
         for sequence, count in pieces:
             sequence.cached += count
         first = self._first_tokens([sequence for sequence, _ in pieces], last)
@@ -221,16 +225,26 @@ class Engine:
             self._tokens += sequence.take([token])
             self._retire_if_finished(sequence)
 
-    def _learn_prompts(self, pieces: list[tuple[Sequence, int]], logits: Tensor) -> None:
-        candidates = logits.topk(self._matrix.candidates).indices
-        start = 0
+    def _wants_prompt_candidates(self) -> bool:
+        """Whether prompts are worth the output projection at each of their tokens.
+
+        A GPU does it in passing. On a CPU it is a quarter of a prefill, and a tree of few nodes
+        hardly ever asks for more than the prompt's own next token (docs/performance.md).
+        """
+        return self.loaded.device.type != "cpu" or self.budget.usual_size > _SMALL_TREE
+
+    def _learn_prompts(self, pieces: list[tuple[Sequence, int]], logits: Tensor | None) -> None:
+        """Recycle prompts: the candidates of each token, or None for the texts alone."""
+        wide = self._matrix.candidates
+        candidates = None if logits is None else logits.topk(wide).indices
         # The later row of the input wins, whatever the slots.
         for sequence, count in sorted(pieces, key=lambda piece: piece[0].turn):
             start = sum(c for s, c in pieces[: [s for s, _ in pieces].index(sequence)])
             end = sequence.cached + count
             drafting.learn_prompt(
                 self._matrix, self._ids(sequence.tokens[: end + 1]), sequence.cached,
-                candidates[start : start + count], sequence.slot, sequence.task,
+                count if candidates is None else candidates[start : start + count],
+                sequence.slot, sequence.task,
             )  # fmt: skip
             self._tasks.touch(sequence.task)
 
@@ -254,7 +268,7 @@ class Engine:
         recycling = self._most > 1 and (bool(self.config.tree_size) or self.budget.wants_draft())
         last = self._last_tokens(batch)
         plain = drafting.roots(last)
-        drafted = self._draft(last, slots, tasks, context) or plain if recycling else plain
+        drafted = self._drafter.draft(last, slots, tasks, context) or plain if recycling else plain
         logits = self._verify_forward(batch, drafted)
         verdict = verify.accept(drafted, self._chosen(batch, drafted, logits))
         taken = self._commit(batch, verdict)
@@ -271,27 +285,6 @@ class Engine:
             )
             self._retire_if_finished(sequence)
         self.budget.count(tokens, len(batch), context, seconds)
-
-    def _draft(self, last: Tensor, slots: Tensor, tasks: Tensor, context: float) -> Draft | None:
-        """Trees of a fixed size, or of as many nodes as the budget gives; None for none."""
-        fixed = self.config.tree_size
-        if self._template is not None:
-            return drafting.from_template(self._matrix, self._template, slots, tasks, last)
-        found = best_first.expand(
-            self._matrix, self._calibration, slots, tasks, last,
-            width=min(self._most - 1, _WIDEST),
-            least=0.0 if fixed else self.budget.least_chance(len(last), context),
-            enough=fixed and fixed - 1,
-        )  # fmt: skip
-        if fixed:
-            count = fixed - 1
-        else:
-            chances = [] if found is None else best_first.falling_chances(found)
-            count = self.budget.choose(len(last), context, chances)
-        if found is None or count == 0:
-            return None
-        taken = best_first.take_likeliest(found, count, each=bool(fixed))
-        return best_first.build(found, taken, last)
 
     def _last_tokens(self, batch: list[Sequence]) -> Tensor:
         rows = [([-1] * ORDERS + sequence.tokens)[: -ORDERS - 1 : -1] for sequence in batch]

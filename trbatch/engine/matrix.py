@@ -14,9 +14,12 @@ decided by (row of the input, sample, position, node) and never by slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CANDIDATES = 8  # k
@@ -108,6 +111,15 @@ class Matrix:
             rows = torch.where(longest[:, None] > 0, own, rows)
         return rows.long(), longest
 
+    def reader(self) -> RowReader:
+        """To read single rows of a matrix that lies in the CPU's memory."""
+        return RowReader(
+            shared=self.shared.numpy(),
+            keys=self._keys.numpy(),
+            rows=self._rows.numpy(),
+            vocab_size=self.vocab_size,
+        )
+
     def write(self, at: Contexts, rows: Tensor, priority: Tensor, shared: Tensor) -> None:
         """Write rows [n, k]; where two want one place the higher priority wins.
 
@@ -147,6 +159,30 @@ class Matrix:
         """[n] slots, [n, orders] keys -> [n, orders] places in the flattened tables."""
         hashed = ((keys * _MIX) >> 32) & (self._own - 1)
         return slots[:, None] * (self.orders * self._own) + self._order_offset + hashed
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """`Matrix.find` for one place at a time, without tensor operations."""
+
+    shared: NDArray[np.int32]  # [tasks, V, k]
+    keys: NDArray[np.int64]  # [slots, orders, own rows]
+    rows: NDArray[np.int32]  # [slots, orders, own rows, k]
+    vocab_size: int
+
+    def find(self, slot: int, task: int, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """The row after `tokens` (newest first, -1 before the start), and where it came from."""
+        keys, key = [], 0
+        for token in tokens[: self.keys.shape[1]]:
+            if token < 0:
+                break
+            key = key * self.vocab_size + token
+            keys.append(key)
+        for order in range(len(keys) - 1, -1, -1):
+            place = (keys[order] * _MIX >> 32) & (self.keys.shape[2] - 1)
+            if self.keys[slot, order, place] == keys[order]:
+                return self.rows[slot, order, place].tolist(), order + 1
+        return self.shared[task, tokens[0]].tolist(), 0
 
 
 def _winners(claims: Tensor, places: Tensor, priority: Tensor) -> Tensor:
