@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from trbatch.engine import bench
+from trbatch.engine import bench_prompts, bench_speed
+from trbatch.engine.bench_acceptance import acceptance
 from trbatch.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def prompts(tmp_path: Path) -> Path:
     "ratios", [[1.1, 1.3], [1.1, 1.2, 1.3], [0.5, 2.0, 1.0, 1.0, 4.0], [1.3] * 6 + [1.25]]
 )
 def test_ratios_are_summed_up_by_their_median_and_students_bound(ratios: list[float]) -> None:
-    figures = bench.ratio_figures(ratios)
+    figures = bench_speed.ratio_figures(ratios)
     logs = [math.log(ratio) for ratio in ratios]
     bound = stats.t.interval(0.95, len(logs) - 1, loc=sum(logs) / len(logs), scale=stats.sem(logs))
     assert figures["median"] == pytest.approx(statistics.median(ratios), abs=1e-4)
@@ -55,10 +56,10 @@ def test_ratios_are_summed_up_by_their_median_and_students_bound(ratios: list[fl
 
 
 def test_known_ratios_have_known_figures() -> None:
-    assert bench.ratio_figures([2.0, 2.0, 2.0]) == {"median": 2.0, "lower_95": 2.0}
-    assert bench.ratio_figures([1.0, 2.0, 4.0])["median"] == 2.0
-    assert bench.ratio_figures([1.0, 3.0])["median"] == 2.0
-    assert math.isnan(bench.ratio_figures([1.5])["lower_95"]), "one run knows no spread"
+    assert bench_speed.ratio_figures([2.0, 2.0, 2.0]) == {"median": 2.0, "lower_95": 2.0}
+    assert bench_speed.ratio_figures([1.0, 2.0, 4.0])["median"] == 2.0
+    assert bench_speed.ratio_figures([1.0, 3.0])["median"] == 2.0
+    assert math.isnan(bench_speed.ratio_figures([1.5])["lower_95"]), "one run knows no spread"
 
 
 @pytest.mark.parametrize("count", [8, 11, 12, 15, 30])
@@ -66,7 +67,9 @@ def test_the_bound_is_within_one_percent_of_students_for_any_number_of_runs(coun
     ratios = [1.2 * math.exp(0.05 * math.sin(7 * i)) for i in range(count)]
     logs = [math.log(ratio) for ratio in ratios]
     bound = stats.t.interval(0.95, count - 1, loc=sum(logs) / count, scale=stats.sem(logs))
-    assert bench.ratio_figures(ratios)["lower_95"] == pytest.approx(math.exp(bound[0]), rel=0.01)
+    assert bench_speed.ratio_figures(ratios)["lower_95"] == pytest.approx(
+        math.exp(bound[0]), rel=0.01
+    )
 
 
 def test_prompts_are_first_turns_prompts_or_last_messages(tmp_path: Path) -> None:
@@ -74,8 +77,8 @@ def test_prompts_are_first_turns_prompts_or_last_messages(tmp_path: Path) -> Non
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "世界"}]
     rows = [{"turns": ["a", "b"], "prompt": "x"}, {"prompt": "c"}, {"messages": messages}]
     file.write_text("\n\n".join(json.dumps(row) for row in rows) + "\nnot read any more\n")
-    assert bench.read_prompts(file, 3) == ["a", "c", "世界"]
-    assert bench.read_prompts(file, 1) == ["a"]
+    assert [prompt.text for prompt in bench_prompts.read_prompts(file, 3)] == ["a", "c", "世界"]
+    assert [prompt.text for prompt in bench_prompts.read_prompts(file, 1)] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def test_a_row_without_a_prompt_is_named_by_file_and_line(tmp_path: Path, line: 
     file = tmp_path / "p.jsonl"
     file.write_text(f'{{"prompt": "fine"}}\n\n{line}\n')
     with pytest.raises(InputError) as caught:
-        bench.read_prompts(file, 5)
+        bench_prompts.read_prompts(file, 5)
     assert f"{file}, line 3" in str(caught.value)
     assert "'turns'" in str(caught.value.hint)
 
@@ -99,13 +102,13 @@ def test_a_file_without_prompts_or_that_cannot_be_read_is_named(tmp_path: Path) 
         (tmp_path / name).write_bytes(content)
     for name in ("empty", "binary", "missing"):
         with pytest.raises(InputError) as caught:
-            bench.read_prompts(tmp_path / name, 5)
+            bench_prompts.read_prompts(tmp_path / name, 5)
         assert str(tmp_path / name) in str(caught.value)
 
 
 def test_acceptance_counts_tokens_for_each_forward(prompts: Path, own_costs: Path) -> None:
     said: list[str] = []
-    result = bench.acceptance(
+    result = acceptance(
         prompts=prompts, batch=2, limit=8, max_tokens=6, tree_sizes=[4, 1], device="cpu",
         progress=said.append,
     )  # fmt: skip
@@ -123,11 +126,30 @@ def test_acceptance_counts_tokens_for_each_forward(prompts: Path, own_costs: Pat
 
 
 def test_acceptance_of_one_token_has_no_forward_and_says_so(prompts: Path, own_costs: Path) -> None:
-    result = bench.acceptance(
+    result = acceptance(
         prompts=prompts, batch=2, limit=1, max_tokens=1, tree_sizes=[1], device="cpu"
     )
     assert (result["tokens"], result["decode_forwards"]) == (1, 0)
     assert result["mean_acceptance_length"] is None
+
+
+def test_acceptance_is_broken_down_and_compared(tmp_path: Path, own_costs: Path) -> None:
+    file, train = tmp_path / "p.jsonl", tmp_path / "train.jsonl"
+    rows = [{"prompt": text, "category": name} for text, name in zip(PROMPTS, "ab", strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.write_text(json.dumps(rows[0]) + "\n")
+    settings = {"prompts": file, "batch": 2, "max_tokens": 24, "tree_sizes": [8], "device": "cpu"}
+    cold = acceptance(**settings, reference=True, check=True)
+    assert set(cold["by_category"]) == {"a", "b"}
+    assert cold["different_from_plain"] == 0
+    paper = cold["reference"]
+    assert (paper["tree_size"], set(paper["by_category"])) == (80, {"a", "b"})
+    warm = acceptance(**settings, train=train)
+    forgot = acceptance(**settings, train=train, forget="rows")
+    # What was decoded before is drafted at once.
+    assert warm["by_category"]["a"] > cold["by_category"]["a"]
+    assert warm["decode_forwards"] < forgot["decode_forwards"]
+    assert acceptance(**settings, spine=False, orders=0)["spine"] is False
 
 
 @pytest.mark.long

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trbatch.engine import best_first, costs, drafting, verify
-from trbatch.engine.best_first import Calibration
 from trbatch.engine.budget import Budget
+from trbatch.engine.calibration import Calibration, kind_of
 from trbatch.engine.costs import CostTable
 from trbatch.engine.matrix import Contexts, Matrix
 
@@ -102,10 +102,23 @@ def test_calibration_follows_what_came_true() -> None:
     calibration = Calibration(2)
     rows = torch.tensor([[5, 6]]).repeat(400, 1)
     truth = torch.tensor([6] * 300 + [9] * 100)
-    origin = torch.full((400,), 3)
-    calibration.count(torch.zeros(400, dtype=torch.long), origin, rows, truth)
-    first, second = calibration.chances(CPU)[best_first.kinds(torch.tensor(0), torch.tensor(3))]
+    calibration.count(torch.full((400,), kind_of(0, 0, 3)), rows, truth)
+    first, second = calibration.chances(CPU)[kind_of(0, 0, 3)]
     assert second > 0.65 > 0.1 > first
+
+
+def test_a_tasks_experience_is_its_own_and_can_be_kept() -> None:
+    calibration = Calibration(2, tasks=2)
+    fresh = calibration.chances(CPU).clone()
+    rows, truth = torch.tensor([[5, 6]]).repeat(50, 1), torch.full((50,), 6)
+    calibration.count(torch.full((50,), kind_of(1, 2, 0)), rows, truth)
+    changed = (calibration.chances(CPU) != fresh).any(1).nonzero().flatten().tolist()
+    assert changed == [kind_of(1, 2, 0)]
+    kept, other = calibration.of_task(1), Calibration(2, tasks=2)
+    other.restore(0, kept)
+    assert torch.equal(other.chances(CPU)[kind_of(0, 2, 0)], calibration.chances(CPU)[changed[0]])
+    other.restore(0, kept[:, :2])  # of another k: no experience at all
+    assert torch.equal(other.chances(CPU), fresh)
 
 
 def test_a_prompts_own_continuation_is_the_first_candidate() -> None:

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trbatch.engine import best_first, heap_search
-from trbatch.engine.best_first import Calibration
+from trbatch.engine.calibration import Calibration
 from trbatch.engine.matrix import Contexts, Matrix
+from trbatch.engine.spine import Ahead
 
 CPU = torch.device("cpu")
 SLOTS, TASKS = torch.tensor([2, 0, 1]), torch.tensor([0, 1, 0])
@@ -58,6 +59,17 @@ def test_a_row_read_alone_is_the_row_found_by_tensors(seed: int, orders: int, la
         assert found == (rows[i].tolist(), int(origins[i]))
 
 
+def ahead(seed: int) -> Ahead | None:
+    """Spines at random: no tokens, some, or many; None one time in four."""
+    generator = torch.Generator().manual_seed(seed)
+    if seed % 4 == 0:
+        return None
+    tokens = torch.randint(0, 12, (3, best_first.MAX_DEPTH + 1), generator=generator)
+    for member in range(3):
+        tokens[member, int(torch.randint(0, 9, (1,), generator=generator)) :] = -1
+    return Ahead(tokens, torch.randint(4, 12, (3,), generator=generator))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 500),
@@ -65,12 +77,22 @@ def test_a_row_read_alone_is_the_row_found_by_tensors(seed: int, orders: int, la
     least=st.sampled_from([0.0051, 0.0213, 0.107, 0.31]),
 )
 def test_both_searches_find_the_same_chances(seed: int, most: int, least: float) -> None:
-    matrix, calibration = filled_matrix(seed), Calibration(4)
-    nodes = heap_search.search(matrix, calibration, SLOTS, TASKS, LAST, most=most, least=least)
+    matrix, calibration, spines = filled_matrix(seed), Calibration(4, tasks=2), ahead(seed)
+    # Two tasks with different experience.
+    kinds = torch.arange(200) % calibration.of_task(0).shape[0]
+    rows = torch.tensor([[5, 6, 7, 8]]).repeat(200, 1)
+    calibration.count(kinds, rows, torch.randint(4, 9, (200,)))
+    nodes = heap_search.search(
+        matrix, calibration, SLOTS, TASKS, LAST, spines, most=most, least=least
+    )  # fmt: skip
     chances = [node.chance for node in nodes]
     assert chances == sorted(chances, reverse=True)
-    found = best_first.expand(matrix, calibration, SLOTS, TASKS, LAST, width=1000)
-    assert found is not None
+    found = best_first.expand(
+        matrix, calibration, SLOTS, TASKS, LAST, spines, width=1000, least=least / 2
+    )
+    if found is None:
+        assert not nodes
+        return
     twin = best_first.limit(found, most).chances
     for member in range(3):
         own = torch.tensor([node.chance for node in nodes if node.member == member])
@@ -85,7 +107,7 @@ def test_any_first_part_of_the_nodes_is_a_tree_whose_mask_is_its_paths(
 ) -> None:
     matrix = filled_matrix(seed)
     nodes = heap_search.search(
-        matrix, Calibration(4), SLOTS, TASKS, LAST, most=20, least=0.002
+        matrix, Calibration(4, tasks=2), SLOTS, TASKS, LAST, most=20, least=0.002
     )[:count]  # fmt: skip
     drafted = heap_search.build(nodes, LAST)
     assert sum(drafted.sizes) == len(nodes) + 3
@@ -114,7 +136,7 @@ def test_any_first_part_of_the_nodes_is_a_tree_whose_mask_is_its_paths(
 def test_without_rows_there_are_no_nodes() -> None:
     matrix = Matrix(slots=3, vocab_size=12, tasks=2, device=CPU)
     assert not heap_search.search(
-        matrix, Calibration(8), SLOTS, TASKS, LAST, most=8, least=0.01
+        matrix, Calibration(8, tasks=2), SLOTS, TASKS, LAST, most=8, least=0.01
     )  # fmt: skip
     drafted = heap_search.build([], LAST)
     assert drafted.sizes == [1, 1, 1]

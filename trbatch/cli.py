@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,6 +12,7 @@ import click
 
 from trbatch import __version__, api
 from trbatch import cli_options as options
+from trbatch.cli_bench import bench_group
 from trbatch.cli_output import (
     log_to_stderr,
     print_error,
@@ -21,9 +21,8 @@ from trbatch.cli_output import (
     print_server,
     print_status,
     print_summary,
-    print_table,
 )
-from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, TrbatchError, UsageError
+from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, TrbatchError
 from trbatch.figures import Progress
 from trbatch.progress import Reporter, reporter
 
@@ -46,14 +45,10 @@ class Commands(click.Group):
             context.exit(INTERRUPTED)
 
 
-def _example(text: str) -> dict[str, Any]:
-    return {"epilog": f"\b\nExample:\n  {text}"}
-
-
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    **_example("trbatch run prompts.jsonl -o answers.parquet"),
+    **options.example("trbatch run prompts.jsonl -o answers.parquet"),
 )
 @click.version_option(__version__, prog_name="trbatch")
 def commands() -> None:
@@ -73,7 +68,7 @@ def main() -> None:
 
 
 @commands.command(
-    "run", **_example("trbatch run prompts.jsonl -o answers.parquet --max-tokens 128")
+    "run", **options.example("trbatch run prompts.jsonl -o answers.parquet --max-tokens 128")
 )
 @click.argument("input", type=str)
 @options.output_option
@@ -106,7 +101,9 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     _collect(context, job, status.progress, settings)
 
 
-@commands.command("submit", **_example("trbatch submit prompts.jsonl --max-tokens 128 --top-p 0.9"))
+@commands.command(
+    "submit", **options.example("trbatch submit prompts.jsonl --max-tokens 128 --top-p 0.9")
+)
 @click.argument("input", type=str)
 @options.output_option
 @options.model_options
@@ -125,7 +122,7 @@ def submit_command(input: str, **settings: Any) -> None:
     click.echo(job.id)
 
 
-@commands.command("worker", **_example("trbatch worker --gpu 0"))
+@commands.command("worker", **options.example("trbatch worker --gpu 0"))
 @options.model_options
 @options.engine_options
 @options.worker_options
@@ -141,7 +138,7 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     context.exit(api.work(options.worker_config(settings)))
 
 
-@commands.command("status", **_example("trbatch status prompts-1a2b3c4d"))
+@commands.command("status", **options.example("trbatch status prompts-1a2b3c4d"))
 @click.argument("job", required=False)
 @options.store_option
 @options.redis_option
@@ -157,7 +154,7 @@ def status_command(job: str | None, out: str, redis_url: str, as_json: bool) -> 
     print_status(api.status(job, store=out, redis_url=redis_url), as_json=as_json)
 
 
-@commands.command("wait", **_example("trbatch wait prompts-1a2b3c4d --timeout 3600"))
+@commands.command("wait", **options.example("trbatch wait prompts-1a2b3c4d --timeout 3600"))
 @click.argument("job")
 @click.option("--timeout", type=float, help="Give up after so many seconds (exit code 6).")
 @options.store_option
@@ -175,7 +172,9 @@ def wait_command(
     context.exit(EXIT_ROWS_FAILED if status.progress.rows_failed else EXIT_OK)
 
 
-@commands.command("collect", **_example("trbatch collect prompts-1a2b3c4d -o answers.parquet"))
+@commands.command(
+    "collect", **options.example("trbatch collect prompts-1a2b3c4d -o answers.parquet")
+)
 @click.argument("job")
 @options.output_option
 @options.format_option
@@ -191,7 +190,7 @@ def collect_command(context: click.Context, /, job: str, **settings: Any) -> Non
     _collect(context, opened, opened.folder.progress(), settings)
 
 
-@commands.command("resume", **_example("trbatch resume prompts-1a2b3c4d"))
+@commands.command("resume", **options.example("trbatch resume prompts-1a2b3c4d"))
 @click.argument("job")
 @options.store_option
 @options.redis_option
@@ -206,7 +205,7 @@ def resume_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
         click.echo(f"{opened.id}: {chunks} chunks enqueued")
 
 
-@commands.group("server", **_example("trbatch server status"))
+@commands.group("server", **options.example("trbatch server status"))
 def server_group() -> None:
     """The embedded queue server.
 
@@ -214,7 +213,7 @@ def server_group() -> None:
     """
 
 
-@server_group.command("start", **_example("trbatch server start"))
+@server_group.command("start", **options.example("trbatch server start"))
 @options.json_option
 def server_start(as_json: bool) -> None:
     """Start the server if it does not run."""
@@ -223,7 +222,7 @@ def server_start(as_json: bool) -> None:
     print_server(server.start(), as_json=as_json)
 
 
-@server_group.command("stop", **_example("trbatch server stop"))
+@server_group.command("stop", **options.example("trbatch server stop"))
 @options.json_option
 def server_stop(as_json: bool) -> None:
     """Stop the server; what is queued stays on disk for its next start."""
@@ -236,7 +235,7 @@ def server_stop(as_json: bool) -> None:
         click.echo("stopped" if ran else "was not running")
 
 
-@server_group.command("status", **_example("trbatch server status --json"))
+@server_group.command("status", **options.example("trbatch server status --json"))
 @options.json_option
 def server_status(as_json: bool) -> None:
     """Whether the server runs, and where."""
@@ -245,80 +244,7 @@ def server_status(as_json: bool) -> None:
     print_server(server.status(), as_json=as_json)
 
 
-@commands.group("bench", **_example("trbatch bench speed --prompts prompts.jsonl --batch 1,8"))
-def bench_group() -> None:
-    """Measure acceptance and speed on this machine."""
-
-
-def _whole_numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in value.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UsageError(f"{parameter.opts[0]} must be whole numbers like 1,8, not {value!r}")
-    return numbers
-
-
-_prompts_option = click.option(
-    "--prompts",
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSONL rows with 'prompt', 'messages' or 'turns' (the first turn counts).",
-)
-
-
-@bench_group.command(
-    "acceptance", **_example("trbatch bench acceptance --prompts p.jsonl --tree-size 80 --json")
-)
-@_prompts_option
-@options.bench_model_options
-@click.option("--batch", default=8, show_default=True, help="Rows decoded together.")
-@click.option("--limit", default=32, show_default=True, help="Prompts to use, from the first.")
-@click.option("--max-tokens", default=128, show_default=True, help="Most tokens a prompt.")
-@click.option(
-    "tree_sizes",
-    "--tree-size",
-    default="80",
-    show_default=True,
-    callback=_whole_numbers,
-    help="Draft tokens a step; several sizes as 8,16,80.",
-)
-@options.json_option
-def bench_acceptance(as_json: bool, **settings: Any) -> None:
-    """Mean acceptance length: (tokens - 1) / decode forwards, by tree size."""
-    from trbatch.engine import bench
-
-    print_table(bench.acceptance(**settings, progress=_note), as_json=as_json)
-
-
-@bench_group.command(
-    "speed", **_example("trbatch bench speed --prompts p.jsonl --batch 1,8 --json")
-)
-@_prompts_option
-@options.bench_model_options
-@click.option(
-    "batches",
-    "--batch",
-    default="1,8",
-    show_default=True,
-    callback=_whole_numbers,
-    help="Rows decoded together; several as 1,8.",
-)
-@click.option("--max-tokens", default=96, show_default=True, help="Tokens a prompt.")
-@click.option("--runs", default=7, show_default=True, help="Interleaved runs; medians are shown.")
-@click.option("--limit", default=0, help="Prompts to use, from the first; 0: what the runs need.")
-@click.option("--cold", is_flag=True, help="Empty the matrix before each run.")
-@options.json_option
-def bench_speed(as_json: bool, **settings: Any) -> None:
-    """Tokens/s of transformers' generate, our plain decoding and our Token Recycling."""
-    from trbatch.engine import bench
-
-    print_table(bench.speed(**settings, progress=_note), as_json=as_json)
-
-
-def _note(text: str) -> None:
-    click.echo(text, err=True)
+commands.add_command(bench_group)
 
 
 def _collect(

@@ -42,6 +42,11 @@ def _group(*options: Decorator) -> Decorator:
     return decorate
 
 
+def example(text: str) -> dict[str, Any]:
+    """What a command's help ends in."""
+    return {"epilog": f"\b\nExample:\n  {text}"}
+
+
 def picked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the settings that are fields of a config class."""
     names = {field.name for field in dataclasses.fields(config)}
@@ -126,7 +131,7 @@ engine_options = _group(
     _setting(EngineConfig, "tree_size", "Tokens a step for each row; 0: what pays best."),
 )
 
-bench_model_options = _group(
+bench_model_options: Decorator = _group(
     _setting(JobSpec, "model", "Hub name, model folder or GGUF file."),
     _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
     _setting(

@@ -141,6 +141,9 @@ class JobSpec(_Config):
         _choice("resume", self.resume, ("never", "always", "if_possible"))
 
 
+TREES = ("best_first", "paper")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(_Config):
     """How the engine runs on one device. Sizes of 0 are chosen from what the machine has."""
@@ -154,12 +157,14 @@ class EngineConfig(_Config):
     prefill_chunk: int = 512  # prompt tokens a prefill step, over all its sequences
     speculate: bool = True
     tree: str = "best_first"  # how nodes are picked; or paper: the published tree, as a reference
+    recycle_prompts: bool = True  # learn from prefill, too
+    spine: bool = True  # let a repeated passage of the text be a branch of the tree
     tree_size: int = 0  # tokens a step per sequence, the root included; 0: by the budget
     max_tree_size: int = DEFAULT_TREE_SIZE  # the largest that the budget may choose
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _choice("tree", self.tree, ("best_first", "paper"))
+        _choice("tree", self.tree, TREES)
         for name in ("max_num_seqs", "max_model_len", "tree_size"):
             _integer(name, getattr(self, name), 0)
         for name in ("page_size", "prefill_chunk", "max_tree_size"):

@@ -1,10 +1,8 @@
 """Draft trees that go where they are likely to be right.
 
-A candidate's chance to come true depends on where its row came from (the last 3, 2 or 1 tokens of
-this very text, or the task's matrix), on its rank, and on how deep it stands. `Calibration` counts
-that while decoding. The chance of a node is the product along its path; a sequence whose rows are
-sure gets a deep chain, one that knows little gets few nodes, and the batch's nodes go to whichever
-sequences use them best.
+`Calibration` knows each candidate's chance to come true. The chance of a node is the product along
+its path; a sequence whose rows are sure gets a deep chain, one that knows little few nodes, and the
+batch's nodes go to whichever sequences use them best.
 """
 
 from __future__ import annotations
@@ -14,89 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trbatch.engine.calibration import Calibration, kinds_of
 from trbatch.engine.drafting import Draft, find_rows
 from trbatch.engine.matrix import ORDERS, Matrix
+from trbatch.engine.spine import Ahead, lay_over
 
 MAX_DEPTH = 12
-_DEPTHS = 4  # depths told apart: 0, 1, 2, 3 and more
-_MOST = 0.98  # below 1, so that a child is always less likely than its parent
-_PRIOR_WEIGHT = 20.0  # observations that the prior is worth
-_MEMORY = 4000.0  # observations of one kind after which an old one counts half
-
-# What a first run knows, measured once with the small model: the chance of each rank by origin.
-# Counting replaces it within seconds.
-_PRIOR = (
-    (0.100, 0.035, 0.020, 0.015, 0.012, 0.010, 0.008, 0.005),  # the task's matrix, when cold
-    (0.350, 0.110, 0.070, 0.040, 0.030, 0.022, 0.015, 0.014),  # own row of the last token
-    (0.530, 0.130, 0.055, 0.035, 0.022, 0.013, 0.012, 0.007),  # of the last two
-    (0.700, 0.100, 0.040, 0.022, 0.012, 0.011, 0.008, 0.007),  # of the last three
-)
-
-
-class Calibration:
-    """How often the candidate of each rank came true, by depth and origin of its row.
-
-    Args:
-        candidates: k.
-    """
-
-    def __init__(self, candidates: int) -> None:
-        self._ranks = candidates
-        kinds = _DEPTHS * (ORDERS + 1)
-        # [kind, rank]; the last rank counts rows that did not hold the token.
-        self._counts = torch.zeros(kinds, candidates + 1, dtype=torch.float64)
-        prior = torch.zeros(kinds, candidates + 1, dtype=torch.float64)
-        for depth in range(_DEPTHS):
-            for origin, ranks in enumerate(_PRIOR):
-                chances = ranks[:candidates]
-                prior[depth * (ORDERS + 1) + origin, : len(chances)] = torch.tensor(
-                    chances, dtype=torch.float64
-                )
-        self._prior = prior * _PRIOR_WEIGHT
-        self._chances: Tensor | None = None
-
-    def clear(self) -> None:
-        """Forget what was counted."""
-        self._counts.zero_()
-        self._chances = None
-
-    def chances(self, device: torch.device) -> Tensor:
-        """[kinds, k] chance of each rank, given that the row's own token came true."""
-        if self._chances is None:
-            seen = self._counts.sum(1, keepdim=True) + _PRIOR_WEIGHT
-            chances = (self._counts + self._prior) / seen
-            self._chances = chances[:, : self._ranks].clamp(max=_MOST).float().to(device)
-        return self._chances
-
-    def count(self, depths: Tensor, origins: Tensor, rows: Tensor, truth: Tensor) -> None:
-        """Count n rows whose next token is now known.
-
-        Args:
-            depths: [n] of the nodes that the rows belong to.
-            origins: [n] where the rows came from.
-            rows: [n, k].
-            truth: [n] the token that came.
-        """
-        hit = rows == truth[:, None]
-        rank = torch.where(hit.any(1), hit.int().argmax(1), self._ranks)
-        kind_of = kinds(depths, origins)
-        seen = torch.bincount(
-            kind_of * (self._ranks + 1) + rank, minlength=self._counts.numel()
-        ).view_as(self._counts)
-        fresh = seen.to(self._counts)
-        self._counts *= 0.5 ** (fresh.sum(1, keepdim=True) / _MEMORY)
-        self._counts += fresh
-        self._chances = None
-
-
-def kind(depth: int, origin: int) -> int:
-    """Index into a calibration's rows."""
-    return min(depth, _DEPTHS - 1) * (ORDERS + 1) + origin
-
-
-def kinds(depths: Tensor, origins: Tensor) -> Tensor:
-    """`kind` of tensors."""
-    return depths.clamp(max=_DEPTHS - 1) * (ORDERS + 1) + origins
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +40,7 @@ def expand(
     slots: Tensor,
     tasks: Tensor,
     last: Tensor,
+    ahead: Ahead | None = None,
     *,
     width: int,
     least: float = 0.0,
@@ -128,6 +50,7 @@ def expand(
 
     Args:
         last: [B, 3] last committed tokens, newest first.
+        ahead: what the sequences' spines expect.
         width: nodes kept a level.
         least: chance below which a node is not worth its place; ends the search.
         enough: nodes a sequence will get; the search ends when no deeper one can be among them.
@@ -142,16 +65,22 @@ def expand(
     contexts = last[:, None]
     parts: list[tuple[Tensor, ...]] = []
     start = 0
+    on_spine = torch.ones(batch, 1, dtype=torch.bool, device=last.device)
     for depth in range(MAX_DEPTH):
         rows, origins = find_rows(matrix, slots, tasks, contexts)
         count, k = rows.shape[1:]
-        kind_of = kinds(torch.full_like(origins, depth), origins)
-        each = calibration.chances(last.device)[kind_of] * (rows >= 0)
+        expected = torch.full_like(origins, -1)
+        if ahead is not None:
+            expected = torch.where(on_spine, ahead.tokens[:, depth, None], -1)
+            rows, origins = lay_over(rows, origins, expected, ahead.matched[:, None] + depth)
+        kinds = kinds_of(tasks[:, None], torch.full_like(origins, depth), origins)
+        each = calibration.chances(last.device)[kinds] * (rows >= 0)
         flat = (chance[:, :, None] * each).view(batch, -1)
         chance, at = flat.topk(min(width, count * k), dim=1)
         if float(chance[:, 0].max()) < least or _cannot_matter(parts, chance, enough):
             break
         above = at // k
+        on_spine = (expected.gather(1, above) >= 0) & (at % k == 0)
         older = contexts.gather(1, above[:, :, None].expand(-1, -1, ORDERS))[:, :, : ORDERS - 1]
         tokens = rows.view(batch, -1).gather(1, at)
         contexts = torch.cat([tokens[:, :, None], older], dim=2)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from trbatch.config import EngineConfig
 from trbatch.engine import best_first, drafting, heap_search
-from trbatch.engine.best_first import Calibration
 from trbatch.engine.budget import Budget
+from trbatch.engine.calibration import Calibration, kinds_of
 from trbatch.engine.drafting import Draft
-from trbatch.engine.matrix import Matrix
+from trbatch.engine.matrix import ORDERS, Matrix
+from trbatch.engine.sequence import Sequence as Running
+from trbatch.engine.spine import Ahead, ahead_of, lay_over
 from trbatch.engine.tree import Tree
+from trbatch.engine.verify import Verdict
 
 _WIDEST = 32  # nodes kept a level while searching
 
@@ -35,27 +40,42 @@ class Drafter:
     ) -> None:
         self._matrix, self._calibration, self._budget = matrix, calibration, budget
         self._fixed, self._most, self._template = config.tree_size, most, template
+        self._spine = config.spine
 
-    def draft(self, last: Tensor, slots: Tensor, tasks: Tensor, context: float) -> Draft | None:
+    def look_ahead(self, batch: Sequence[Running]) -> Ahead | None:
+        """What the sequences' spines expect; None where the tree has no place for them."""
+        if self._template is not None or not self._spine:
+            return None
+        return ahead_of(
+            [sequence.spine for sequence in batch], [sequence.tokens for sequence in batch],
+            best_first.MAX_DEPTH + 1, self._matrix.shared.device,
+        )  # fmt: skip
+
+    def draft(
+        self, last: Tensor, slots: Tensor, tasks: Tensor, ahead: Ahead | None, context: float
+    ) -> Draft | None:
         """Trees of B sequences, None where no node is worth its place.
 
         Args:
             last: [B, 3] last committed tokens, newest first.
             slots, tasks: [B] whose rows.
+            ahead: what `look_ahead` said.
             context: committed tokens of a sequence, on average.
         """
         if self._template is not None:
             return drafting.from_template(self._matrix, self._template, slots, tasks, last)
         if self._fixed:
-            return self._of_fixed_size(last, slots, tasks)
+            return self._of_fixed_size(last, slots, tasks, ahead)
         if last.device.type == "cpu":
-            return self._from_heap(last, slots, tasks, context)
-        return self._from_levels(last, slots, tasks, context)
+            return self._from_heap(last, slots, tasks, ahead, context)
+        return self._from_levels(last, slots, tasks, ahead, context)
 
-    def _of_fixed_size(self, last: Tensor, slots: Tensor, tasks: Tensor) -> Draft | None:
+    def _of_fixed_size(
+        self, last: Tensor, slots: Tensor, tasks: Tensor, ahead: Ahead | None
+    ) -> Draft | None:
         count = self._fixed - 1
         found = best_first.expand(
-            self._matrix, self._calibration, slots, tasks, last,
+            self._matrix, self._calibration, slots, tasks, last, ahead,
             width=min(count, _WIDEST), enough=count,
         )  # fmt: skip
         if found is None or count == 0:
@@ -63,10 +83,10 @@ class Drafter:
         return best_first.build(found, best_first.take_likeliest(found, count, each=True), last)
 
     def _from_levels(
-        self, last: Tensor, slots: Tensor, tasks: Tensor, context: float
+        self, last: Tensor, slots: Tensor, tasks: Tensor, ahead: Ahead | None, context: float
     ) -> Draft | None:
         found = best_first.expand(
-            self._matrix, self._calibration, slots, tasks, last,
+            self._matrix, self._calibration, slots, tasks, last, ahead,
             width=min(self._most - 1, _WIDEST),
             least=self._budget.least_chance(len(last), context),
         )  # fmt: skip
@@ -79,11 +99,29 @@ class Drafter:
         return best_first.build(found, best_first.take_likeliest(found, count, each=False), last)
 
     def _from_heap(
-        self, last: Tensor, slots: Tensor, tasks: Tensor, context: float
+        self, last: Tensor, slots: Tensor, tasks: Tensor, ahead: Ahead | None, context: float
     ) -> Draft | None:
         found = heap_search.search(
-            self._matrix, self._calibration, slots, tasks, last,
+            self._matrix, self._calibration, slots, tasks, last, ahead,
             most=self._most - 1, least=self._budget.least_chance(len(last), context),
         )  # fmt: skip
         count = self._budget.choose(len(last), context, [node.chance for node in found])
         return heap_search.build(found[:count], last) if count else None
+
+    def calibrate(
+        self, drafted: Draft, verdict: Verdict, slots: Tensor, tasks: Tensor, ahead: Ahead | None
+    ) -> None:
+        """Count which rank of its row each token was that came true, before rows change."""
+        there = verdict.nodes >= 0
+        nodes = verdict.nodes.clamp(min=0)
+        index = nodes[:, :, None].expand(-1, -1, ORDERS)
+        rows, origins = drafting.find_rows(
+            self._matrix, slots, tasks, drafted.contexts.gather(1, index)
+        )
+        depths = drafted.depths.gather(1, nodes)
+        if ahead is not None:
+            expected = ahead.tokens[:, : nodes.shape[1]]
+            expected = expected.where(ahead.on_spine(verdict.tokens), -1)
+            rows, origins = lay_over(rows, origins, expected, ahead.matched[:, None] + depths)
+        kinds = kinds_of(tasks[:, None], depths, origins)
+        self._calibration.count(kinds[there], rows[there], verdict.tokens[there])

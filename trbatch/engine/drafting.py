@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trbatch.engine.matrix import ORDERS, Contexts, Matrix, last_tokens
+from trbatch.engine.spine import put_first
 from trbatch.engine.tree import Tree
 
 
@@ -164,18 +165,9 @@ def learn_prompt(
         tokens=contexts,
     )
     rows = candidates.clone() if isinstance(candidates, Tensor) else matrix.find(at)[0]
-    rows[: known.shape[0]] = _put_first(known, rows[: known.shape[0]])
+    rows[: known.shape[0]] = put_first(known, rows[: known.shape[0]])
     order = torch.arange(count, device=tokens.device)
     matrix.write(at, rows, order, order)
-
-
-def _put_first(tokens: Tensor, rows: Tensor) -> Tensor:
-    """Rows [n, k] with tokens [n] at rank 0; what stood before them moves down, the last falls."""
-    longer = torch.cat([tokens[:, None], rows], dim=1)
-    repeated = longer == tokens[:, None]
-    repeated[:, 0] = False
-    order = repeated.int().sort(dim=1, stable=True).indices
-    return longer.gather(1, order)[:, : rows.shape[1]]
 
 
 def padded(flat: Tensor, sizes: Sequence[int], width: int, fill: int) -> Tensor:

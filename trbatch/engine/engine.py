@@ -17,8 +17,8 @@ from torch import Tensor
 
 from trbatch.config import EngineConfig
 from trbatch.engine import drafting, sizing, spans, verify
-from trbatch.engine.best_first import Calibration
 from trbatch.engine.budget import Budget
+from trbatch.engine.calibration import Calibration
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.drafting import Draft
@@ -74,13 +74,13 @@ class Engine:
             slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS,
             device=loaded.device, orders=orders,
         )  # fmt: skip
-        self._tasks = Tasks(self._matrix, model=loaded.fingerprint)
+        self._calibration = Calibration(self._matrix.candidates, MAX_TASKS)
+        self._tasks = Tasks(self._matrix, self._calibration, model=loaded.fingerprint)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
         fixed = self._most if config.tree_size or not config.speculate else 0
         costs = sizing.step_costs(self._model, loaded, self._most, self.capacity, fixed=fixed)
         self.budget = Budget(costs, most=self._most)
-        self._calibration = Calibration(self._matrix.candidates)
         self._drafter = Drafter(
             self._matrix, self._calibration, self.budget, config,
             most=self._most, template=fixed_tree(config, tree),
@@ -157,7 +157,12 @@ class Engine:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
         for task in range(MAX_TASKS):
             self._matrix.clear_task(task)
-        self._calibration.clear()
+            self._calibration.restore(task, None)
+
+    def forget_rows(self) -> None:
+        """Empty the matrices, but keep what was counted of how far candidates can be trusted."""
+        for task in range(MAX_TASKS):
+            self._matrix.clear_task(task)
 
     def stats(self) -> dict[str, Any]:
         """What the engine did since it was made (counts, seconds), and on what (texts)."""
@@ -208,12 +213,13 @@ class Engine:
             for sequence, count in pieces
             for token in sequence.tokens[sequence.cached : sequence.cached + count]
         ]
-        everywhere = self._most > 1 and self._wants_prompt_candidates()
+        learning = self._most > 1 and self.config.recycle_prompts
+        everywhere = learning and self._wants_prompt_candidates()
         ends = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
         ends = ends.to(self.loaded.device)
         logits = self._model.forward(self._ids(tokens), where, None if everywhere else ends)
         last = logits[ends] if everywhere else logits
-        if self._most > 1:
+        if learning:
             self._learn_prompts(pieces, logits if everywhere else None)
         for sequence, count in pieces:
             sequence.cached += count
@@ -268,7 +274,10 @@ class Engine:
         recycling = self._most > 1 and (bool(self.config.tree_size) or self.budget.wants_draft())
         last = self._last_tokens(batch)
         plain = drafting.roots(last)
-        drafted = self._drafter.draft(last, slots, tasks, context) or plain if recycling else plain
+        ahead = self._drafter.look_ahead(batch) if recycling else None
+        drafted = plain
+        if recycling:
+            drafted = self._drafter.draft(last, slots, tasks, ahead, context) or plain
         logits = self._verify_forward(batch, drafted)
         verdict = verify.accept(drafted, self._chosen(batch, drafted, logits))
         taken = self._commit(batch, verdict)
@@ -276,6 +285,8 @@ class Engine:
         if recycling:
             # Also where no node was worth it: what is not recycled now cannot be drafted later.
             self._keep_accepted(batch, verdict)
+            # Before rows change.
+            self._drafter.calibrate(drafted, verdict, slots, tasks, ahead)
             self._learn(batch, drafted, logits, verdict, slots, tasks)
         seconds = time.perf_counter() - start
         self._forwards += 1
@@ -360,7 +371,6 @@ class Engine:
         flat = logits.topk(self._matrix.candidates).indices
         width = drafted.tokens.shape[1]
         candidates = drafting.padded(flat, drafted.sizes, width, EMPTY)
-        self._calibrate(drafted, verdict, slots, tasks)
         order = sorted(range(len(batch)), key=lambda i: batch[i].turn)
         turn = torch.empty(len(batch), dtype=torch.long)
         turn[order] = torch.arange(len(batch))
@@ -370,19 +380,6 @@ class Engine:
         )  # fmt: skip
         for task in {sequence.task for sequence in batch}:
             self._tasks.touch(task)
-
-    def _calibrate(
-        self, drafted: Draft, verdict: verify.Verdict, slots: Tensor, tasks: Tensor
-    ) -> None:
-        """Count which rank of its row each token was that came true, before rows change."""
-        there = verdict.nodes >= 0
-        nodes = verdict.nodes.clamp(min=0)
-        index = nodes[:, :, None].expand(-1, -1, ORDERS)
-        rows, origins = drafting.find_rows(
-            self._matrix, slots, tasks, drafted.contexts.gather(1, index)
-        )
-        depths = drafted.depths.gather(1, nodes)
-        self._calibration.count(depths[there], origins[there], rows[there], verdict.tokens[there])
 
     def _retire_if_finished(self, sequence: Sequence) -> None:
         if sequence.finish_reason:

@@ -14,9 +14,11 @@ from heapq import heappop, heappush
 import torch
 from torch import Tensor
 
-from trbatch.engine.best_first import MAX_DEPTH, Calibration, kind
+from trbatch.engine.best_first import MAX_DEPTH
+from trbatch.engine.calibration import Calibration, kind_of
 from trbatch.engine.drafting import Draft
-from trbatch.engine.matrix import ORDERS, Matrix, RowReader
+from trbatch.engine.matrix import ORDERS, Matrix
+from trbatch.engine.spine import NO_TOKEN, Ahead, origin_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Node:
     parent: int
     depth: int
     context: tuple[int, ...]  # 3 tokens, newest (its own) first
+    on_spine: bool = True
 
 
 # The least leaves the heap first: the likeliest, then by sequence, parent and rank.
@@ -40,6 +43,7 @@ def search(
     slots: Tensor,
     tasks: Tensor,
     last: Tensor,
+    ahead: Ahead | None = None,
     *,
     most: int,
     least: float,
@@ -49,18 +53,16 @@ def search(
     Args:
         slots, tasks: [B] whose rows.
         last: [B, 3] last committed tokens, newest first.
+        ahead: what the sequences' spines expect.
         most: nodes of one sequence.
         least: chance below which a node is not worth its place.
     """
-    reader = matrix.reader()
-    chances = calibration.chances(last.device).tolist()
-    where = list(zip(slots.tolist(), tasks.tolist(), strict=True))
+    rows = _Rows(matrix, calibration, slots, tasks, ahead)
     found: list[Node] = []
-    counts = [0] * len(where)
+    counts = [0] * len(slots)
     heap: list[_Entry] = []
     for member, context in enumerate(last.tolist()):
-        root = Node(1.0, member, -1, 0, tuple(context))
-        _push_children(heap, root, -1, reader, where[member], chances, least)
+        _push_children(heap, Node(1.0, member, -1, 0, tuple(context)), -1, rows, least)
     while heap:
         *_, node = heappop(heap)
         if counts[node.member] == most:
@@ -68,27 +70,45 @@ def search(
         counts[node.member] += 1
         found.append(node)
         if node.depth < MAX_DEPTH:
-            at = where[node.member]
-            _push_children(heap, node, len(found) - 1, reader, at, chances, least)
+            _push_children(heap, node, len(found) - 1, rows, least)
     return found
 
 
-def _push_children(
-    heap: list[_Entry],
-    node: Node,
-    index: int,
-    reader: RowReader,
-    where: tuple[int, int],
-    chances: list[list[float]],
-    least: float,
-) -> None:
-    row, origin = reader.find(*where, node.context)
+class _Rows:
+    """Candidates of single nodes with their chances."""
+
+    def __init__(
+        self, matrix: Matrix, calibration: Calibration, slots: Tensor, tasks: Tensor,
+        ahead: Ahead | None,
+    ) -> None:  # fmt: skip
+        self._reader = matrix.reader()
+        self._chances = calibration.chances(slots.device).tolist()
+        self._slots, self._tasks = slots.tolist(), tasks.tolist()
+        self._expected = None if ahead is None else ahead.tokens.tolist()
+        self._matched = None if ahead is None else ahead.matched.tolist()
+
+    def after(self, node: Node) -> tuple[list[int], list[float], bool]:
+        """Candidates after a node, the chance of each, and whether the first is the spine's."""
+        member = node.member
+        task = self._tasks[member]
+        row, origin = self._reader.find(self._slots[member], task, node.context)
+        expected = NO_TOKEN
+        if self._expected is not None and self._matched is not None and node.on_spine:
+            expected = self._expected[member][node.depth]
+            if expected != NO_TOKEN:
+                origin = origin_of(self._matched[member] + node.depth, row[0] == expected)
+                row = [expected, *(token for token in row if token != expected)][: len(row)]
+        return row, self._chances[kind_of(task, node.depth, origin)], expected != NO_TOKEN
+
+
+def _push_children(heap: list[_Entry], node: Node, index: int, rows: _Rows, least: float) -> None:
+    row, chances, spine_first = rows.after(node)
     older = node.context[: ORDERS - 1]
-    ranked = zip(row, chances[kind(node.depth, origin)], strict=True)
-    for rank, (token, chance) in enumerate(ranked):
+    for rank, (token, chance) in enumerate(zip(row, chances, strict=False)):
         reached = node.chance * chance
         if token >= 0 and reached >= least:
-            child = Node(reached, node.member, index, node.depth + 1, (token, *older))
+            on_spine = spine_first and rank == 0
+            child = Node(reached, node.member, index, node.depth + 1, (token, *older), on_spine)
             heappush(heap, (-reached, node.member, index, rank, child))
 
 

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it. Knows nothing of torch, queues or files."""
+"""What goes into the engine and what comes out of it. Knows nothing of queues or files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trbatch.config import SamplingParams
+from trbatch.engine.spine import Spine
 
 # (committed tokens and the node's ancestors, raw logits [V]) -> processed logits [V]
 LogitsProcessor = Callable[[ListLike[int], Any], Any]
@@ -110,6 +111,7 @@ class Sequence:
     max_tokens: int
     stop: Any  # text.StopChecker
     figures: Figures
+    spine: Spine = field(default_factory=Spine)
     slot: int = -1
     task: int = -1  # index of the task's matrix
     room: Any = None  # kv_cache.Room

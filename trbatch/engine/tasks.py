@@ -1,7 +1,8 @@
 """The matrices of tasks: which are in memory, where they are kept, when they were saved.
 
 A task's matrix is one safetensors file per (model, task) in the job store, written whole. It opens
-with any safetensors reader: `rows` [V, k] int32, -1 for no candidate.
+with any safetensors reader: `rows` [V, k] int32, -1 for no candidate, and `calibration`, which
+candidates came true (`calibration.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from trbatch.engine.calibration import Calibration
 from trbatch.engine.matrix import Matrix
 from trbatch.errors import ModelError
 
@@ -39,8 +41,8 @@ class Task:
 class Tasks:
     """Open tasks of one engine; the least recently used makes room when there are too many."""
 
-    def __init__(self, matrix: Matrix, *, model: str) -> None:
-        self._matrix, self._model = matrix, model
+    def __init__(self, matrix: Matrix, calibration: Calibration, *, model: str) -> None:
+        self._matrix, self._calibration, self._model = matrix, calibration, model
         self._tasks: dict[str, Task] = {}
         self._folders: dict[str, Path] = {}  # also of tasks that had to make room
 
@@ -61,6 +63,7 @@ class Tasks:
             file = matrix_file(folder, self._model, name) if folder else None
             task = Task(name, self._place(busy), file)
             self._matrix.clear_task(task.index)
+            self._calibration.restore(task.index, None)
             # What made room for others was saved and goes on, also if it began cold.
             if file is not None and file.is_file() and (known or not cold):
                 self._load(task, file)
@@ -85,7 +88,8 @@ class Tasks:
         """Write the matrices that changed."""
         for task in self._tasks.values():
             if task.changed and task.file is not None:
-                _save(task.file, self._matrix.shared[task.index])
+                counts = self._calibration.of_task(task.index)
+                _save(task.file, self._matrix.shared[task.index], counts)
                 task.changed = False
 
     def _place(self, busy: set[int]) -> int:
@@ -103,7 +107,8 @@ class Tasks:
 
     def _load(self, task: Task, file: Path) -> None:
         try:
-            rows = load_file(file)["rows"]
+            kept = load_file(file)
+            rows = kept["rows"]
         except (SafetensorError, KeyError, OSError) as error:
             raise ModelError(
                 f"cannot read the matrix {file}: {error}", hint="delete it, or use --cold"
@@ -116,6 +121,7 @@ class Tasks:
                 hint="delete it, or use --cold",
             )
         place.copy_(rows)
+        self._calibration.restore(task.index, kept.get("calibration"))
         task.age_s = time.time() - file.stat().st_mtime
 
 
@@ -134,8 +140,8 @@ def matrix_file(folder: Path, model: str, task: str) -> Path:
     return Path(folder) / model / f"{readable}-{digest}.safetensors"
 
 
-def _save(file: Path, rows: torch.Tensor) -> None:
+def _save(file: Path, rows: torch.Tensor, calibration: torch.Tensor) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({"rows": rows.cpu().contiguous()}, scratch)
+    save_file({"rows": rows.cpu().contiguous(), "calibration": calibration}, scratch)
     scratch.replace(file)

@@ -1,0 +1,118 @@
+"""`trbatch bench`: the commands that measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trbatch import cli_options as options
+from trbatch.cli_output import print_table
+from trbatch.config import TREES, EngineConfig
+from trbatch.errors import UsageError
+
+_EXAMPLE = "trbatch bench speed --prompts prompts.jsonl --batch 1,8"
+
+
+@click.group("bench", cls=click.Group, **options.example(_EXAMPLE))
+def bench_group() -> None:
+    """Measure acceptance and speed on this machine."""
+
+
+def _whole_numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in value.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"{parameter.opts[0]} must be whole numbers like 1,8, not {value!r}")
+    return numbers
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_prompts_option = click.option(
+    "--prompts",
+    required=True,
+    type=_FILE,
+    help="JSONL rows with 'prompt', 'messages' or 'turns' (the first turn counts).",
+)
+
+
+@bench_group.command(
+    "acceptance",
+    **options.example("trbatch bench acceptance --prompts p.jsonl --tree-size 4,8,80 --json"),
+)
+@_prompts_option
+@options.bench_model_options
+@click.option("--batch", default=8, show_default=True, help="Rows decoded together.")
+@click.option("--limit", default=32, show_default=True, help="Prompts to use, the first; 0: all.")
+@click.option("--max-tokens", default=128, show_default=True, help="Most tokens a prompt.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "tree_sizes",
+    "--tree-size",
+    default="80",
+    show_default=True,
+    callback=_whole_numbers,
+    help="Draft tokens a step; several sizes as 8,16,80.",
+)
+@click.option(
+    "--tree",
+    type=click.Choice(TREES),
+    default=EngineConfig().tree,
+    show_default=True,
+    help="How nodes are picked: by chance, or along the published tree.",
+)
+@click.option(
+    "--orders",
+    type=click.IntRange(0, 3),
+    default=3,
+    show_default=True,
+    help="Longest context of a row's own candidates, tokens; 0: one matrix for all rows.",
+)
+@click.option("--spine/--no-spine", default=True, help="Continue repeated passages of the text.")
+@click.option("--train", type=_FILE, help="Prompts to decode first, so that the matrix is warm.")
+@click.option(
+    "--forget",
+    type=click.Choice(["", "rows"]),
+    default="",
+    help="After --train, empty the rows and keep only how far they can be trusted.",
+)
+@click.option("--reference", is_flag=True, help="Measure the paper's algorithm beside it.")
+@click.option("--check", is_flag=True, help="Compare every output with plain decoding.")
+@options.json_option
+def bench_acceptance(as_json: bool, **settings: Any) -> None:
+    """Mean acceptance length: (tokens - 1) / decode forwards, by tree size and category."""
+    from trbatch.engine.bench_acceptance import acceptance
+
+    print_table(acceptance(**settings, progress=_note), as_json=as_json)
+
+
+@bench_group.command(
+    "speed", **options.example("trbatch bench speed --prompts p.jsonl --batch 1,8 --json")
+)
+@_prompts_option
+@options.bench_model_options
+@click.option(
+    "batches",
+    "--batch",
+    default="1,8",
+    show_default=True,
+    callback=_whole_numbers,
+    help="Rows decoded together; several as 1,8.",
+)
+@click.option("--max-tokens", default=96, show_default=True, help="Tokens a prompt.")
+@click.option("--runs", default=7, show_default=True, help="Interleaved runs; medians are shown.")
+@click.option("--limit", default=0, help="Prompts to use, from the first; 0: what the runs need.")
+@click.option("--cold", is_flag=True, help="Forget before each run what the last one learned.")
+@options.json_option
+def bench_speed(as_json: bool, **settings: Any) -> None:
+    """Tokens/s of transformers' generate, our plain decoding and our Token Recycling."""
+    from trbatch.engine.bench_speed import speed
+
+    print_table(speed(**settings, progress=_note), as_json=as_json)
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)

@@ -1,0 +1,173 @@
+"""How often drafts are right: tokens for each forward, which no noise of the machine can touch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trbatch.config import EngineConfig, SamplingParams
+from trbatch.engine.bench_prompts import BenchPrompt, read_prompts, requests_of
+from trbatch.engine.bench_runs import Progress, conditions, decode
+from trbatch.engine.engine import Engine
+from trbatch.engine.matrix import ORDERS
+from trbatch.engine.model import LoadedModel
+from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.tree import paper_tree
+from trbatch.models import load_model
+
+_PAPER_NODES = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptanceSettings:
+    """What is measured.
+
+    `orders`: longest context of a sequence's own rows. `train`: prompts to decode first; `forget`
+    tells which of what they taught is kept: nothing is forgotten, or the rows are ("rows"), so that
+    only the calibration stays. `reference`: the paper's algorithm beside it, at batch 1.
+    """
+
+    batch: int = 8
+    max_tokens: int = 128
+    temperature: float = 0.0
+    tree: str = "best_first"
+    orders: int = ORDERS
+    spine: bool = True
+    train: Path | None = None
+    forget: str = ""
+    reference: bool = False
+    check: bool = False
+    tree_sizes: list[int] = field(default_factory=lambda: [_PAPER_NODES])
+
+
+def acceptance(
+    *,
+    prompts: Path,
+    model: str = "",
+    limit: int = 32,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = lambda _: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Mean accepted tokens for each forward, by tree size and category, from empty rows.
+
+    Args:
+        prompts: JSONL; of rows with `turns` the first is taken.
+        limit: prompts to use, from the first; 0: all.
+        settings: `AcceptanceSettings`; `tree_sizes` are nodes behind the root.
+
+    Returns:
+        The settings and one entry per tree size; the first one's figures also at the top level.
+    """
+    wanted = AcceptanceSettings(**settings)
+    loaded = load_model(model, device=device, dtype=dtype)
+    texts = read_prompts(prompts, limit)
+    bench = _Bench(loaded, wanted, texts, progress)
+    results = [bench.of_size(size) for size in wanted.tree_sizes]
+    return {
+        "bench": "acceptance",
+        **conditions(loaded, prompts, len(texts), wanted.max_tokens),
+        "batch": wanted.batch,
+        "temperature": wanted.temperature,
+        "tree": wanted.tree,
+        "orders": wanted.orders,
+        "spine": wanted.spine,
+        "train": wanted.train.name if wanted.train else None,
+        "forget": wanted.forget,
+        **results[0],
+        "by_tree_size": results,
+        **({"reference": bench.reference()} if wanted.reference else {}),
+    }
+
+
+class _Bench:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        wanted: AcceptanceSettings,
+        prompts: list[BenchPrompt],
+        progress: Progress,
+    ) -> None:
+        self._loaded, self._wanted, self._progress = loaded, wanted, progress
+        self._prompts = prompts
+        self._sampling = SamplingParams(
+            max_tokens=wanted.max_tokens, temperature=wanted.temperature
+        )
+        self._plain: list[Completion] | None = None
+
+    def of_size(self, size: int) -> dict[str, Any]:
+        """Figures with trees of `size` nodes."""
+        wanted = self._wanted
+        config = EngineConfig(
+            max_num_seqs=wanted.batch, tree=wanted.tree, spine=wanted.spine, tree_size=size + 1,
+            max_tree_size=size + 1,
+        )  # fmt: skip
+        engine = Engine(self._loaded, config, orders=wanted.orders)
+        if wanted.train is not None:
+            self._progress(f"tree of {size} nodes: learning from {wanted.train.name} …")
+            decode(engine, requests_of(read_prompts(wanted.train), self._sampling))
+            if wanted.forget == "rows":
+                engine.forget_rows()
+        self._progress(f"tree of {size} nodes …")
+        done, seconds = decode(engine, self._requests())
+        figures = {"tree_size": size, **self._figures(done), "seconds": round(seconds, 2)}
+        if wanted.check:
+            figures["different_from_plain"] = self._different(done)
+        return figures
+
+    def reference(self) -> dict[str, Any]:
+        """The paper's algorithm: one matrix, one sequence, its tree, nothing from the prompt."""
+        self._progress("the paper's algorithm, one prompt at a time …")
+        config = EngineConfig(
+            max_num_seqs=1, tree="paper", spine=False, recycle_prompts=False,
+            tree_size=_PAPER_NODES + 1, max_tree_size=_PAPER_NODES + 1,
+        )  # fmt: skip
+        done, seconds = decode(
+            Engine(self._loaded, config, tree=paper_tree(), orders=0), self._requests()
+        )
+        return {"tree_size": _PAPER_NODES, **self._figures(done), "seconds": round(seconds, 2)}
+
+    def _requests(self) -> list[Request]:
+        return requests_of(self._prompts, self._sampling)
+
+    def _different(self, done: list[Completion]) -> int:
+        """How many outputs differ from plain decoding's: 0, or something is broken."""
+        if self._plain is None:
+            self._progress("plain decoding, to compare with …")
+            config = EngineConfig(max_num_seqs=self._wanted.batch, speculate=False)
+            self._plain, _ = decode(Engine(self._loaded, config), self._requests())
+        return sum(a.token_ids != b.token_ids for a, b in zip(done, self._plain, strict=True))
+
+    def _figures(self, done: list[Completion]) -> dict[str, Any]:
+        figures = acceptance_figures(done)
+        categories = dict.fromkeys(prompt.category for prompt in self._prompts)
+        if any(categories):
+            figures["by_category"] = {
+                category: acceptance_figures(
+                    [d for d, p in zip(done, self._prompts, strict=True) if p.category == category]
+                )["mean_acceptance_length"]
+                for category in categories
+            }
+        return figures
+
+
+def acceptance_figures(done: list[Completion]) -> dict[str, Any]:
+    """Tokens, forwards and their ratio over all completions."""
+    forwards = sum(c.num_spec_steps for c in done)
+    tokens = sum(c.completion_tokens for c in done)
+    drafted = sum(c.num_draft_tokens for c in done)
+    accepted = sum(c.num_accepted_draft_tokens for c in done)
+    width = max(len(c.acceptance_histogram) for c in done)
+    histogram = [
+        sum(c.acceptance_histogram[i] for c in done if i < len(c.acceptance_histogram))
+        for i in range(width)
+    ]
+    return {
+        "mean_acceptance_length": round((tokens - len(done)) / forwards, 4) if forwards else None,
+        "tokens": tokens,
+        "decode_forwards": forwards,
+        "draft_acceptance_rate": round(accepted / drafted, 4) if drafted else None,
+        "acceptance_histogram": histogram,
+    }

@@ -1,0 +1,194 @@
+"""What recycling is worth: tokens a second of three ways to decode the same prompts.
+
+transformers' `generate`, our plain decoding and our Token Recycling take turns in one process,
+because only ratios measured side by side mean anything on a shared machine.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trbatch.config import EngineConfig, SamplingParams
+from trbatch.engine.bench_prompts import BenchPrompt, read_prompts, requests_of, templated
+from trbatch.engine.bench_runs import Progress, begin, checked, conditions
+from trbatch.engine.engine import Engine
+from trbatch.engine.model import LoadedModel
+from trbatch.engine.sequence import Completion, Request
+from trbatch.errors import InputError
+from trbatch.models import load_model, load_unmodified
+
+_LONGEST_PROMPT = 160  # tokens, of those that `speed` takes
+_TURN_S = 0.5
+
+
+def speed(
+    *,
+    prompts: Path,
+    model: str = "",
+    batches: list[int],
+    max_tokens: int = 96,
+    runs: int = 7,
+    limit: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    cold: bool = False,
+    progress: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """Tokens a second of three ways to decode the same prompts, and their ratios run by run.
+
+    Each run takes other prompts of up to 160 tokens from all over the file (twice the batch), and
+    decodes them in each of the three ways, greedy, always `max_tokens` long.
+    As in a worker, what one run learned stays for the next. Seconds count from the first prompt's
+    first prefill to the last token. Our two ways take turns by the half second, so that a machine
+    that changes its pace changes it for both.
+
+    Args:
+        batches: sequences decoded together.
+        runs: how often each of the three takes its turn.
+        limit: how many of the file's first prompts may be used; 0: all.
+        cold: begin each run with empty rows.
+    """
+    loaded = load_model(model, device=device, dtype=dtype)
+    unmodified = load_unmodified(model, loaded)
+    most = max(_prompts_a_run(batch) for batch in batches) * runs
+    texts = read_prompts(prompts, limit)
+    # The question is how fast tokens come out: a long prompt's prefill, the same for all three,
+    # would hide the answer.
+    texts = [prompt for prompt in texts if _length(loaded, prompt.text) <= _LONGEST_PROMPT]
+    if not texts:
+        raise InputError(f"{prompts} has no prompt of at most {_LONGEST_PROMPT} tokens")
+    # Benchmark files are sorted by category: take prompts from all over the file.
+    texts = texts[:: max(1, len(texts) // most)]
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    results = []
+    for batch in batches:
+        engines = {
+            "plain": _engine(loaded, batch, speculate=False),
+            "recycling": _engine(loaded, batch, speculate=True),
+        }
+        rates: dict[str, list[float]] = {"generate": [], "plain": [], "recycling": []}
+        done: list[Completion] = []
+        for run in range(runs):
+            count = _prompts_a_run(batch)
+            # Each run of all kinds: files are sorted by category.
+            chosen = [texts[(run + i * runs) % len(texts)] for i in range(count)]
+            rates["generate"].append(_generate_rate(unmodified, loaded, chosen, batch, max_tokens))
+            requests = requests_of(chosen, sampling)
+            for name, (finished, seconds) in _take_turns(engines, requests, cold=cold).items():
+                rates[name].append(sum(c.completion_tokens for c in finished) / seconds)
+                done += finished if name == "recycling" else []
+            progress(f"batch {batch}, run {run + 1} of {runs}: " + _latest(rates))
+        results.append(_speed_figures(batch, rates, done, engines["recycling"]))
+    return {
+        "bench": "speed",
+        **conditions(loaded, prompts, len(texts), max_tokens),
+        "runs": runs,
+        "cold": cold,
+        "by_batch": results,
+    }
+
+
+def _prompts_a_run(batch: int) -> int:
+    return 2 * batch
+
+
+def _length(loaded: LoadedModel, text: str) -> int:
+    ids = loaded.tokenizer(templated(loaded.tokenizer, text), add_special_tokens=False)
+    return len(ids["input_ids"])
+
+
+def _latest(rates: dict[str, list[float]]) -> str:
+    return ", ".join(f"{name} {values[-1]:.1f}" for name, values in rates.items()) + " tokens/s"
+
+
+def _engine(loaded: LoadedModel, batch: int, *, speculate: bool) -> Engine:
+    return Engine(loaded, EngineConfig(max_num_seqs=batch, speculate=speculate))
+
+
+def _take_turns(
+    engines: dict[str, Engine], requests: list[Request], *, cold: bool
+) -> dict[str, tuple[list[Completion], float]]:
+    """Each engine's completions of the same requests, and its own seconds."""
+    done: dict[str, list[Completion]] = {name: [] for name in engines}
+    seconds = dict.fromkeys(engines, 0.0)
+    for engine in engines.values():
+        begin(engine, requests, cold=cold)
+    while any(engine.unfinished for engine in engines.values()):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            while engine.unfinished and time.perf_counter() - start < _TURN_S:
+                done[name] += engine.step()
+            seconds[name] += time.perf_counter() - start
+    return {name: (checked(done[name]), seconds[name]) for name in engines}
+
+
+def _generate_rate(
+    network: Any, loaded: LoadedModel, prompts: list[BenchPrompt], batch: int, max_tokens: int
+) -> float:
+    """`generate` on groups of `batch` prompts, padded on the left."""
+    tokenizer = loaded.tokenizer
+    seconds, tokens = 0.0, 0
+    for start in range(0, len(prompts), batch):
+        group = [templated(tokenizer, p.text) for p in prompts[start : start + batch]]
+        begun = time.perf_counter()
+        inputs = tokenizer(
+            group, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left"
+        ).to(network.device)
+        with torch.inference_mode():
+            out = network.generate(
+                **inputs, do_sample=False, max_new_tokens=max_tokens, min_new_tokens=max_tokens
+            )
+        tokens += (out.shape[1] - inputs["input_ids"].shape[1]) * out.shape[0]
+        seconds += time.perf_counter() - begun
+    return tokens / seconds
+
+
+def _speed_figures(
+    batch: int, rates: dict[str, list[float]], done: list[Completion], engine: Engine
+) -> dict[str, Any]:
+    def ratio(name: str, to: str) -> dict[str, float]:
+        return ratio_figures([a / b for a, b in zip(rates[name], rates[to], strict=True)])
+
+    forwards = sum(c.num_spec_steps for c in done)
+    return {
+        "batch": batch,
+        "tokens_per_s": {
+            name: round(statistics.median(values), 2) for name, values in rates.items()
+        },
+        "recycling_over_plain": ratio("recycling", "plain"),
+        "plain_over_generate": ratio("plain", "generate"),
+        "recycling_over_generate": ratio("recycling", "generate"),
+        "mean_acceptance_length": round(sum(c.completion_tokens - 1 for c in done) / forwards, 4),
+        "speedup_by_cost": round(
+            sum(c.baseline_decode_s or 0.0 for c in done) / sum(c.decode_s for c in done), 4
+        ),
+        "tree_sizes": {str(size): n for size, n in engine.stats()["tree_sizes"].items()},
+    }
+
+
+def ratio_figures(ratios: list[float]) -> dict[str, float]:
+    """Median of paired ratios, and the bound below which their mean lies with 2.5 % chance.
+
+    The bound is Student's, on logarithms: ratios of a noisy machine are skewed.
+    """
+    logs = [math.log(ratio) for ratio in ratios]
+    lower = math.nan
+    if len(logs) > 1:
+        error = statistics.stdev(logs) / math.sqrt(len(logs))
+        lower = math.exp(statistics.mean(logs) - _student(len(logs) - 1) * error)
+    return {"median": round(statistics.median(ratios), 4), "lower_95": round(lower, 4)}
+
+
+def _student(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t (table; Cornish-Fisher's expansion beyond 10)."""
+    table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+    if freedom <= len(table):
+        return table[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom)
