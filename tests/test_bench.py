@@ -113,7 +113,7 @@ def test_acceptance_counts_tokens_for_each_forward(prompts: Path, own_costs: Pat
         progress=said.append,
     )  # fmt: skip
     assert [entry["tree_size"] for entry in result["by_tree_size"]] == [4, 1]
-    assert len(said) == 2
+    assert len(said) == 4  # what begins and what came out, of each size
     for entry in result["by_tree_size"]:
         forwards, tokens = entry["decode_forwards"], entry["tokens"]
         assert entry["mean_acceptance_length"] == pytest.approx((tokens - 2) / forwards, abs=1e-4)

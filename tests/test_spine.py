@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trbatch.engine.ahead import ahead_of, lay_over, origin_of, put_first
 from trbatch.engine.calibration import SPINE
-from trbatch.engine.spine import LONG, MATCH, Spine, ahead_of, lay_over, origin_of, put_first
+from trbatch.engine.spine import LONG, MATCH, Spine
 
 
 def spine_of(tokens: list[int]) -> Spine:

@@ -105,7 +105,6 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
 @click.option("--max-tokens", default=96, show_default=True, help="Tokens a prompt.")
 @click.option("--runs", default=7, show_default=True, help="Interleaved runs; medians are shown.")
 @click.option("--limit", default=0, help="Prompts to use, from the first; 0: what the runs need.")
-@click.option("--cold", is_flag=True, help="Forget before each run what the last one learned.")
 @options.json_option
 def bench_speed(as_json: bool, **settings: Any) -> None:
     """Tokens/s of transformers' generate, our plain decoding and our Token Recycling."""

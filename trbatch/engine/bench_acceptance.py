@@ -13,6 +13,7 @@ from trbatch.engine.engine import Engine
 from trbatch.engine.matrix import ORDERS
 from trbatch.engine.model import LoadedModel
 from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.text import encode
 from trbatch.engine.tree import paper_tree
 from trbatch.models import load_model
 
@@ -96,33 +97,48 @@ class _Bench:
             max_tokens=wanted.max_tokens, temperature=wanted.temperature
         )
         self._plain: list[Completion] | None = None
+        tokenizer = loaded.tokenizer
+        longest = max(
+            len(encode(tokenizer, request, loaded.vocab_size)) for request in self._requests()
+        )
+        # No more keys and values than these prompts need: several benchmarks may share a GPU.
+        self._longest = min(loaded.max_positions, longest + wanted.max_tokens)
 
     def of_size(self, size: int) -> dict[str, Any]:
         """Figures with trees of `size` nodes."""
         wanted = self._wanted
         config = EngineConfig(
-            max_num_seqs=wanted.batch, tree=wanted.tree, spine=wanted.spine, tree_size=size + 1,
-            max_tree_size=size + 1,
+            max_num_seqs=wanted.batch, max_model_len=self._longest, tree=wanted.tree,
+            spine=wanted.spine, tree_size=size + 1, max_tree_size=size + 1,
         )  # fmt: skip
         engine = Engine(self._loaded, config, orders=wanted.orders)
         if wanted.train is not None:
             self._progress(f"tree of {size} nodes: learning from {wanted.train.name} …")
-            decode(engine, requests_of(read_prompts(wanted.train), self._sampling))
+            taught = requests_of(read_prompts(wanted.train), self._sampling)
+            fitting = [r for r in taught if self._fits(r)]
+            decode(engine, fitting)
             if wanted.forget == "rows":
                 engine.forget_rows()
         self._progress(f"tree of {size} nodes …")
         done, seconds = decode(engine, self._requests())
         figures = {"tree_size": size, **self._figures(done), "seconds": round(seconds, 2)}
+        self._progress(
+            f"tree of {size} nodes: {figures['mean_acceptance_length']} tokens a forward"
+        )
         if wanted.check:
             figures["different_from_plain"] = self._different(done)
         return figures
+
+    def _fits(self, request: Request) -> bool:
+        ids = encode(self._loaded.tokenizer, request, self._loaded.vocab_size)
+        return len(ids) + self._wanted.max_tokens <= self._longest
 
     def reference(self) -> dict[str, Any]:
         """The paper's algorithm: one matrix, one sequence, its tree, nothing from the prompt."""
         self._progress("the paper's algorithm, one prompt at a time …")
         config = EngineConfig(
-            max_num_seqs=1, tree="paper", spine=False, recycle_prompts=False,
-            tree_size=_PAPER_NODES + 1, max_tree_size=_PAPER_NODES + 1,
+            max_num_seqs=1, max_model_len=self._longest, tree="paper", spine=False,
+            recycle_prompts=False, tree_size=_PAPER_NODES + 1, max_tree_size=_PAPER_NODES + 1,
         )  # fmt: skip
         done, seconds = decode(
             Engine(self._loaded, config, tree=paper_tree(), orders=0), self._requests()
@@ -136,7 +152,9 @@ class _Bench:
         """How many outputs differ from plain decoding's: 0, or something is broken."""
         if self._plain is None:
             self._progress("plain decoding, to compare with …")
-            config = EngineConfig(max_num_seqs=self._wanted.batch, speculate=False)
+            config = EngineConfig(
+                max_num_seqs=self._wanted.batch, max_model_len=self._longest, speculate=False
+            )
             self._plain, _ = decode(Engine(self._loaded, config), self._requests())
         return sum(a.token_ids != b.token_ids for a, b in zip(done, self._plain, strict=True))
 

@@ -7,8 +7,11 @@ because only ratios measured side by side mean anything on a shared machine.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,10 @@ import torch
 
 from trbatch.config import EngineConfig, SamplingParams
 from trbatch.engine.bench_prompts import BenchPrompt, read_prompts, requests_of, templated
-from trbatch.engine.bench_runs import Progress, begin, checked, conditions
+from trbatch.engine.bench_runs import Progress, checked, conditions
 from trbatch.engine.engine import Engine
 from trbatch.engine.model import LoadedModel
-from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.sequence import Completion
 from trbatch.errors import InputError
 from trbatch.models import load_model, load_unmodified
 
@@ -37,65 +40,53 @@ def speed(
     limit: int = 0,
     device: str = "auto",
     dtype: str = "auto",
-    cold: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Tokens a second of three ways to decode the same prompts, and their ratios run by run.
 
-    Each run takes other prompts of up to 160 tokens from all over the file (twice the batch), and
-    decodes them in each of the three ways, greedy, always `max_tokens` long.
-    As in a worker, what one run learned stays for the next. Seconds count from the first prompt's
-    first prefill to the last token. Our two ways take turns by the half second, so that a machine
-    that changes its pace changes it for both.
+    A job has many prompts, so both of our engines always have more waiting than they decode: no
+    figure is spoiled by the last few sequences of a run, and what one run learned stays for the
+    next, as in a worker. A run lasts until each has given the tokens of two batches of prompts,
+    prefill included; they take turns by the half second, so that a machine that changes its pace
+    changes it for both. `generate` decodes two batches of the same prompts, padded.
+    Prompts have up to 160 tokens, come from all over the file in a fixed random order, and are
+    decoded greedily, always `max_tokens` long.
 
     Args:
         batches: sequences decoded together.
         runs: how often each of the three takes its turn.
         limit: how many of the file's first prompts may be used; 0: all.
-        cold: begin each run with empty rows.
     """
     loaded = load_model(model, device=device, dtype=dtype)
     unmodified = load_unmodified(model, loaded)
-    most = max(_prompts_a_run(batch) for batch in batches) * runs
     texts = read_prompts(prompts, limit)
     # The question is how fast tokens come out: a long prompt's prefill, the same for all three,
     # would hide the answer.
     texts = [prompt for prompt in texts if _length(loaded, prompt.text) <= _LONGEST_PROMPT]
     if not texts:
         raise InputError(f"{prompts} has no prompt of at most {_LONGEST_PROMPT} tokens")
-    # Benchmark files are sorted by category: take prompts from all over the file.
-    texts = texts[:: max(1, len(texts) // most)]
+    random.Random(0).shuffle(texts)  # benchmark files are sorted by category
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     results = []
     for batch in batches:
-        engines = {
-            "plain": _engine(loaded, batch, speculate=False),
-            "recycling": _engine(loaded, batch, speculate=True),
+        streams = {
+            name: _Stream(_engine(loaded, batch, speculate=name == "recycling"), texts, sampling)
+            for name in ("plain", "recycling")
         }
         rates: dict[str, list[float]] = {"generate": [], "plain": [], "recycling": []}
-        done: list[Completion] = []
         for run in range(runs):
-            count = _prompts_a_run(batch)
-            # Each run of all kinds: files are sorted by category.
-            chosen = [texts[(run + i * runs) % len(texts)] for i in range(count)]
+            chosen = [texts[(2 * batch * run + i) % len(texts)] for i in range(2 * batch)]
             rates["generate"].append(_generate_rate(unmodified, loaded, chosen, batch, max_tokens))
-            requests = requests_of(chosen, sampling)
-            for name, (finished, seconds) in _take_turns(engines, requests, cold=cold).items():
-                rates[name].append(sum(c.completion_tokens for c in finished) / seconds)
-                done += finished if name == "recycling" else []
+            for name, rate in _take_turns(streams, 2 * batch * max_tokens).items():
+                rates[name].append(rate)
             progress(f"batch {batch}, run {run + 1} of {runs}: " + _latest(rates))
-        results.append(_speed_figures(batch, rates, done, engines["recycling"]))
+        results.append(_speed_figures(batch, rates, streams["recycling"]))
     return {
         "bench": "speed",
         **conditions(loaded, prompts, len(texts), max_tokens),
         "runs": runs,
-        "cold": cold,
         "by_batch": results,
     }
-
-
-def _prompts_a_run(batch: int) -> int:
-    return 2 * batch
 
 
 def _length(loaded: LoadedModel, text: str) -> int:
@@ -111,21 +102,44 @@ def _engine(loaded: LoadedModel, batch: int, *, speculate: bool) -> Engine:
     return Engine(loaded, EngineConfig(max_num_seqs=batch, speculate=speculate))
 
 
-def _take_turns(
-    engines: dict[str, Engine], requests: list[Request], *, cold: bool
-) -> dict[str, tuple[list[Completion], float]]:
-    """Each engine's completions of the same requests, and its own seconds."""
-    done: dict[str, list[Completion]] = {name: [] for name in engines}
-    seconds = dict.fromkeys(engines, 0.0)
-    for engine in engines.values():
-        begin(engine, requests, cold=cold)
-    while any(engine.unfinished for engine in engines.values()):
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            while engine.unfinished and time.perf_counter() - start < _TURN_S:
-                done[name] += engine.step()
-            seconds[name] += time.perf_counter() - start
-    return {name: (checked(done[name]), seconds[name]) for name in engines}
+class _Stream:
+    """An engine that never runs out of prompts."""
+
+    def __init__(
+        self, engine: Engine, prompts: list[BenchPrompt], sampling: SamplingParams
+    ) -> None:
+        self.engine = engine
+        self.done: list[Completion] = []
+        self._requests = cycle(requests_of(prompts, sampling))
+        self._added = 0
+
+    @property
+    def tokens(self) -> int:
+        """Given so far."""
+        return int(self.engine.stats()["tokens"])
+
+    def run_for(self, seconds: float) -> float:
+        """Decode for so long, at least one step. Returns the seconds it took."""
+        start = time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            while self.engine.unfinished < 2 * self.engine.capacity:
+                self.engine.add(replace(next(self._requests), key=self._added, order=self._added))
+                self._added += 1
+            self.done += checked(self.engine.step())
+        return passed
+
+
+def _take_turns(streams: dict[str, _Stream], tokens: int) -> dict[str, float]:
+    """Let each stream give so many tokens. Returns the tokens a second of each."""
+    before = {name: stream.tokens for name, stream in streams.items()}
+    given = dict.fromkeys(streams, 0)
+    seconds = dict.fromkeys(streams, 0.0)
+    while any(count < tokens for count in given.values()):
+        for name, stream in streams.items():
+            if given[name] < tokens:
+                seconds[name] += stream.run_for(_TURN_S)
+                given[name] = stream.tokens - before[name]
+    return {name: given[name] / seconds[name] for name in streams}
 
 
 def _generate_rate(
@@ -149,12 +163,11 @@ def _generate_rate(
     return tokens / seconds
 
 
-def _speed_figures(
-    batch: int, rates: dict[str, list[float]], done: list[Completion], engine: Engine
-) -> dict[str, Any]:
+def _speed_figures(batch: int, rates: dict[str, list[float]], recycling: _Stream) -> dict[str, Any]:
     def ratio(name: str, to: str) -> dict[str, float]:
         return ratio_figures([a / b for a, b in zip(rates[name], rates[to], strict=True)])
 
+    done = recycling.done
     forwards = sum(c.num_spec_steps for c in done)
     return {
         "batch": batch,
@@ -168,7 +181,7 @@ def _speed_figures(
         "speedup_by_cost": round(
             sum(c.baseline_decode_s or 0.0 for c in done) / sum(c.decode_s for c in done), 4
         ),
-        "tree_sizes": {str(size): n for size, n in engine.stats()["tree_sizes"].items()},
+        "tree_sizes": {str(size): n for size, n in recycling.engine.stats()["tree_sizes"].items()},
     }
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trbatch.engine.ahead import Ahead, lay_over
 from trbatch.engine.calibration import Calibration, kinds_of
 from trbatch.engine.drafting import Draft, find_rows
 from trbatch.engine.matrix import ORDERS, Matrix
-from trbatch.engine.spine import Ahead, lay_over
 
 MAX_DEPTH = 12
 

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 
 from trbatch.engine.costs import TIMED_SIZES, CostTable
 
-_PLAIN_EVERY = 256  # steps between plain ones that keep the baseline honest (0.4 %)
+# Steps between plain ones, which keep the baseline honest: the less drafting gains, the less one
+# costs and the more depends on it. (gain below which, steps)
+_PLAIN_EVERY = ((1.1, 12), (1.3, 48), (math.inf, 256))
 _HOPELESS = 32  # steps without a node worth drafting, after which drafting rests
 _REST = 16  # plain steps between two tries then
 _PACE_STEP = 0.1  # weight of the newest step in the machine's pace, logarithmic
 _SIZE_STEP = 0.03  # the same in the usual size of a tree
+_FIRST_STEP = 0.5  # of the first in a kind; it falls as 1 / (steps of the kind)
 _KIND_STEP = 0.015  # the same in what is particular to its kind of step
 _SURPRISE = math.log(1.5)  # a step that something else disturbed counts as this much at most
 
@@ -39,6 +42,8 @@ class Budget:
         # also those that are not being made: without the common part they would look cheap.
         self._pace: float | None = None
         self._particular: dict[tuple[int, int], float] = {}
+        self._made: dict[tuple[int, int], int] = {}  # steps of each kind
+        self._gain = 1.0  # expected of the last drafts over plain decoding, smoothed
         self._steps = self._misses = self._pause = 0
         self.usual_size = float(most)  # tokens a step and sequence, of the last 30 steps or so
         self.chosen: dict[int, int] = {}  # tokens a sequence, rounded -> steps
@@ -46,7 +51,7 @@ class Budget:
     def wants_draft(self) -> bool:
         """Whether this step should look for drafts at all."""
         self._steps += 1
-        if self._steps % _PLAIN_EVERY == 0:
+        if self._steps % next(every for gain, every in _PLAIN_EVERY if self._gain < gain) == 0:
             return False
         if self._pause > 0:
             self._pause -= 1
@@ -67,13 +72,15 @@ class Budget:
             context: committed tokens of a sequence, on average.
             chances: of all candidates, falling.
         """
-        best, best_rate, expected, taken = 0, batch / self._seconds(batch, 1.0, context), 0.0, 0
+        plain_rate = batch / self._seconds(batch, 1.0, context)
+        best, best_rate, expected, taken = 0, plain_rate, 0.0, 0
         for count in _grid(min(len(chances), batch * (self._most - 1))):
             expected += sum(chances[taken:count])
             taken = count
             rate = (batch + expected) / self._seconds(batch, 1 + count / batch, context)
             if rate > best_rate:
                 best, best_rate = count, rate
+        self._gain += _PACE_STEP * (best_rate / plain_rate - self._gain)
         self._misses = 0 if best else self._misses + 1
         if self._misses >= _HOPELESS:
             self._pause = _REST
@@ -95,8 +102,11 @@ class Budget:
             self._pace = found
         particular = self._particular.get(kind, 0.0)
         surprise = max(-_SURPRISE, min(_SURPRISE, found - self._pace - particular))
-        self._pace += _PACE_STEP * surprise
-        self._particular[kind] = particular + _KIND_STEP * surprise
+        # A kind that is hardly known says more about itself than about the machine.
+        made = self._made.get(kind, 0)
+        self._made[kind] = made + 1
+        self._pace += _PACE_STEP * made / (made + 3) * surprise
+        self._particular[kind] = particular + max(_KIND_STEP, _FIRST_STEP / (made + 1)) * surprise
 
     def _seconds(self, batch: int, size: float, context: float) -> float:
         correction = (self._pace or 0.0) + self._particular.get(_kind(batch, size), 0.0)

@@ -63,14 +63,16 @@ def time_steps(
         most_tokens: steps of more tokens than this are extrapolated, not timed.
         context: committed tokens a sequence; a quarter of it gives the slope.
     """
-    timed = {}
-    for batch in batches:
-        for size in sizes:
-            if size in sizes[:2] or batch * size <= most_tokens:
-                timed[batch, size] = steady(run, batch, size, context)
-    timed = rising(timed)
-    short = steady(run, batches[-1], 1, context // 4)
-    gained = (timed[batches[-1], 1] - short) / (batches[-1] * (context - context // 4))
+    cells = [
+        (batch, size, context)
+        for batch in batches
+        for size in sizes
+        if size in sizes[:2] or batch * size <= most_tokens
+    ]
+    short = (batches[-1], 1, context // 4)
+    least = least_seconds(run, [*cells, short])
+    timed = rising({cell[:2]: least[cell] for cell in cells})
+    gained = (timed[batches[-1], 1] - least[short]) / (batches[-1] * (context - context // 4))
     return CostTable(timed, context=context, per_context=max(0.0, gained))
 
 
@@ -82,7 +84,12 @@ def rising(timed: Mapping[tuple[int, int], float]) -> dict[tuple[int, int], floa
     }
 
 
-def steady(run: Callable[[int, int, int], float], batch: int, size: int, context: int) -> float:
-    """The least of two runs after a first one: what the machine can do, not what disturbed it."""
-    run(batch, size, context)
-    return min(run(batch, size, context) for _ in range(2))
+def least_seconds(
+    run: Callable[[int, int, int], float], cells: Sequence[tuple[int, int, int]]
+) -> dict[tuple[int, int, int], float]:
+    """The least of three runs of each (batch, T, context): what the machine can do.
+
+    In rounds, so that whatever disturbs the machine for a while does not meet the same cell thrice.
+    """
+    rounds = [{cell: run(*cell) for cell in cells} for _ in range(3)]
+    return {cell: min(times[cell] for times in rounds) for cell in cells}

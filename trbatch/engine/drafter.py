@@ -8,12 +8,12 @@ from torch import Tensor
 
 from trbatch.config import EngineConfig
 from trbatch.engine import best_first, drafting, heap_search
+from trbatch.engine.ahead import Ahead, ahead_of, lay_over
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration, kinds_of
 from trbatch.engine.drafting import Draft
 from trbatch.engine.matrix import ORDERS, Matrix
 from trbatch.engine.sequence import Sequence as Running
-from trbatch.engine.spine import Ahead, ahead_of, lay_over
 from trbatch.engine.tree import Tree
 from trbatch.engine.verify import Verdict
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trbatch.engine.ahead import put_first
 from trbatch.engine.matrix import ORDERS, Contexts, Matrix, last_tokens
-from trbatch.engine.spine import put_first
 from trbatch.engine.tree import Tree
 
 

@@ -14,11 +14,12 @@ from heapq import heappop, heappush
 import torch
 from torch import Tensor
 
+from trbatch.engine.ahead import Ahead, origin_of
 from trbatch.engine.best_first import MAX_DEPTH
 from trbatch.engine.calibration import Calibration, kind_of
 from trbatch.engine.drafting import Draft
 from trbatch.engine.matrix import ORDERS, Matrix
-from trbatch.engine.spine import NO_TOKEN, Ahead, origin_of
+from trbatch.engine.spine import NO_TOKEN
 
 
 @dataclass(frozen=True, slots=True)

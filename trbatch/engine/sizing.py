@@ -12,7 +12,7 @@ import torch
 
 from trbatch.config import EngineConfig, cache_folder
 from trbatch.engine.attention import Span
-from trbatch.engine.costs import TIMED_SIZES, CostTable, steady, time_steps
+from trbatch.engine.costs import TIMED_SIZES, CostTable, least_seconds, time_steps
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.errors import ModelError
 
@@ -21,7 +21,7 @@ _CPU_SEQS, _GPU_SEQS = 8, 64
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
 _FORMAT = 1  # of the saved cost tables
-_DRIFT = 1.3  # of a saved table, the ratio of two steps may be off by so much
+_DRIFT = 1.25  # of a saved table, the ratio of two steps may be off by so much
 # Steps of more tokens are extrapolated: on a CPU they cost what their arithmetic costs.
 _CPU_TIMED, _GPU_TIMED = 64, 4096
 
@@ -162,10 +162,12 @@ def _still_true(kept: CostTable, run: _StepTimer, sizes: list[int]) -> bool:
     Only ratios are looked at: how fast the machine is just now, the budget learns by itself.
     """
     size = max(t for t in sizes if t <= 4)
+    context = kept.context
     for batch in {1, max(b for b, _ in kept.timed)} if size > 1 else ():
-        now = steady(run, batch, size, kept.context) / steady(run, batch, 1, kept.context)
-        then = kept.seconds(batch, size, kept.context) / kept.seconds(batch, 1, kept.context)
-        if not 1 / _DRIFT < now / then < _DRIFT:
+        plain, tree = (batch, 1, context), (batch, size, context)
+        least = least_seconds(run, [plain, tree])
+        then = kept.seconds(*tree) / kept.seconds(*plain)
+        if not 1 / _DRIFT < least[tree] / least[plain] / then < _DRIFT:
             return False
     return True
 
