@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from trbatch.engine import reference
 from trbatch.engine.attention import Span, StepPlan, active, attention_forward
 from trbatch.engine.kv_cache import KVCache, Room
 from trbatch.engine.linear import PackedLinear, can_pack, pack_linears
+from trbatch.engine.norm import replace_norms
 from trbatch.engine.tree import default_tree
 
 CPU = torch.device("cpu")
@@ -175,14 +177,16 @@ needs_packing = pytest.mark.skipif(
 
 @needs_packing
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("few", [0, 3])
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 24), (57, 33), (256, 1)])
 def test_packed_linear_is_the_linear_it_replaces(
-    bias: bool, rows: int, inputs: int, outputs: int
+    bias: bool, few: int, rows: int, inputs: int, outputs: int
 ) -> None:
     torch.manual_seed(rows)
     linear = nn.Linear(inputs, outputs, bias=bias)
-    packed = PackedLinear(linear)
+    packed = PackedLinear([linear], keep=True)
+    packed.few = few
     for shape in ((rows, inputs), (1, rows, inputs), (2, rows, 3, inputs)):
         x = torch.randn(shape)
         with torch.inference_mode():
@@ -221,6 +225,61 @@ def test_packing_leaves_a_shared_embedding_and_special_linears_alone() -> None:
     assert type(network["odd"]) is Special
     assert torch.equal(network["embed"].weight, weight)
     torch.testing.assert_close(run(), wanted, atol=1e-5, rtol=1e-5)
+
+
+class Attentive(nn.Module):
+    """Q, K and V of one input, an output of another, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 4, bias=False), nn.Linear(6, 4)
+        self.o, self.twice = nn.Linear(8, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.twice(self.twice(self.o(q + torch.cat([k, v], dim=-1))))
+
+
+@needs_packing
+def test_layers_of_one_input_become_one_product_with_the_same_results() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(Attentive(), Attentive()), torch.randn(1, 5, 6)
+    with torch.inference_mode():
+        wanted = network(x)
+        assert pack_linears(network, lambda: network(torch.randn(1, 1, 6))) == 10
+        shared = {layer.shared for one in network for layer in (one.q, one.k, one.v)}
+        assert [product.whole.widths for product in shared] == [[8, 4, 4]] * 2
+        for _ in range(2):
+            torch.testing.assert_close(network(x), wanted, atol=1e-5, rtol=1e-5)
+        other = torch.randn(1, 3, 6)
+        # Asked in another order, about another input, or twice, each part is still its layer.
+        first = network[0]
+        parts = [first.v(other), first.q(x), first.v(x), first.q(other), first.v(other)]
+    torch.manual_seed(0)
+    fresh = nn.Sequential(Attentive(), Attentive())[0]
+    with torch.inference_mode():
+        expected = [fresh.v(other), fresh.q(x), fresh.v(x), fresh.q(other), fresh.v(other)]
+    for part, right in zip(parts, expected, strict=True):
+        torch.testing.assert_close(part, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("llama", 5), ("qwen3", 9), ("gemma2", 0), ("gpt2", 0)]
+)
+def test_plain_norms_are_replaced_by_one_operation_and_others_are_not(
+    kind: str, count: int
+) -> None:
+    network = tiny.network(kind)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if "norm" in name:
+                weight.copy_(torch.rand_like(weight) + 0.5)
+    norms = {n: m for n, m in network.named_modules() if type(m).__name__.endswith("RMSNorm")}
+    assert replace_norms(network) == count
+    fresh = dict(network.named_modules())
+    for name, norm in norms.items():
+        x = torch.randn(2, 3, norm.weight.shape[0], device=norm.weight.device)
+        torch.testing.assert_close(fresh[name](x), norm(x), atol=1e-5, rtol=1e-5)
 
 
 def test_only_float32_on_a_cpu_is_packed() -> None:

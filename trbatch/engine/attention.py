@@ -53,13 +53,17 @@ class StepPlan:
     _slots: Tensor | None = None
     _biases: dict[tuple[int, int | None, int], Tensor | None] = field(default_factory=dict)
 
-    @property
-    def write_slots(self) -> Tensor:
-        """Slots [N] of this step's tokens, in the order of the flat input."""
+    def write(self, stored: Tensor, new: Tensor) -> None:
+        """Write this step's keys or values [kv_heads, N, head_dim] where their tokens lie."""
+        first = self.spans[0].room.first
+        if len(self.spans) == 1 and first is not None:
+            start = first + self.spans[0].committed
+            stored[:, start : start + new.shape[1]] = new
+            return
         if self._slots is None:
             parts = [s.room.slots[s.committed : s.committed + s.length] for s in self.spans]
             self._slots = torch.cat(parts)
-        return self._slots
+        stored.index_copy_(1, self._slots, new)
 
     def bias(self, index: int, window: int | None, group: int) -> Tensor | None:
         """Additive mask [group * length, committed + length] of a span, None where all is seen.
@@ -136,19 +140,19 @@ def attention_forward(
     if isinstance(plan, ShapeProbe):
         return _probe(plan, layer, query, key, value)
     keys, values = plan.cache.layer(layer)
-    keys.index_copy_(1, plan.write_slots, key[0])
-    values.index_copy_(1, plan.write_slots, value[0])
+    plan.write(keys, key[0])
+    plan.write(values, value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Soft-capped scores take the slow path, which repeats keys instead of folding queries.
     group = 1 if softcap is not None else query.shape[1] // key.shape[1]
-    out, start = torch.empty_like(query[0]), 0
+    parts, start = [], 0
     for index, span in enumerate(plan.spans):
         stop = start + span.length
-        out[:, start:stop] = _attend_span(
-            query[0, :, start:stop], keys, values, span,
-            plan.bias(index, sliding_window, group), scale, softcap,
-        )  # fmt: skip
+        bias = plan.bias(index, sliding_window, group)
+        part = query[0, :, start:stop]
+        parts.append(_attend_span(part, keys, values, span, bias, scale, softcap))
         start = stop
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out.transpose(0, 1).unsqueeze(0), None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
-TIMED_SIZES = (1, 2, 4, 8, 16, 32, 81)  # tokens a sequence; those between are interpolated
+TIMED_SIZES = (1, 2, 3, 4, 6, 8, 16, 32, 81)  # tokens a sequence; those between are interpolated
 
 
 class CostTable:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trbatch.engine.attention import ATTENTION, ShapeProbe, Span, StepPlan, active
 from trbatch.engine.kv_cache import KVCache
 from trbatch.engine.linear import can_pack, pack_linears
+from trbatch.engine.norm import replace_norms
 from trbatch.errors import ModelError
 from trbatch.models import quiet_transformers, weights_digest
 
@@ -39,6 +40,7 @@ class LoadedModel:
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
     vocab_size: int  # rows of the output projection: the ids that may come out
+    layer_shapes: list[tuple[int, int]]  # (kv_heads, head_dim) of each layer's keys and values
 
     @property
     def max_positions(self) -> int:
@@ -121,7 +123,11 @@ def from_network(network: nn.Module, tokenizer: Any, *, name: str, source: str =
     network.eval()
     config._attn_implementation = ATTENTION
     weight = network.get_output_embeddings().weight  # type: ignore[operator]
-    loaded = LoadedModel(
+    layer_shapes = _probe(network, weight.device)
+    replace_norms(network)
+    if can_pack(weight.device, weight.dtype):
+        pack_linears(network, lambda: _probe(network, weight.device))
+    return LoadedModel(
         network=network,
         tokenizer=tokenizer,
         name=name,
@@ -130,10 +136,8 @@ def from_network(network: nn.Module, tokenizer: Any, *, name: str, source: str =
         dtype=weight.dtype,
         eos_token_ids=_eos_token_ids(network, tokenizer),
         vocab_size=int(weight.shape[0]),
+        layer_shapes=layer_shapes,
     )
-    if can_pack(loaded.device, loaded.dtype):
-        pack_linears(network)
-    return loaded
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -173,19 +177,18 @@ class CausalModel:
     def __init__(self, loaded: LoadedModel, *, page_size: int) -> None:
         self.loaded = loaded
         self._page_size = page_size
-        self.layer_shapes = self._probe()
         self.cache: KVCache | None = None
 
     @property
     def bytes_per_token(self) -> int:
         """Of keys and values, all layers."""
         size = self.loaded.dtype.itemsize
-        return sum(2 * heads * dim * size for heads, dim in self.layer_shapes)
+        return sum(2 * heads * dim * size for heads, dim in self.loaded.layer_shapes)
 
     def allocate(self, slots: int) -> KVCache:
         """Make the K/V cache, for `slots` tokens."""
         self.cache = KVCache(
-            self.layer_shapes, slots=slots, page_size=self._page_size,
+            self.loaded.layer_shapes, slots=slots, page_size=self._page_size,
             device=self.loaded.device, dtype=self.loaded.dtype,
         )  # fmt: skip
         return self.cache
@@ -213,27 +216,27 @@ class CausalModel:
         logits: Tensor = out.logits[0]
         return logits.float()
 
-    def _probe(self) -> list[tuple[int, int]]:
-        """Run one token to see each layer's (kv_heads, head_dim), and that each layer asks us."""
-        probe = ShapeProbe()
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.loaded.device)
-        config: Any = self.loaded.network.config
-        try:
-            with active(probe), torch.inference_mode():
-                self.loaded.network(
-                    input_ids=token, position_ids=token, use_cache=False, logits_to_keep=1
-                )
-        except TypeError as error:
-            raise ModelError(
-                f"models of type {config.model_type!r} are not supported yet: {error}"
-            ) from error
-        if sorted(probe.shapes) != list(range(config.num_hidden_layers)):
-            raise ModelError(
-                f"models of type {config.model_type!r} are not supported yet: "
-                f"{len(probe.shapes)} of {config.num_hidden_layers} layers use transformers' "
-                "attention interface"
-            )
-        return [probe.shapes[index] for index in range(config.num_hidden_layers)]
+
+def _probe(network: Any, device: torch.device) -> list[tuple[int, int]]:
+    """Run one token to see each layer's (kv_heads, head_dim), and that each layer asks us.
+
+    Raises:
+        ModelError: the network's attention does not go through transformers' interface.
+    """
+    probe = ShapeProbe()
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    kind, layers = network.config.model_type, network.config.num_hidden_layers
+    try:
+        with active(probe), torch.inference_mode():
+            network(input_ids=token, position_ids=token, use_cache=False, logits_to_keep=1)
+    except TypeError as error:
+        raise ModelError(f"models of type {kind!r} are not supported yet: {error}") from error
+    if sorted(probe.shapes) != list(range(layers)):
+        raise ModelError(
+            f"models of type {kind!r} are not supported yet: {len(probe.shapes)} of {layers} "
+            "layers use transformers' attention interface"
+        )
+    return [probe.shapes[index] for index in range(layers)]
 
 
 def _eos_token_ids(network: nn.Module, tokenizer: Any) -> frozenset[int]:
