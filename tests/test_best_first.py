@@ -107,6 +107,16 @@ def test_calibration_follows_what_came_true() -> None:
     assert second > 0.65 > 0.1 > first
 
 
+def test_a_row_without_candidates_says_nothing_about_those_that_have_some() -> None:
+    calibration = Calibration(2)
+    rows = torch.tensor([[5, -1], [-1, -1], [-1, -1], [-1, -1]]).repeat(200, 1)
+    fresh = calibration.chances(CPU).clone()
+    calibration.count(torch.full((800,), kind_of(0, 0, 0)), rows, torch.full((800,), 5))
+    first, second = calibration.chances(CPU)[kind_of(0, 0, 0)]
+    assert first > 0.9
+    assert second == fresh[kind_of(0, 0, 0), 1], "never seen"
+
+
 def test_a_tasks_experience_is_its_own_and_can_be_kept() -> None:
     calibration = Calibration(2, tasks=2)
     fresh = calibration.chances(CPU).clone()
@@ -208,7 +218,7 @@ def test_what_the_table_got_wrong_about_some_steps_is_learned_about_these() -> N
     for _ in range(200):
         budget.count(1, 1, 0, 1.0)
         budget.count(8, 1, 0, 2.0)
-    assert budget.choose(1, 0, chances) < 4, "as large as what nothing is known against"
+    assert budget.choose(1, 0, chances) == 5, "as large as what nothing is known against: T = 6"
     assert abs(budget.plain_seconds(1, 0) - 1.0) < 0.15
 
 

@@ -59,8 +59,8 @@ def expand(
         The nodes found, None if there are none.
     """
     batch = last.shape[0]
-    # The chances of a level sum up to 1 at most: no more than this can be worth their place.
-    width = min(width, int(1 / least) + 1) if least > 0 else width
+    # The chances of a level sum up to about 1: not many more than this can be worth their place.
+    width = min(width, int(2 / least) + 1) if least > 0 else width
     chance = torch.ones(batch, 1, device=last.device)
     contexts = last[:, None]
     parts: list[tuple[Tensor, ...]] = []

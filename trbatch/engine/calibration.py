@@ -43,20 +43,19 @@ class Calibration:
     """
 
     def __init__(self, candidates: int, tasks: int = 1) -> None:
-        self._ranks, self._tasks = candidates, tasks
-        # [task, kind, rank]; the last rank counts rows that did not hold the token.
-        self._counts = torch.zeros(tasks, DEPTHS * ORIGINS, candidates + 1, dtype=torch.float64)
-        prior = torch.zeros(DEPTHS, ORIGINS, candidates + 1, dtype=torch.float64)
+        # [task, true or seen, kind, rank]: a rank is seen where its row has a candidate there.
+        self._counts = torch.zeros(tasks, 2, DEPTHS * ORIGINS, candidates, dtype=torch.float64)
+        prior = torch.zeros(DEPTHS, ORIGINS, candidates, dtype=torch.float64)
         ranks = min(candidates, len(_PRIOR[0]))
         prior[:, :, :ranks] = torch.tensor(_PRIOR, dtype=torch.float64)[:, :ranks]
         self._prior = prior.flatten(0, 1) * _PRIOR_WEIGHT
         self._chances: Tensor | None = None
 
     def chances(self, device: torch.device) -> Tensor:
-        """[tasks * kinds, k] chance of each rank, given that the row's own token came true."""
+        """[tasks * kinds, k] chance of each candidate, given that the row's own token came true."""
         if self._chances is None:
-            seen = self._counts.sum(2, keepdim=True) + _PRIOR_WEIGHT
-            chances = ((self._counts + self._prior) / seen)[:, :, : self._ranks]
+            true, seen = self._counts.unbind(1)
+            chances = (true + self._prior) / (seen + _PRIOR_WEIGHT)
             self._chances = chances.clamp(max=_MOST).float().flatten(0, 1).to(device)
         return self._chances
 
@@ -65,19 +64,19 @@ class Calibration:
 
         Args:
             kinds: [n] as `kinds_of` gives them.
-            rows: [n, k].
+            rows: [n, k] candidates, -1 where there is none.
             truth: [n] the token that came.
         """
-        hit = rows == truth[:, None]
-        rank = torch.where(hit.any(1), hit.int().argmax(1), self._ranks)
-        seen = torch.bincount(kinds * (self._ranks + 1) + rank, minlength=self._counts.numel())
-        fresh = seen.view_as(self._counts).to(self._counts)
-        self._counts *= 0.5 ** (fresh.sum(2, keepdim=True) / _MEMORY)
-        self._counts += fresh
+        fresh = torch.zeros_like(self._counts).transpose(0, 1).flatten(1, 2)  # [2, kinds, k]
+        fresh[0].index_add_(0, kinds.cpu(), (rows == truth[:, None]).to(fresh).cpu())
+        fresh[1].index_add_(0, kinds.cpu(), (rows >= 0).to(fresh).cpu())
+        by_task = fresh.view_as(self._counts.transpose(0, 1)).transpose(0, 1)
+        self._counts *= 0.5 ** (by_task[:, 1:] / _MEMORY)
+        self._counts += by_task
         self._chances = None
 
     def of_task(self, task: int) -> Tensor:
-        """[kinds, k + 1] what was counted, to be kept."""
+        """[2, kinds, k] what came true and what was seen, to be kept."""
         return self._counts[task].clone()
 
     def restore(self, task: int, counts: Tensor | None) -> None:
