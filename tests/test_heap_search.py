@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from trbatch.engine import best_first, heap_search
 from trbatch.engine.ahead import Ahead
 from trbatch.engine.calibration import Calibration
+from trbatch.engine.host_rows import HostRows
 from trbatch.engine.matrix import Contexts, Matrix
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_a_row_read_alone_is_the_row_found_by_tensors(seed: int, orders: int, la
     rows, origins = matrix.find(at)
     if large and orders:
         assert (origins > 0).any()
-    reader = matrix.reader()
+    reader = HostRows.of(matrix)
     for i in range(60):
         found = reader.find(int(slots[i]), int(tasks[i]), tokens[i].tolist())
         assert found == (rows[i].tolist(), int(origins[i]))
@@ -86,7 +87,7 @@ def test_both_searches_find_the_same_chances(seed: int, most: int, least: float)
     truth = torch.randint(4, 9, (200,), generator=torch.Generator().manual_seed(seed))
     calibration.count(kinds, rows, truth)
     nodes = heap_search.search(
-        matrix, calibration, SLOTS, TASKS, LAST, spines, most=most, least=least
+        HostRows.of(matrix), calibration, SLOTS, TASKS, LAST, spines, most=most, least=least
     )  # fmt: skip
     chances = [node.chance for node in nodes]
     assert chances == sorted(chances, reverse=True)
@@ -110,7 +111,7 @@ def test_any_first_part_of_the_nodes_is_a_tree_whose_mask_is_its_paths(
 ) -> None:
     matrix = filled_matrix(seed)
     nodes = heap_search.search(
-        matrix, Calibration(4, tasks=2), SLOTS, TASKS, LAST, most=20, least=0.002
+        HostRows.of(matrix), Calibration(4, tasks=2), SLOTS, TASKS, LAST, most=20, least=0.002
     )[:count]  # fmt: skip
     drafted = heap_search.build(nodes, LAST)
     assert sum(drafted.sizes) == len(nodes) + 3
@@ -139,7 +140,7 @@ def test_any_first_part_of_the_nodes_is_a_tree_whose_mask_is_its_paths(
 def test_without_rows_there_are_no_nodes() -> None:
     matrix = Matrix(slots=3, vocab_size=12, tasks=2, device=CPU)
     assert not heap_search.search(
-        matrix, Calibration(8, tasks=2), SLOTS, TASKS, LAST, most=8, least=0.01
+        HostRows.of(matrix), Calibration(8, tasks=2), SLOTS, TASKS, LAST, most=8, least=0.01
     )  # fmt: skip
     drafted = heap_search.build([], LAST)
     assert drafted.sizes == [1, 1, 1]

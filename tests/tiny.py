@@ -86,6 +86,7 @@ def engine(model: LoadedModel, **settings: Any) -> Engine:
     if "shape" in more:
         more["tree"] = more.pop("shape")
     values = {"max_num_seqs": 4, "max_model_len": 256, "page_size": 8, "tree_size": 24}
+    values["bigrams"] = False  # they would be kept by a fingerprint that random weights share
     return Engine(model, EngineConfig(**{**values, **settings}), **more)
 
 

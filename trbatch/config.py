@@ -157,6 +157,7 @@ class EngineConfig(_Config):
     prefill_chunk: int = 512  # prompt tokens a prefill step, over all its sequences
     speculate: bool = True
     tree: str = "best_first"  # how nodes are picked; or paper: the published tree, as a reference
+    bigrams: bool = True  # begin matrices with what the model says after each single token
     recycle_prompts: bool = True  # learn from prefill, too
     spine: bool = True  # let a repeated passage of the text be a branch of the tree
     tree_size: int = 0  # tokens a step per sequence, the root included; 0: by the budget

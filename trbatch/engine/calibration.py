@@ -7,6 +7,8 @@ deep it stands. Counted per task, saved with the task's matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,7 @@ class Calibration:
         prior[:, :, :ranks] = torch.tensor(_PRIOR, dtype=torch.float64)[:, :ranks]
         self._prior = prior.flatten(0, 1) * _PRIOR_WEIGHT
         self._chances: Tensor | None = None
+        self._listed: list[list[float]] | None = None
 
     def chances(self, device: torch.device) -> Tensor:
         """[tasks * kinds, k] chance of each candidate, given that the row's own token came true."""
@@ -58,6 +61,12 @@ class Calibration:
             chances = (true + self._prior) / (seen + _PRIOR_WEIGHT)
             self._chances = chances.clamp(max=_MOST).float().flatten(0, 1).to(device)
         return self._chances
+
+    def listed(self) -> list[list[float]]:
+        """`chances` as lists: for a CPU, which `count_one` keeps up to date."""
+        if self._listed is None:
+            self._listed = self.chances(torch.device("cpu")).tolist()
+        return self._listed
 
     def count(self, kinds: Tensor, rows: Tensor, truth: Tensor) -> None:
         """Count n rows whose next token is now known.
@@ -73,6 +82,21 @@ class Calibration:
         by_task = fresh.view_as(self._counts.transpose(0, 1)).transpose(0, 1)
         self._counts *= 0.5 ** (by_task[:, 1:] / _MEMORY)
         self._counts += by_task
+        self._chances = self._listed = None
+
+    def count_one(self, kind: int, row: Sequence[int], truth: int) -> None:
+        """`count` of one row, without tensor operations."""
+        task, place = divmod(kind, DEPTHS * ORIGINS)
+        true, seen = self._counts.numpy()[task, :, place]
+        prior = self._prior[place].tolist()
+        fade, listed = 0.5 ** (1 / _MEMORY), self.listed()[kind]
+        for rank, token in enumerate(row):
+            if token < 0:
+                continue
+            true[rank] = true[rank] * fade + (token == truth)
+            seen[rank] = seen[rank] * fade + 1.0
+            chance = (true[rank] + prior[rank]) / (seen[rank] + _PRIOR_WEIGHT)
+            listed[rank] = min(_MOST, float(chance))
         self._chances = None
 
     def of_task(self, task: int) -> Tensor:
@@ -83,7 +107,7 @@ class Calibration:
         """Go on from what was kept; None or counts of another shape: begin anew."""
         known = counts is not None and counts.shape == self._counts[task].shape
         self._counts[task] = counts.to(self._counts) if known and counts is not None else 0.0
-        self._chances = None
+        self._chances = self._listed = None
 
 
 def kind_of(task: int, depth: int, origin: int) -> int:

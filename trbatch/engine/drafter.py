@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from trbatch.config import EngineConfig
-from trbatch.engine import best_first, drafting, heap_search
+from trbatch.engine import best_first, drafting, heap_search, verify
 from trbatch.engine.ahead import Ahead, ahead_of, lay_over
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration, kinds_of
 from trbatch.engine.drafting import Draft
+from trbatch.engine.host_rows import HostRows
 from trbatch.engine.matrix import ORDERS, Matrix
 from trbatch.engine.sequence import Sequence as Running
 from trbatch.engine.tree import Tree
 from trbatch.engine.verify import Verdict
 
 _WIDEST = 32  # nodes kept a level while searching
+_FEW = 64  # nodes of a step that a CPU goes through one by one
 
 
 class Drafter:
@@ -41,6 +44,8 @@ class Drafter:
         self._matrix, self._calibration, self._budget = matrix, calibration, budget
         self._fixed, self._most, self._template = config.tree_size, most, template
         self._spine = config.spine
+        on_cpu = matrix.shared.device.type == "cpu"
+        self._host = HostRows.of(matrix) if on_cpu else None
 
     def look_ahead(self, batch: Sequence[Running]) -> Ahead | None:
         """What the sequences' spines expect; None where the tree has no place for them."""
@@ -66,8 +71,8 @@ class Drafter:
             return drafting.from_template(self._matrix, self._template, slots, tasks, last)
         if self._fixed:
             return self._of_fixed_size(last, slots, tasks, ahead)
-        if last.device.type == "cpu":
-            return self._from_heap(last, slots, tasks, ahead, context)
+        if self._host is not None:
+            return self._from_heap(self._host, last, slots, tasks, ahead, context)
         return self._from_levels(last, slots, tasks, ahead, context)
 
     def _of_fixed_size(
@@ -99,29 +104,69 @@ class Drafter:
         return best_first.build(found, best_first.take_likeliest(found, count, each=False), last)
 
     def _from_heap(
-        self, last: Tensor, slots: Tensor, tasks: Tensor, ahead: Ahead | None, context: float
+        self,
+        rows: HostRows,
+        last: Tensor,
+        slots: Tensor,
+        tasks: Tensor,
+        ahead: Ahead | None,
+        context: float,
     ) -> Draft | None:
         found = heap_search.search(
-            self._matrix, self._calibration, slots, tasks, last, ahead,
+            rows, self._calibration, slots, tasks, last, ahead,
             most=self._most - 1, least=self._budget.least_chance(len(last), context),
         )  # fmt: skip
         count = self._budget.choose(len(last), context, [node.chance for node in found])
         return heap_search.build(found[:count], last) if count else None
 
+    def accept(self, drafted: Draft, chosen: Tensor) -> Verdict:
+        """Follow the agreeing children from the root. See `verify.accept`."""
+        if self._few(drafted) is None:
+            return verify.accept(drafted, chosen)
+        return verify.accept_few(drafted, chosen)
+
+    def learn(
+        self,
+        drafted: Draft,
+        candidates: Tensor,
+        verdict: Verdict,
+        slots: Tensor,
+        tasks: Tensor,
+        turn: list[int],
+    ) -> None:
+        """Recycle every node's candidates. See `drafting.learn`.
+
+        Args:
+            candidates: [B, T, k].
+            turn: [B] a sequence's place among the batch.
+        """
+        if rows := self._few(drafted):
+            drafting.learn_few(rows, drafted, candidates, verdict.on_path, slots, tasks, turn)
+            return
+        places = torch.tensor(turn, device=slots.device)
+        drafting.learn(self._matrix, drafted, candidates, verdict.on_path, slots, tasks, places)
+
     def calibrate(
         self, drafted: Draft, verdict: Verdict, slots: Tensor, tasks: Tensor, ahead: Ahead | None
     ) -> None:
         """Count which rank of its row each token was that came true, before rows change."""
+        if rows := self._few(drafted):
+            heap_search.calibrate(rows, self._calibration, drafted, verdict, slots, tasks, ahead)
+            return
         there = verdict.nodes >= 0
         nodes = verdict.nodes.clamp(min=0)
         index = nodes[:, :, None].expand(-1, -1, ORDERS)
-        rows, origins = drafting.find_rows(
+        found, origins = drafting.find_rows(
             self._matrix, slots, tasks, drafted.contexts.gather(1, index)
         )
         depths = drafted.depths.gather(1, nodes)
         if ahead is not None:
             expected = ahead.tokens[:, : nodes.shape[1]]
             expected = expected.where(ahead.on_spine(verdict.tokens), -1)
-            rows, origins = lay_over(rows, origins, expected, ahead.matched[:, None] + depths)
+            found, origins = lay_over(found, origins, expected, ahead.matched[:, None] + depths)
         kinds = kinds_of(tasks[:, None], depths, origins)
-        self._calibration.count(kinds[there], rows[there], verdict.tokens[there])
+        self._calibration.count(kinds[there], found[there], verdict.tokens[there])
+
+    def _few(self, drafted: Draft) -> HostRows | None:
+        """The rows in this machine's memory, where going through few nodes singly is quicker."""
+        return self._host if sum(drafted.sizes) <= _FEW else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trbatch.engine.ahead import put_first
+from trbatch.engine.host_rows import HostRows
 from trbatch.engine.matrix import ORDERS, Contexts, Matrix, last_tokens
 from trbatch.engine.tree import Tree
 
@@ -133,6 +134,31 @@ def learn(
         tokens=_valid(drafted.contexts.reshape(-1, ORDERS)),
     )
     matrix.write(at, candidates.flatten(0, 1), own.flatten(), shared.flatten())
+
+
+def learn_few(
+    rows: HostRows,
+    drafted: Draft,
+    candidates: Tensor,
+    on_path: Tensor,
+    slots: Tensor,
+    tasks: Tensor,
+    turn: Sequence[int],
+) -> None:
+    """The same as `learn`, node by node: for small trees in the CPU's memory."""
+    new = candidates.to(torch.int32).numpy()
+    tokens, parents, paths = (t.tolist() for t in (drafted.tokens, drafted.parents, on_path))
+    contexts, slot_of, task_of = drafted.contexts.tolist(), slots.tolist(), tasks.tolist()
+    in_turn = sorted(range(len(tokens)), key=lambda member: turn[member])
+    for accepted in (False, True):  # the accepted paths over all other nodes
+        for member in in_turn:
+            whole = [True] * len(tokens[member])
+            for node, token in enumerate(tokens[member]):
+                whole[node] = token >= 0 and whole[parents[member][node]]
+                if whole[node] and paths[member][node] == accepted:
+                    row = new[member, node]
+                    rows.write_own(slot_of[member], contexts[member][node], row)
+                    rows.write_shared(task_of[member], token, row)
 
 
 def learn_prompt(

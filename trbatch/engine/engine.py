@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trbatch.config import EngineConfig
 from trbatch.engine import drafting, sizing, spans, verify
+from trbatch.engine.bigrams import rows_of
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.choosing import choose_tokens
@@ -75,7 +76,12 @@ class Engine:
             device=loaded.device, orders=orders,
         )  # fmt: skip
         self._calibration = Calibration(self._matrix.candidates, MAX_TASKS)
-        self._tasks = Tasks(self._matrix, self._calibration, model=loaded.fingerprint)
+        bigrams = None
+        if config.bigrams and self._most > 1:
+            bigrams = rows_of(self._model, candidates=self._matrix.candidates)
+        self._tasks = Tasks(
+            self._matrix, self._calibration, model=loaded.fingerprint, bigrams=bigrams
+        )
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
         fixed = self._most if config.tree_size or not config.speculate else 0
@@ -155,14 +161,11 @@ class Engine:
 
     def forget(self) -> None:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
-        for task in range(MAX_TASKS):
-            self._matrix.clear_task(task)
-            self._calibration.restore(task, None)
+        self._tasks.forget()
 
     def forget_rows(self) -> None:
         """Empty the matrices, but keep what was counted of how far candidates can be trusted."""
-        for task in range(MAX_TASKS):
-            self._matrix.clear_task(task)
+        self._tasks.forget(counts=False)
 
     def stats(self) -> dict[str, Any]:
         """What the engine did since it was made (counts, seconds), and on what (texts)."""
@@ -279,7 +282,7 @@ class Engine:
         if recycling:
             drafted = self._drafter.draft(last, slots, tasks, ahead, context) or plain
         logits = self._verify_forward(batch, drafted)
-        verdict = verify.accept(drafted, self._chosen(batch, drafted, logits))
+        verdict = self._drafter.accept(drafted, self._chosen(batch, drafted, logits))
         taken = self._commit(batch, verdict)
         tokens = sum(drafted.sizes)
         if recycling:
@@ -371,13 +374,10 @@ class Engine:
         flat = logits.topk(self._matrix.candidates).indices
         width = drafted.tokens.shape[1]
         candidates = drafting.padded(flat, drafted.sizes, width, EMPTY)
-        order = sorted(range(len(batch)), key=lambda i: batch[i].turn)
-        turn = torch.empty(len(batch), dtype=torch.long)
-        turn[order] = torch.arange(len(batch))
-        drafting.learn(
-            self._matrix, drafted, candidates, verdict.on_path, slots, tasks,
-            turn.to(logits.device),
-        )  # fmt: skip
+        turn = [0] * len(batch)
+        for place, index in enumerate(sorted(range(len(batch)), key=lambda i: batch[i].turn)):
+            turn[index] = place
+        self._drafter.learn(drafted, candidates, verdict, slots, tasks, turn)
         for task in {sequence.task for sequence in batch}:
             self._tasks.touch(task)
 

@@ -18,8 +18,10 @@ from trbatch.engine.ahead import Ahead, origin_of
 from trbatch.engine.best_first import MAX_DEPTH
 from trbatch.engine.calibration import Calibration, kind_of
 from trbatch.engine.drafting import Draft
-from trbatch.engine.matrix import ORDERS, Matrix
+from trbatch.engine.host_rows import HostRows
+from trbatch.engine.matrix import ORDERS
 from trbatch.engine.spine import NO_TOKEN
+from trbatch.engine.verify import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ _Entry = tuple[float, int, int, int, Node]
 
 
 def search(
-    matrix: Matrix,
+    matrix: HostRows,
     calibration: Calibration,
     slots: Tensor,
     tasks: Tensor,
@@ -79,31 +81,39 @@ class _Rows:
     """Candidates of single nodes with their chances."""
 
     def __init__(
-        self, matrix: Matrix, calibration: Calibration, slots: Tensor, tasks: Tensor,
+        self, matrix: HostRows, calibration: Calibration, slots: Tensor, tasks: Tensor,
         ahead: Ahead | None,
     ) -> None:  # fmt: skip
-        self._reader = matrix.reader()
-        self._chances = calibration.chances(slots.device).tolist()
+        self._reader = matrix
+        self._chances = calibration.listed()
         self._slots, self._tasks = slots.tolist(), tasks.tolist()
         self._expected = None if ahead is None else ahead.tokens.tolist()
         self._matched = None if ahead is None else ahead.matched.tolist()
 
-    def after(self, node: Node) -> tuple[list[int], list[float], bool]:
-        """Candidates after a node, the chance of each, and whether the first is the spine's."""
-        member = node.member
+    def after(
+        self, member: int, context: Sequence[int], depth: int, *, on_spine: bool
+    ) -> tuple[list[int], int, bool]:
+        """Candidates after a place, their kind, and whether the first is the spine's."""
         task = self._tasks[member]
-        row, origin = self._reader.find(self._slots[member], task, node.context)
+        row, origin = self._reader.find(self._slots[member], task, context)
         expected = NO_TOKEN
-        if self._expected is not None and self._matched is not None and node.on_spine:
-            expected = self._expected[member][node.depth]
+        if self._expected is not None and self._matched is not None and on_spine:
+            expected = self._expected[member][depth]
             if expected != NO_TOKEN:
-                origin = origin_of(self._matched[member] + node.depth, row[0] == expected)
+                origin = origin_of(self._matched[member] + depth, row[0] == expected)
                 row = [expected, *(token for token in row if token != expected)][: len(row)]
-        return row, self._chances[kind_of(task, node.depth, origin)], expected != NO_TOKEN
+        return row, kind_of(task, depth, origin), expected != NO_TOKEN
+
+    def chances(self, kind: int) -> list[float]:
+        """Of each candidate of such a row."""
+        return self._chances[kind]
 
 
 def _push_children(heap: list[_Entry], node: Node, index: int, rows: _Rows, least: float) -> None:
-    row, chances, spine_first = rows.after(node)
+    row, kind, spine_first = rows.after(
+        node.member, node.context, node.depth, on_spine=node.on_spine
+    )
+    chances = rows.chances(kind)
     older = node.context[: ORDERS - 1]
     for rank, (token, chance) in enumerate(zip(row, chances, strict=False)):
         reached = node.chance * chance
@@ -111,6 +121,33 @@ def _push_children(heap: list[_Entry], node: Node, index: int, rows: _Rows, leas
             on_spine = spine_first and rank == 0
             child = Node(reached, node.member, index, node.depth + 1, (token, *older), on_spine)
             heappush(heap, (-reached, node.member, index, rank, child))
+
+
+def calibrate(
+    matrix: HostRows,
+    calibration: Calibration,
+    drafted: Draft,
+    verdict: Verdict,
+    slots: Tensor,
+    tasks: Tensor,
+    ahead: Ahead | None,
+) -> None:
+    """Count which rank of its row each token was that came true, before rows change.
+
+    The twin of `Drafter.calibrate` for few nodes.
+    """
+    rows = _Rows(matrix, calibration, slots, tasks, ahead)
+    expected = None if ahead is None else ahead.tokens.tolist()
+    paths = zip(verdict.nodes.tolist(), verdict.tokens.tolist(), strict=True)
+    for member, (nodes, tokens) in enumerate(paths):
+        on_spine = True
+        for depth, (node, truth) in enumerate(zip(nodes, tokens, strict=True)):
+            if node < 0:
+                break
+            context = drafted.contexts[member, node].tolist()
+            row, kind, _ = rows.after(member, context, depth, on_spine=on_spine)
+            calibration.count_one(kind, row, truth)
+            on_spine &= expected is None or expected[member][depth] == truth
 
 
 def build(nodes: Sequence[Node], last: Tensor) -> Draft:

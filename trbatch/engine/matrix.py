@@ -14,12 +14,9 @@ decided by (row of the input, sample, position, node) and never by slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 CANDIDATES = 8  # k
@@ -28,7 +25,7 @@ OWN_ROWS = 4096  # per sequence and order; a power of two
 EMPTY = -1  # no candidate
 _NO_KEY = -2  # an empty place in a table: equal to no context's key
 _NO_CONTEXT = -1  # the text is shorter than the context
-_MIX = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed 64-bit number
+MIX = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed 64-bit number
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +66,12 @@ class Matrix:
         self.orders, self.vocab_size, self._own = orders, vocab_size, own_rows
         k = self.candidates
         self.shared = torch.full((tasks, vocab_size, k), EMPTY, dtype=torch.int32, device=device)
-        self._keys = torch.full(
-            (slots, orders, own_rows), _NO_KEY, dtype=torch.int64, device=device
-        )
-        self._rows = torch.full(
+        self.keys = torch.full((slots, orders, own_rows), _NO_KEY, dtype=torch.int64, device=device)
+        self.rows = torch.full(
             (slots, orders, own_rows, k), EMPTY, dtype=torch.int32, device=device
         )
         # Scratch of `_winners`: the highest priority that wants each place, -1 between calls.
-        self._claims = torch.full((self._keys.numel(),), -1, dtype=torch.int64, device=device)
+        self._claims = torch.full((self.keys.numel(),), -1, dtype=torch.int64, device=device)
         self._shared_claims = torch.full(
             (tasks * vocab_size,), -1, dtype=torch.int64, device=device
         )
@@ -85,7 +80,7 @@ class Matrix:
 
     def clear_slot(self, slot: int) -> None:
         """Forget a slot's own rows, before another sequence gets it."""
-        self._keys[slot] = _NO_KEY
+        self.keys[slot] = _NO_KEY
 
     def clear_task(self, task: int) -> None:
         """Forget a task's matrix."""
@@ -103,22 +98,13 @@ class Matrix:
         if self.orders:
             keys = self._context_keys(at.tokens)
             places = self._places(at.slots, keys)
-            hits = self._keys.view(-1)[places] == keys
+            hits = self.keys.view(-1)[places] == keys
             # The longest context that hits: order 3 is the last column.
             longest = torch.where(hits, self._order_number, 0).amax(1)
             place = places.gather(1, (longest - 1).clamp_(min=0)[:, None])[:, 0]
-            own = self._rows.view(-1, self.candidates)[place]
+            own = self.rows.view(-1, self.candidates)[place]
             rows = torch.where(longest[:, None] > 0, own, rows)
         return rows.long(), longest
-
-    def reader(self) -> RowReader:
-        """To read single rows of a matrix that lies in the CPU's memory."""
-        return RowReader(
-            shared=self.shared.numpy(),
-            keys=self._keys.numpy(),
-            rows=self._rows.numpy(),
-            vocab_size=self.vocab_size,
-        )
 
     def write(self, at: Contexts, rows: Tensor, priority: Tensor, shared: Tensor) -> None:
         """Write rows [n, k]; where two want one place the higher priority wins.
@@ -137,9 +123,9 @@ class Matrix:
         wanted = torch.where(keys >= 0, priority[:, None], -1).flatten()
         keys, places = keys.flatten(), places.flatten()
         won = _winners(self._claims, places, wanted)
-        self._keys.view(-1)[places[won]] = keys[won]
+        self.keys.view(-1)[places[won]] = keys[won]
         source = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(self.orders)
-        self._rows.view(-1, self.candidates)[places[won]] = rows[source[won]]
+        self.rows.view(-1, self.candidates)[places[won]] = rows[source[won]]
 
     def _write_shared(self, at: Contexts, rows: Tensor, priority: Tensor) -> None:
         places = at.tasks * self.vocab_size + at.tokens[:, 0]
@@ -157,32 +143,8 @@ class Matrix:
 
     def _places(self, slots: Tensor, keys: Tensor) -> Tensor:
         """[n] slots, [n, orders] keys -> [n, orders] places in the flattened tables."""
-        hashed = ((keys * _MIX) >> 32) & (self._own - 1)
+        hashed = ((keys * MIX) >> 32) & (self._own - 1)
         return slots[:, None] * (self.orders * self._own) + self._order_offset + hashed
-
-
-@dataclass(frozen=True, slots=True)
-class RowReader:
-    """`Matrix.find` for one place at a time, without tensor operations."""
-
-    shared: NDArray[np.int32]  # [tasks, V, k]
-    keys: NDArray[np.int64]  # [slots, orders, own rows]
-    rows: NDArray[np.int32]  # [slots, orders, own rows, k]
-    vocab_size: int
-
-    def find(self, slot: int, task: int, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """The row after `tokens` (newest first, -1 before the start), and where it came from."""
-        keys, key = [], 0
-        for token in tokens[: self.keys.shape[1]]:
-            if token < 0:
-                break
-            key = key * self.vocab_size + token
-            keys.append(key)
-        for order in range(len(keys) - 1, -1, -1):
-            place = (keys[order] * _MIX >> 32) & (self.keys.shape[2] - 1)
-            if self.keys[slot, order, place] == keys[order]:
-                return self.rows[slot, order, place].tolist(), order + 1
-        return self.shared[task, tokens[0]].tolist(), 0
 
 
 def _winners(claims: Tensor, places: Tensor, priority: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trbatch.engine.calibration import Calibration
-from trbatch.engine.matrix import Matrix
+from trbatch.engine.matrix import EMPTY, Matrix
 from trbatch.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,27 @@ class Task:
     changed: bool = False
     used: float = 0.0
     age_s: float | None = None  # of the saved matrix that it began from
+    rows: int = 0  # that this matrix had
 
 
 class Tasks:
-    """Open tasks of one engine; the least recently used makes room when there are too many."""
+    """Open tasks of one engine; the least recently used makes room when there are too many.
 
-    def __init__(self, matrix: Matrix, calibration: Calibration, *, model: str) -> None:
+    Args:
+        model: fingerprint of the model, part of a file's place.
+        bigrams: [V, k] rows for tokens that a task has no row of yet; None leaves them empty.
+    """
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        calibration: Calibration,
+        *,
+        model: str,
+        bigrams: torch.Tensor | None = None,
+    ) -> None:
         self._matrix, self._calibration, self._model = matrix, calibration, model
+        self._bigrams = bigrams
         self._tasks: dict[str, Task] = {}
         self._folders: dict[str, Path] = {}  # also of tasks that had to make room
 
@@ -62,15 +76,14 @@ class Tasks:
             folder = folder or self._folders.get(name)
             file = matrix_file(folder, self._model, name) if folder else None
             task = Task(name, self._place(busy), file)
-            self._matrix.clear_task(task.index)
-            self._calibration.restore(task.index, None)
+            self._empty(task.index)
             # What made room for others was saved and goes on, also if it began cold.
             if file is not None and file.is_file() and (known or not cold):
                 self._load(task, file)
             self._tasks[name] = task
             if folder is not None:
                 self._folders[name] = folder
-            logger.info(_describe(task, self._matrix.shared[task.index]))
+            logger.info(_describe(task))
         task.used = time.monotonic()
         return task
 
@@ -89,8 +102,27 @@ class Tasks:
         for task in self._tasks.values():
             if task.changed and task.file is not None:
                 counts = self._calibration.of_task(task.index)
-                _save(task.file, self._matrix.shared[task.index], counts)
+                _save(task.file, self._learned(task.index), counts)
                 task.changed = False
+
+    def forget(self, *, counts: bool = True) -> None:
+        """Put all tasks back to their beginning; `counts`: also how far rows can be trusted."""
+        for index in range(self._matrix.shared.shape[0]):
+            self._empty(index, counts=counts)
+
+    def _empty(self, index: int, *, counts: bool = True) -> None:
+        self._matrix.clear_task(index)
+        if self._bigrams is not None:
+            self._matrix.shared[index].copy_(self._bigrams)
+        if counts:
+            self._calibration.restore(index, None)
+
+    def _learned(self, index: int) -> torch.Tensor:
+        """A task's rows without those that are still as they were at the beginning."""
+        rows = self._matrix.shared[index].cpu()
+        if self._bigrams is not None:
+            rows = rows.where((rows != self._bigrams).any(1, keepdim=True), EMPTY)
+        return rows
 
     def _place(self, busy: set[int]) -> int:
         taken = {task.index for task in self._tasks.values()}
@@ -120,17 +152,18 @@ class Tasks:
                 f"not {tuple(place.shape)}",
                 hint="delete it, or use --cold",
             )
-        place.copy_(rows)
+        filled = rows[:, :1] >= 0
+        place.copy_(torch.where(filled.to(place.device), rows.to(place), place))
         self._calibration.restore(task.index, kept.get("calibration"))
-        task.age_s = time.time() - file.stat().st_mtime
+        task.rows, task.age_s = int(filled.sum()), time.time() - file.stat().st_mtime
 
 
-def _describe(task: Task, rows: torch.Tensor) -> str:
+def _describe(task: Task) -> str:
     if task.age_s is None:
         return f"task {task.name!r}: begins with an empty matrix"
-    hours, filled = task.age_s / 3600, int((rows[:, 0] >= 0).sum())
+    hours = task.age_s / 3600
     age = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
-    return f"task {task.name!r}: matrix of {filled} rows, saved {age} ago"
+    return f"task {task.name!r}: matrix of {task.rows} rows, saved {age} ago"
 
 
 def matrix_file(folder: Path, model: str, task: str) -> Path:

@@ -61,6 +61,23 @@ def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
+def opening_ids(tokenizer: Any) -> list[int]:
+    """The ids with which the model's answers begin: the chat template's, else its first token."""
+    if getattr(tokenizer, "chat_template", None):
+        question = [{"role": "user", "content": "?"}]
+        try:
+            asked, opened = (
+                tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=turn)
+                for turn in (False, True)
+            )
+        except (TemplateError, TypeError, KeyError, ValueError, AttributeError):
+            asked, opened = "", ""  # a template that wants more than a question
+        if opened.startswith(asked) and len(opened) > len(asked):
+            return list(tokenizer(opened[len(asked) :], add_special_tokens=False)["input_ids"])
+    first = getattr(tokenizer, "bos_token_id", None)
+    return [] if first is None else [first]
+
+
 class StopChecker:
     """Finds the first token at which a text has to end. Fed one token at a time.
 

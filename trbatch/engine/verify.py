@@ -53,6 +53,24 @@ def accept(drafted: Draft, chosen: Tensor) -> Verdict:
     return Verdict(nodes=nodes, tokens=tokens, on_path=on_path)
 
 
+def accept_few(drafted: Draft, chosen: Tensor) -> Verdict:
+    """The same as `accept`, node by node: for small trees in the CPU's memory."""
+    tokens, parents, picks = (t.tolist() for t in (drafted.tokens, drafted.parents, chosen))
+    width = int(drafted.depths.max()) + 1
+    nodes, after = [], []
+    on_path = torch.zeros_like(drafted.tokens, dtype=torch.bool)
+    for member, (row, above, pick) in enumerate(zip(tokens, parents, picks, strict=True)):
+        path = [0]
+        for node in range(1, len(row)):  # parents come first
+            if above[node] == path[-1] and row[node] == pick[path[-1]]:
+                path.append(node)
+        rest = [-1] * (width - len(path))
+        nodes.append(path + rest)
+        after.append([pick[node] for node in path] + rest)
+        on_path[member, path] = True
+    return Verdict(torch.tensor(nodes), torch.tensor(after), on_path)
+
+
 def walk(
     drafted: Draft,
     members: Tensor,
