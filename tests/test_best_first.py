@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from trbatch.engine import best_first, costs, drafting, verify
 from trbatch.engine.budget import Budget
-from trbatch.engine.calibration import Calibration, kind_of
+from trbatch.engine.calibration import PLACES, Calibration, place_of
+from trbatch.engine.candidates import CELLS
 from trbatch.engine.costs import CostTable
-from trbatch.engine.matrix import Contexts, Matrix
+from trbatch.engine.matrix import MODEL, OWN, Contexts, Matrix
 
 CPU = torch.device("cpu")
 
@@ -26,16 +27,17 @@ def filled_matrix(seed: int) -> Matrix:
         tasks=torch.zeros(count, dtype=torch.long),
         tokens=torch.randint(0, 12, (count, 3), generator=generator),
     )
-    rows = torch.randint(-1, 12, (count, 4), generator=generator)
+    rows = torch.rand(count, 12, generator=generator).topk(4).indices
+    rows[torch.rand(count, 4, generator=generator) < 0.1] = -1
     matrix.write(at, rows, torch.arange(count), torch.arange(count))
     return matrix
 
 
-def search(matrix: Matrix, **limits) -> tuple[best_first.Candidates, torch.Tensor]:
+def search(matrix: Matrix, **limits) -> tuple[best_first.Nodes, torch.Tensor]:
     last = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     slots, tasks = torch.arange(3), torch.zeros(3, dtype=torch.long)
     found = best_first.expand(
-        matrix, Calibration(4), slots, tasks, last, **{"width": 8, "least": 0.001, **limits}
+        matrix, Calibration(1, CPU), slots, tasks, last, **{"width": 8, "least": 0.001, **limits}
     )
     assert found is not None
     return found, last
@@ -98,37 +100,53 @@ def test_accepted_is_the_deepest_agreeing_path(seed: int, answers: int) -> None:
         assert verdict.tokens[b, : len(nodes)].tolist() == chosen[b, nodes].tolist()
 
 
+def counted(calibration: Calibration, place: int, came: int, times: int) -> None:
+    """Count one candidate `times` times, of which `came` times it came true."""
+    places = torch.full((times,), place)
+    # In several steps: the chances are looked at again only after some.
+    for part in torch.arange(times).tensor_split(8):
+        calibration.count(places[part], part < came)
+
+
 def test_calibration_follows_what_came_true() -> None:
-    calibration = Calibration(2)
-    rows = torch.tensor([[5, 6]]).repeat(400, 1)
-    truth = torch.tensor([6] * 300 + [9] * 100)
-    calibration.count(torch.full((400,), kind_of(0, 0, 3)), rows, truth)
-    first, second = calibration.chances(CPU)[kind_of(0, 0, 3)]
-    assert second > 0.65 > 0.1 > first
+    calibration = Calibration(1, CPU)
+    place = place_of(0, 2) + 7
+    assert calibration.chances[place] < 0.5
+    counted(calibration, place, 300, 400)
+    assert 0.6 < calibration.chances[place] < 0.8
 
 
-def test_a_row_without_candidates_says_nothing_about_those_that_have_some() -> None:
-    calibration = Calibration(2)
-    rows = torch.tensor([[5, -1], [-1, -1], [-1, -1], [-1, -1]]).repeat(200, 1)
-    fresh = calibration.chances(CPU).clone()
-    calibration.count(torch.full((800,), kind_of(0, 0, 0)), rows, torch.full((800,), 5))
-    first, second = calibration.chances(CPU)[kind_of(0, 0, 0)]
-    assert first > 0.9
-    assert second == fresh[kind_of(0, 0, 0), 1], "never seen"
+def test_a_cell_that_was_hardly_seen_takes_the_chance_of_its_group() -> None:
+    calibration = Calibration(1, CPU)
+    before = calibration.chances.clone()
+    counted(calibration, place_of(0, 0), 900, 1000)  # first rank, whatever the other row says
+    changed = (calibration.chances != before).nonzero().flatten().tolist()
+    assert set(range(5)) <= set(changed), "all cells of the first rank of this origin"
+    assert max(changed) < CELLS, "of this depth"
+    assert (calibration.chances[:5] > before[:5] + 0.1).all()
 
 
 def test_a_tasks_experience_is_its_own_and_can_be_kept() -> None:
-    calibration = Calibration(2, tasks=2)
-    fresh = calibration.chances(CPU).clone()
-    rows, truth = torch.tensor([[5, 6]]).repeat(50, 1), torch.full((50,), 6)
-    calibration.count(torch.full((50,), kind_of(1, 2, 0)), rows, truth)
-    changed = (calibration.chances(CPU) != fresh).any(1).nonzero().flatten().tolist()
-    assert changed == [kind_of(1, 2, 0)]
-    kept, other = calibration.of_task(1), Calibration(2, tasks=2)
+    calibration = Calibration(2, CPU)
+    fresh = calibration.chances.clone()
+    counted(calibration, place_of(1, 2), 50, 50)
+    changed = (calibration.chances != fresh).nonzero().flatten()
+    assert changed.min() >= place_of(1, 2)
+    assert changed.max() < place_of(1, 3)
+    kept, other = calibration.of_task(1), Calibration(2, CPU)
     other.restore(0, kept)
-    assert torch.equal(other.chances(CPU)[kind_of(0, 2, 0)], calibration.chances(CPU)[changed[0]])
-    other.restore(0, kept[:, :2])  # of another k: no experience at all
-    assert torch.equal(other.chances(CPU), fresh)
+    calibration.restore(1, kept)
+    assert torch.equal(other.chances[:PLACES], calibration.chances[PLACES:])
+    other.restore(0, kept[:, :2])  # of another version: no experience at all
+    assert torch.equal(other.chances, fresh)
+
+
+def test_chances_are_kept_as_a_list_too() -> None:
+    calibration = Calibration(2, CPU)
+    counted(calibration, place_of(1, 0), 30, 60)
+    assert calibration.listed(1) == calibration.chances[PLACES:].tolist()
+    calibration.restore(1, None)
+    assert calibration.listed(1) == calibration.chances[PLACES:].tolist()
 
 
 def test_a_prompts_own_continuation_is_the_first_candidate() -> None:
@@ -139,8 +157,7 @@ def test_a_prompts_own_continuation_is_the_first_candidate() -> None:
     zero = torch.tensor([0])
 
     def row(*context: int) -> list[int]:
-        found, _ = matrix.find(Contexts(zero, zero, torch.tensor([context])))
-        return found[0].tolist()
+        return matrix.find(Contexts(zero, zero, torch.tensor([context]))).rows[0, 0].tolist()
 
     assert row(4, -1, -1) == [5, 9, 8]  # was there already: moved to the front
     assert row(5, 4, -1) == [6, 1, 2]
@@ -154,14 +171,14 @@ def test_a_prompt_without_candidates_puts_its_continuation_before_what_was_known
     zero = torch.tensor([0])
 
     def row(*context: int) -> tuple[list[int], int]:
-        found, origin = matrix.find(Contexts(zero, zero, torch.tensor([context])))
-        return found[0].tolist(), int(origin)
+        found = matrix.find(Contexts(zero, zero, torch.tensor([context])))
+        return found.rows[0, 0].tolist(), int(found.origins[0, 0])
 
-    assert row(4, -1, -1) == ([5, -1, -1], 1)
-    assert row(5, 4, -1) == ([6, 8, 9], 2)
+    assert row(4, -1, -1) == ([5, -1, -1], OWN)
+    assert row(5, 4, -1) == ([6, 8, 9], OWN + 1)
     assert matrix.shared[0, 5].tolist() == [6, 8, 9]
-    assert row(6, 5, 4) == ([7, -1, -1], 3)
-    assert row(7, 6, 5) == ([-1, -1, -1], 0), "nothing is known to follow the last token"
+    assert row(6, 5, 4) == ([7, -1, -1], OWN + 2)
+    assert row(7, 6, 5) == ([-1, -1, -1], MODEL), "nothing is known to follow the last token"
 
 
 def test_no_sequence_gets_more_nodes_than_it_has_room_for() -> None:

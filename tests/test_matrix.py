@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trbatch.engine import drafting
-from trbatch.engine.matrix import Contexts, Matrix, last_tokens
+from trbatch.engine.matrix import (
+    MODEL,
+    NOWHERE,
+    OWN,
+    TASK,
+    TASK_PAIR,
+    Contexts,
+    Matrix,
+    last_tokens,
+)
 from trbatch.engine.tree import Tree
 
 CPU = torch.device("cpu")
@@ -35,27 +44,28 @@ def test_own_rows_come_before_shared_and_longer_contexts_before_shorter() -> Non
     m = matrix()
     write(m, contexts([[5, 4, 3]], slots=[0]), [[7, 8]])
     write(m, contexts([[5, 9, 9]], slots=[1]), [[1, 2]])
-    find = lambda tokens, slot: m.find(contexts([tokens], slots=[slot]))[0].tolist()[0]  # noqa: E731
+    find = lambda tokens, slot: m.find(contexts([tokens], slots=[slot])).rows[:, 0].tolist()[0]  # noqa: E731
     assert find([5, 4, 3], 0) == [7, 8]  # three tokens
     assert find([5, 4, 0], 0) == [7, 8]  # two
     assert find([5, 0, 0], 0) == [7, 8]  # one
     assert find([5, 9, 9], 1) == [1, 2]
-    assert find([5, 4, 3], 2) == [1, 2]  # a slot without rows: the task's, written last
+    assert find([5, 4, 3], 2) == [7, 8]  # a slot without rows: the task's of two tokens
+    assert find([5, 0, 3], 2) == [1, 2]  # and of one, written last
     assert find([6, 4, 3], 0) == [-1, -1]
 
 
 def test_tasks_do_not_see_each_other() -> None:
     m = matrix()
     write(m, contexts([[5, 4, 3]], tasks=[1]), [[7, 8]])
-    assert m.find(contexts([[5, 4, 3]], slots=[2], tasks=[0]))[0].tolist() == [[-1, -1]]
-    assert m.find(contexts([[5, 4, 3]], slots=[2], tasks=[1]))[0].tolist() == [[7, 8]]
+    assert m.find(contexts([[5, 4, 3]], slots=[2], tasks=[0])).rows[:, 0].tolist() == [[-1, -1]]
+    assert m.find(contexts([[5, 4, 3]], slots=[2], tasks=[1])).rows[:, 0].tolist() == [[7, 8]]
 
 
 def test_clearing_a_slot_leaves_only_the_shared_row() -> None:
     m = matrix()
     write(m, contexts([[5, 4, 3], [5, 9, 9]], slots=[0, 1]), [[7, 8], [1, 2]])
     m.clear_slot(0)
-    assert m.find(contexts([[5, 4, 3]], slots=[0]))[0].tolist() == [[1, 2]]
+    assert m.find(contexts([[5, 0, 3]], slots=[0])).rows[:, 0].tolist() == [[1, 2]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,8 +81,43 @@ def test_a_collision_never_yields_another_keys_row(seen) -> None:
         for order in (1, 2, 3):
             last[tokens[:order]] = number
     for tokens in seen:
-        found = m.find(contexts([tokens]))[0].tolist()[0][0]
+        found = m.find(contexts([tokens])).rows[:, 0].tolist()[0][0]
         assert found in {-1, *(last[tokens[:order]] for order in (1, 2, 3))}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 49), st.integers(0, 49)), max_size=80))
+def test_a_collision_of_a_tasks_pairs_never_yields_another_pairs_row(seen) -> None:
+    m = matrix(orders=0, pair_rows=16)
+    last: dict[tuple[int, int], int] = {}
+    for number, pair in enumerate(seen):
+        m.write(contexts([[*pair, -1]]), torch.tensor([[number, number]]),
+                torch.tensor([-1]), torch.tensor([0]))  # fmt: skip
+        last[pair] = number
+    for pair in seen:
+        found = m.find(contexts([[*pair, -1]]))
+        for row, origin in zip(found.rows[0].tolist(), found.origins[0].tolist(), strict=True):
+            if origin == TASK_PAIR:
+                assert row[0] == last[pair]
+
+
+def test_the_second_row_is_the_next_that_says_something_else() -> None:
+    bigrams = torch.full((50, 2), -1)
+    bigrams[5] = torch.tensor([3, 4])
+    m = matrix(bigrams=bigrams)
+    found = lambda tokens, slot: (  # noqa: E731
+        lambda f: (f.rows[0].tolist(), f.origins[0].tolist())
+    )(m.find(contexts([tokens], slots=[slot])))
+    assert found([5, 4, 3], 0) == ([[3, 4], [-1, -1]], [MODEL, NOWHERE])
+    assert found([6, 4, 3], 0) == ([[-1, -1], [-1, -1]], [MODEL, NOWHERE])
+    write(m, contexts([[5, 4, 3]], slots=[0]), [[7, 8]])
+    # All rows that this write made are the same: the next other one is the model's.
+    assert found([5, 4, 3], 0) == ([[7, 8], [3, 4]], [OWN + 2, MODEL])
+    assert found([5, 4, 3], 1) == ([[7, 8], [3, 4]], [TASK_PAIR, MODEL])
+    assert found([5, 0, 3], 1) == ([[7, 8], [3, 4]], [TASK, MODEL])
+    write(m, contexts([[5, 9, 9]], slots=[1]), [[1, 2]])
+    assert found([5, 4, 3], 0) == ([[7, 8], [1, 2]], [OWN + 2, TASK])
+    assert found([5, 4, 3], 1) == ([[1, 2], [7, 8]], [OWN, TASK_PAIR])
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,7 +134,7 @@ def test_the_highest_priority_wins_whatever_the_order_of_the_entries(data) -> No
         rows = torch.tensor([[i % 50, 0] for i in places])
         priority = torch.tensor(places)
         m.write(at, rows, priority, priority)
-        return m.find(contexts([[token, 1, 1] for token in range(4)]))[0].tolist()
+        return m.find(contexts([[token, 1, 1] for token in range(4)])).rows[:, 0].tolist()
 
     assert result(range(len(entries))) == result(order)
     for token in range(4):
@@ -155,12 +200,13 @@ def test_contexts_of_a_text_are_its_last_three_tokens() -> None:
 
 
 def test_one_shared_matrix_accepts_less_in_a_batch_than_own_rows() -> None:
-    """The experiment behind the design, small: orders=0 is the paper's single matrix."""
+    """The experiment behind the design, small: these are the paper's single matrix."""
     model = tiny.loaded("llama")
     requests = [tiny.request(i, ids, max_tokens=64) for i, ids in enumerate(tiny.repetitive(16))]
 
     def accepted(orders: int) -> int:
-        done = tiny.decode(tiny.engine(model, max_num_seqs=16, orders=orders), requests)
+        engine = tiny.engine(model, max_num_seqs=16, orders=orders, task_orders=1)
+        done = tiny.decode(engine, requests)
         return sum(c.num_accepted_draft_tokens for c in done.values())
 
     assert accepted(3) > accepted(0)

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trbatch.engine.ahead import ahead_of, lay_over, origin_of, put_first
-from trbatch.engine.calibration import SPINE
-from trbatch.engine.spine import LONG, MATCH, Spine
+from trbatch.engine.ahead import ahead_of, put_first
+from trbatch.engine.spine import MATCH, Spine
 
 
 def spine_of(tokens: list[int]) -> Spine:
@@ -62,19 +61,6 @@ def test_reading_in_pieces_is_reading_at_once_and_what_it_expects_did_follow(tex
         passage = [*text[-whole.matched :], *known]
         found = [i for i in range(len(text)) if text[i : i + len(passage)] == passage]
         assert found, "the text holds the match and what is expected after it"
-
-
-def test_laying_over_puts_the_spine_first_and_names_where_it_came_from() -> None:
-    rows = torch.tensor([[[5, 6, 7], [5, 6, 7], [5, 6, 7], [-1, -1, -1]]])
-    origins = torch.tensor([[3, 2, 1, 0]])
-    expected = torch.tensor([[5, 7, -1, 8]])
-    laid, kinds = lay_over(rows, origins, expected, torch.tensor([[MATCH, LONG, LONG, LONG]]))
-    assert laid.tolist() == [[[5, 6, 7], [7, 5, 6], [5, 6, 7], [8, -1, -1]]]
-    assert kinds.tolist() == [
-        [origin_of(MATCH, True), origin_of(LONG, False), 1, origin_of(LONG, False)]
-    ]
-    assert len({origin_of(m, a) for m in (MATCH, LONG) for a in (True, False)}) == 4
-    assert min(origin_of(m, a) for m in (MATCH, LONG) for a in (True, False)) == SPINE
 
 
 def test_only_a_path_that_kept_to_the_spine_stands_on_it() -> None:

@@ -26,14 +26,14 @@ class Room:
 
     def __init__(self, places: int = 2, *, vocab: int = VOCAB, model: str = "model") -> None:
         self.matrix = Matrix(slots=1, vocab_size=vocab, tasks=places, device=CPU, orders=0)
-        self.calibration = Calibration(self.matrix.candidates, places)
+        self.calibration = Calibration(places, CPU)
         self.tasks = Tasks(self.matrix, self.calibration, model=model)
 
     def write(self, index: int, token: int, first: int) -> None:
         """Make `first` and those behind it the candidates after `token`."""
         at = Contexts(
             slots=torch.tensor([0]), tasks=torch.tensor([index]),
-            tokens=torch.tensor([[token, -1, -1]]),
+            tokens=torch.tensor([[token, token - 1, -1]]),
         )  # fmt: skip
         order = torch.tensor([0])
         row = torch.arange(first, first + self.matrix.candidates)[None]
@@ -60,6 +60,11 @@ def test_a_saved_matrix_comes_back_row_for_row(tmp_path: Path) -> None:
     again = second.tasks.open("news", tmp_path, cold=False, busy=set())
     assert again.index != task.index
     assert torch.equal(second.rows(again.index), first.rows(task.index))
+    keys = first.matrix.pair_keys[task.index]
+    assert torch.equal(second.matrix.pair_keys[again.index], keys)
+    assert (keys >= 0).sum() == 2
+    pairs = (room.matrix.pair_rows[i] for room, i in ((first, task.index), (second, again.index)))
+    assert torch.equal(*(rows[keys >= 0] for rows in pairs))
     assert again.age_s is not None and 0 <= again.age_s < 60
 
 
@@ -71,7 +76,7 @@ def test_the_file_opens_with_any_safetensors_reader_and_is_written_whole(tmp_pat
     file = matrix_file(tmp_path, "model", "a task/with: odd letters")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file], "scratch is left"
     kept = load_file(file)
-    assert set(kept) == {"rows", "calibration"}
+    assert set(kept) == {"rows", "pair_keys", "pair_rows", "calibration"}
     assert kept["rows"].dtype == torch.int32
     assert kept["rows"].shape == (VOCAB, room.matrix.candidates)
     assert kept["rows"][7].tolist() == list(range(20, 20 + room.matrix.candidates))

@@ -82,7 +82,9 @@ def loaded(kind: str = "llama", **changes: Any) -> LoadedModel:
 
 def engine(model: LoadedModel, **settings: Any) -> Engine:
     """An engine of small sizes."""
-    more = {name: settings.pop(name) for name in ("orders", "shape") if name in settings}
+    more = {
+        name: settings.pop(name) for name in ("orders", "task_orders", "shape") if name in settings
+    }
     if "shape" in more:
         more["tree"] = more.pop("shape")
     values = {"max_num_seqs": 4, "max_model_len": 256, "page_size": 8, "tree_size": 24}

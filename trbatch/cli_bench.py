@@ -69,7 +69,17 @@ _prompts_option = click.option(
     type=click.IntRange(0, 3),
     default=3,
     show_default=True,
-    help="Longest context of a row's own candidates, tokens; 0: one matrix for all rows.",
+    help="Longest context of a row's own candidates, tokens; 0: none of its own.",
+)
+@click.option(
+    "--task-orders",
+    type=click.IntRange(1, 2),
+    default=2,
+    show_default=True,
+    help="Longest context of the candidates that all rows share, tokens.",
+)
+@click.option(
+    "--bigrams/--no-bigrams", default=True, help="What the model says after each single token."
 )
 @click.option("--spine/--no-spine", default=True, help="Continue repeated passages of the text.")
 @click.option("--train", type=_FILE, help="Prompts to decode first, so that the matrix is warm.")

@@ -1,7 +1,7 @@
 """What the spines of a batch expect, as tensors: repeated passages laid over the rows.
 
-The text itself is followed by `spine`; here its expectations become the first candidates of the
-rows along one path, with an origin of their own that is calibrated like any other.
+The text itself is followed by `spine`; its expectations become the first candidates along one path
+of the tree (`candidates`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trbatch.engine.calibration import SPINE
-from trbatch.engine.spine import LONG, Spine
+from trbatch.engine.spine import Spine
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,32 +49,6 @@ def ahead_of(
         tokens.append(spine.ahead(text, count))
     matched = [spine.matched for spine in spines]
     return Ahead(torch.tensor(tokens, device=device), torch.tensor(matched, device=device))
-
-
-def origin_of(matched: int, agrees: bool) -> int:
-    """Which kind of row a spine's is."""
-    return SPINE + 2 * (matched >= LONG) + (not agrees)
-
-
-def lay_over(
-    rows: Tensor, origins: Tensor, expected: Tensor, matched: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Put the spine's tokens first in their rows.
-
-    Args:
-        rows: [B, n, k] candidates.
-        origins: [B, n] where they came from.
-        expected: [B, n] the token that the spine expects after each place, -1 for none.
-        matched: [B, n] or [B, 1], tokens of the match that leads there.
-
-    Returns:
-        Both with the spine in them.
-    """
-    there = expected >= 0
-    agrees = rows[..., 0] == expected
-    spine = SPINE + 2 * (matched >= LONG).long() + (~agrees).long()
-    laid = put_first(expected.flatten(), rows.flatten(0, 1)).view_as(rows)
-    return torch.where(there[..., None], laid, rows), torch.where(there, spine, origins)
 
 
 def put_first(tokens: Tensor, rows: Tensor) -> Tensor:

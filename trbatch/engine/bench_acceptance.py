@@ -10,7 +10,7 @@ from trbatch.config import EngineConfig, SamplingParams
 from trbatch.engine.bench_prompts import BenchPrompt, read_prompts, requests_of
 from trbatch.engine.bench_runs import Progress, conditions, decode
 from trbatch.engine.engine import Engine
-from trbatch.engine.matrix import ORDERS
+from trbatch.engine.matrix import ORDERS, TASK_ORDERS
 from trbatch.engine.model import LoadedModel
 from trbatch.engine.sequence import Completion, Request
 from trbatch.engine.text import encode
@@ -24,7 +24,8 @@ _PAPER_NODES = 80
 class AcceptanceSettings:
     """What is measured.
 
-    `orders`: longest context of a sequence's own rows. `train`: prompts to decode first; `forget`
+    `orders`: longest context of a sequence's own rows, `task_orders` of the task's; `bigrams`: what
+    the model says after each token stands behind them. `train`: prompts to decode first; `forget`
     tells which of what they taught is kept: nothing is forgotten, or the rows are ("rows"), so that
     only the calibration stays. `reference`: the paper's algorithm beside it, at batch 1.
     """
@@ -34,6 +35,8 @@ class AcceptanceSettings:
     temperature: float = 0.0
     tree: str = "best_first"
     orders: int = ORDERS
+    task_orders: int = TASK_ORDERS
+    bigrams: bool = True
     spine: bool = True
     train: Path | None = None
     forget: str = ""
@@ -74,6 +77,8 @@ def acceptance(
         "temperature": wanted.temperature,
         "tree": wanted.tree,
         "orders": wanted.orders,
+        "task_orders": wanted.task_orders,
+        "bigrams": wanted.bigrams,
         "spine": wanted.spine,
         "train": wanted.train.name if wanted.train else None,
         "forget": wanted.forget,
@@ -109,9 +114,9 @@ class _Bench:
         wanted = self._wanted
         config = EngineConfig(
             max_num_seqs=wanted.batch, max_model_len=self._longest, tree=wanted.tree,
-            spine=wanted.spine, tree_size=size + 1, max_tree_size=size + 1,
+            spine=wanted.spine, bigrams=wanted.bigrams, tree_size=size + 1, max_tree_size=size + 1,
         )  # fmt: skip
-        engine = Engine(self._loaded, config, orders=wanted.orders)
+        engine = Engine(self._loaded, config, orders=wanted.orders, task_orders=wanted.task_orders)
         if wanted.train is not None:
             self._progress(f"tree of {size} nodes: learning from {wanted.train.name} …")
             taught = requests_of(read_prompts(wanted.train), self._sampling)
@@ -138,10 +143,12 @@ class _Bench:
         self._progress("the paper's algorithm, one prompt at a time …")
         config = EngineConfig(
             max_num_seqs=1, max_model_len=self._longest, tree="paper", spine=False,
-            recycle_prompts=False, tree_size=_PAPER_NODES + 1, max_tree_size=_PAPER_NODES + 1,
+            bigrams=False, recycle_prompts=False, tree_size=_PAPER_NODES + 1,
+            max_tree_size=_PAPER_NODES + 1,
         )  # fmt: skip
         done, seconds = decode(
-            Engine(self._loaded, config, tree=paper_tree(), orders=0), self._requests()
+            Engine(self._loaded, config, tree=paper_tree(), orders=0, task_orders=1),
+            self._requests(),
         )
         return {"tree_size": _PAPER_NODES, **self._figures(done), "seconds": round(seconds, 2)}
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trbatch.engine.ahead import Ahead, lay_over
-from trbatch.engine.calibration import Calibration, kinds_of
+from trbatch.engine import candidates
+from trbatch.engine.ahead import Ahead
+from trbatch.engine.calibration import Calibration, places_of
 from trbatch.engine.drafting import Draft, find_rows
 from trbatch.engine.matrix import ORDERS, Matrix
 
@@ -21,7 +22,7 @@ MAX_DEPTH = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
+class Nodes:
     """All nodes worth a thought of B sequences, level after level, C in all; the root is not one.
 
     `parents`: [B, C] index of the parent among the candidates, -1 for the root.
@@ -45,7 +46,7 @@ def expand(
     width: int,
     least: float = 0.0,
     enough: int = 0,
-) -> Candidates | None:
+) -> Nodes | None:
     """Search level by level, keeping the `width` likeliest nodes of each.
 
     Args:
@@ -67,29 +68,38 @@ def expand(
     start = 0
     on_spine = torch.ones(batch, 1, dtype=torch.bool, device=last.device)
     for depth in range(MAX_DEPTH):
-        rows, origins = find_rows(matrix, slots, tasks, contexts)
-        count, k = rows.shape[1:]
-        expected = torch.full_like(origins, -1)
-        if ahead is not None:
-            expected = torch.where(on_spine, ahead.tokens[:, depth, None], -1)
-            rows, origins = lay_over(rows, origins, expected, ahead.matched[:, None] + depth)
-        kinds = kinds_of(tasks[:, None], torch.full_like(origins, depth), origins)
-        each = calibration.chances(last.device)[kinds] * (rows >= 0)
-        flat = (chance[:, :, None] * each).view(batch, -1)
+        count = contexts.shape[1]
+        expected, matched = _expected(ahead, on_spine, depth)
+        found = candidates.of_rows(
+            find_rows(matrix, slots, tasks, contexts), expected.flatten(), matched.flatten()
+        )
+        places = places_of(tasks, torch.full_like(tasks, depth)).repeat_interleave(count)
+        each = calibration.chances[places[:, None] + found.cells] * (found.tokens >= 0)
+        flat = (chance.flatten()[:, None] * each).view(batch, -1)
+        k = each.shape[1]
         chance, at = flat.topk(min(width, count * k), dim=1)
         if float(chance[:, 0].max()) < least or _cannot_matter(parts, chance, enough):
             break
         above = at // k
         on_spine = (expected.gather(1, above) >= 0) & (at % k == 0)
         older = contexts.gather(1, above[:, :, None].expand(-1, -1, ORDERS))[:, :, : ORDERS - 1]
-        tokens = rows.view(batch, -1).gather(1, at)
+        tokens = found.tokens.view(batch, -1).gather(1, at)
         contexts = torch.cat([tokens[:, :, None], older], dim=2)
         parents = above + (start - count) if depth else torch.full_like(above, -1)
         parts.append((tokens, parents, torch.full_like(tokens, depth + 1), contexts, chance))
         start += chance.shape[1]
     if not parts:
         return None
-    return Candidates(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
+    return Nodes(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
+
+
+def _expected(ahead: Ahead | None, on_spine: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """[B, n] what the spine expects after each place, -1 off it, and how long its match is."""
+    if ahead is None:
+        nothing = torch.full_like(on_spine, -1, dtype=torch.long)
+        return nothing, nothing
+    expected = torch.where(on_spine, ahead.tokens[:, depth, None], -1)
+    return expected, (ahead.matched[:, None] + depth).expand_as(expected)
 
 
 def _cannot_matter(parts: list[tuple[Tensor, ...]], chance: Tensor, enough: int) -> bool:
@@ -100,14 +110,14 @@ def _cannot_matter(parts: list[tuple[Tensor, ...]], chance: Tensor, enough: int)
     return bool((known.topk(enough, dim=1).values[:, -1] >= chance[:, 0]).all())
 
 
-def limit(found: Candidates, most: int) -> Candidates:
+def limit(found: Nodes, most: int) -> Nodes:
     """Without all but the `most` likeliest nodes of each sequence: their chances become 0."""
     kept = found.chances.topk(min(most, found.chances.shape[1]), dim=1)
     chances = torch.zeros_like(found.chances).scatter_(1, kept.indices, kept.values)
     return replace(found, chances=chances)
 
 
-def take_likeliest(found: Candidates, count: int, *, each: bool) -> Tensor:
+def take_likeliest(found: Nodes, count: int, *, each: bool) -> Tensor:
     """Mark nodes to verify: the `count` likeliest of all, or of each sequence. [B, C] bool.
 
     A child is less likely than its parent, so whatever is taken is a tree.
@@ -119,13 +129,13 @@ def take_likeliest(found: Candidates, count: int, *, each: bool) -> Tensor:
     return marked.view_as(found.chances)
 
 
-def falling_chances(found: Candidates) -> list[float]:
+def falling_chances(found: Nodes) -> list[float]:
     """The chances of all candidates of all sequences, the likeliest first."""
     chances: list[float] = found.chances.flatten().sort(descending=True).values.tolist()
     return chances
 
 
-def build(found: Candidates, taken: Tensor, last: Tensor) -> Draft:
+def build(found: Nodes, taken: Tensor, last: Tensor) -> Draft:
     """The trees of the taken nodes, padded to the largest.
 
     Args:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from trbatch.config import EngineConfig
-from trbatch.engine import best_first, drafting, heap_search, verify
-from trbatch.engine.ahead import Ahead, ahead_of, lay_over
+from trbatch.engine import best_first, candidates, drafting, heap_search, verify
+from trbatch.engine.ahead import Ahead, ahead_of
 from trbatch.engine.budget import Budget
-from trbatch.engine.calibration import Calibration, kinds_of
+from trbatch.engine.calibration import Calibration, places_of
 from trbatch.engine.drafting import Draft
 from trbatch.engine.host_rows import HostRows
 from trbatch.engine.matrix import ORDERS, Matrix
@@ -149,23 +149,29 @@ class Drafter:
     def calibrate(
         self, drafted: Draft, verdict: Verdict, slots: Tensor, tasks: Tensor, ahead: Ahead | None
     ) -> None:
-        """Count which rank of its row each token was that came true, before rows change."""
+        """Count which candidates came true, before rows change."""
         if rows := self._few(drafted):
             heap_search.calibrate(rows, self._calibration, drafted, verdict, slots, tasks, ahead)
             return
         there = verdict.nodes >= 0
         nodes = verdict.nodes.clamp(min=0)
         index = nodes[:, :, None].expand(-1, -1, ORDERS)
-        found, origins = drafting.find_rows(
-            self._matrix, slots, tasks, drafted.contexts.gather(1, index)
-        )
         depths = drafted.depths.gather(1, nodes)
+        expected, matched = torch.full_like(nodes, -1), depths
         if ahead is not None:
             expected = ahead.tokens[:, : nodes.shape[1]]
             expected = expected.where(ahead.on_spine(verdict.tokens), -1)
-            found, origins = lay_over(found, origins, expected, ahead.matched[:, None] + depths)
-        kinds = kinds_of(tasks[:, None], depths, origins)
-        self._calibration.count(kinds[there], found[there], verdict.tokens[there])
+            matched = ahead.matched[:, None] + depths
+        found = candidates.of_rows(
+            drafting.find_rows(
+                self._matrix, slots, tasks, drafted.contexts.gather(1, index)
+            ),
+            expected.flatten(), matched.flatten(),
+        )  # fmt: skip
+        places = places_of(tasks[:, None], depths).flatten()[:, None] + found.cells
+        true = found.tokens == verdict.tokens.flatten()[:, None]
+        counted = there.flatten()[:, None] & (found.tokens >= 0)
+        self._calibration.count(places[counted], true[counted])
 
     def _few(self, drafted: Draft) -> HostRows | None:
         """The rows in this machine's memory, where going through few nodes singly is quicker."""

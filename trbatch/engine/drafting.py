@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trbatch.engine.ahead import put_first
 from trbatch.engine.host_rows import HostRows
-from trbatch.engine.matrix import ORDERS, Contexts, Matrix, last_tokens
+from trbatch.engine.matrix import ORDERS, Contexts, Found, Matrix, last_tokens
 from trbatch.engine.tree import Tree
 
 
@@ -70,8 +70,8 @@ def from_template(matrix: Matrix, tree: Tree, slots: Tensor, tasks: Tensor, last
     contexts[:, 0] = last
     for level in shape.levels:
         count = level.internal.shape[0]
-        rows, _ = find_rows(matrix, slots, tasks, contexts[:, level.internal])
-        rows = rows.view(batch, count, -1)
+        found = find_rows(matrix, slots, tasks, contexts[:, level.internal])
+        rows = found.rows[:, 0].view(batch, count, -1)
         contexts[:, level.children, 0] = rows[:, level.parent_at, level.ranks]
         contexts[:, level.children, 1:] = contexts[:, level.parents, : ORDERS - 1]
     return Draft(
@@ -84,26 +84,21 @@ def from_template(matrix: Matrix, tree: Tree, slots: Tensor, tasks: Tensor, last
     )
 
 
-def find_rows(
-    matrix: Matrix, slots: Tensor, tasks: Tensor, contexts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows of n places in each of B sequences.
+def find_rows(matrix: Matrix, slots: Tensor, tasks: Tensor, contexts: Tensor) -> Found:
+    """Rows of n places in each of B sequences, B·n in all.
 
     Args:
         contexts: [B, n, 3]. A place without a token has no row of its own: it gets some valid
             one, which is harmless because its children cannot be accepted.
-
-    Returns:
-        [B, n, k] candidates and [B, n] where they came from (`Matrix.find`).
     """
-    batch, count = contexts.shape[:2]
-    at = Contexts(
-        slots=slots.repeat_interleave(count),
-        tasks=tasks.repeat_interleave(count),
-        tokens=_valid(contexts.reshape(-1, ORDERS)),
+    count = contexts.shape[1]
+    return matrix.find(
+        Contexts(
+            slots=slots.repeat_interleave(count),
+            tasks=tasks.repeat_interleave(count),
+            tokens=_valid(contexts.reshape(-1, ORDERS)),
+        )
     )
-    rows, origin = matrix.find(at)
-    return rows.view(batch, count, -1), origin.view(batch, count)
 
 
 def learn(
@@ -157,8 +152,9 @@ def learn_few(
                 whole[node] = token >= 0 and whole[parents[member][node]]
                 if whole[node] and paths[member][node] == accepted:
                     row = new[member, node]
-                    rows.write_own(slot_of[member], contexts[member][node], row)
-                    rows.write_shared(task_of[member], token, row)
+                    context = contexts[member][node]
+                    rows.write_own(slot_of[member], context, row)
+                    rows.write_shared(task_of[member], context, row)
 
 
 def learn_prompt(
@@ -190,7 +186,7 @@ def learn_prompt(
         tasks=contexts.new_full((count,), task),
         tokens=contexts,
     )
-    rows = candidates.clone() if isinstance(candidates, Tensor) else matrix.find(at)[0]
+    rows = candidates.clone() if isinstance(candidates, Tensor) else matrix.find(at).rows[:, 0]
     rows[: known.shape[0]] = put_first(known, rows[: known.shape[0]])
     order = torch.arange(count, device=tokens.device)
     matrix.write(at, rows, order, order)

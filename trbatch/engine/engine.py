@@ -23,7 +23,7 @@ from trbatch.engine.calibration import Calibration
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.drafting import Draft
-from trbatch.engine.matrix import EMPTY, ORDERS, Matrix
+from trbatch.engine.matrix import CANDIDATES, EMPTY, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.scheduler import Scheduler
 from trbatch.engine.sequence import Completion, Figures, Request, Sequence
@@ -45,6 +45,7 @@ class Engine:
         tree: a fixed draft tree in nested order, of which `tree_size` nodes are used; None as
             `config.tree` says.
         orders: longest context that keys a sequence's own rows, tokens.
+        task_orders: the same of a task's rows.
 
     Raises:
         ModelError: the model is not supported, or not even one sequence fits into memory.
@@ -57,6 +58,7 @@ class Engine:
         *,
         tree: Tree | None = None,
         orders: int = ORDERS,
+        task_orders: int = TASK_ORDERS,
     ) -> None:
         config = config or EngineConfig()
         self.loaded, self.config = loaded, config
@@ -71,17 +73,15 @@ class Engine:
         )  # fmt: skip
         self._cache = self._model.allocate(slots)
         self._scheduler = Scheduler(self._cache, slots=self.capacity, spare=self._most)
-        self._matrix = Matrix(
-            slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS,
-            device=loaded.device, orders=orders,
-        )  # fmt: skip
-        self._calibration = Calibration(self._matrix.candidates, MAX_TASKS)
         bigrams = None
         if config.bigrams and self._most > 1:
-            bigrams = rows_of(self._model, candidates=self._matrix.candidates)
-        self._tasks = Tasks(
-            self._matrix, self._calibration, model=loaded.fingerprint, bigrams=bigrams
-        )
+            bigrams = rows_of(self._model, candidates=min(CANDIDATES, loaded.vocab_size))
+        self._matrix = Matrix(
+            slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS,
+            device=loaded.device, orders=orders, task_orders=task_orders, bigrams=bigrams,
+        )  # fmt: skip
+        self._calibration = Calibration(MAX_TASKS, loaded.device)
+        self._tasks = Tasks(self._matrix, self._calibration, model=loaded.fingerprint)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
         fixed = self._most if config.tree_size or not config.speculate else 0

@@ -14,9 +14,10 @@ from heapq import heappop, heappush
 import torch
 from torch import Tensor
 
-from trbatch.engine.ahead import Ahead, origin_of
+from trbatch.engine import candidates
+from trbatch.engine.ahead import Ahead
 from trbatch.engine.best_first import MAX_DEPTH
-from trbatch.engine.calibration import Calibration, kind_of
+from trbatch.engine.calibration import Calibration, place_of
 from trbatch.engine.drafting import Draft
 from trbatch.engine.host_rows import HostRows
 from trbatch.engine.matrix import ORDERS
@@ -78,46 +79,44 @@ def search(
 
 
 class _Rows:
-    """Candidates of single nodes with their chances."""
+    """Candidates of single places with their chances."""
 
     def __init__(
         self, matrix: HostRows, calibration: Calibration, slots: Tensor, tasks: Tensor,
         ahead: Ahead | None,
     ) -> None:  # fmt: skip
-        self._reader = matrix
-        self._chances = calibration.listed()
+        self._reader, self._calibration = matrix, calibration
         self._slots, self._tasks = slots.tolist(), tasks.tolist()
         self._expected = None if ahead is None else ahead.tokens.tolist()
         self._matched = None if ahead is None else ahead.matched.tolist()
 
     def after(
         self, member: int, context: Sequence[int], depth: int, *, on_spine: bool
-    ) -> tuple[list[int], int, bool]:
-        """Candidates after a place, their kind, and whether the first is the spine's."""
-        task = self._tasks[member]
-        row, origin = self._reader.find(self._slots[member], task, context)
-        expected = NO_TOKEN
-        if self._expected is not None and self._matched is not None and on_spine:
-            expected = self._expected[member][depth]
-            if expected != NO_TOKEN:
-                origin = origin_of(self._matched[member] + depth, row[0] == expected)
-                row = [expected, *(token for token in row if token != expected)][: len(row)]
-        return row, kind_of(task, depth, origin), expected != NO_TOKEN
+    ) -> tuple[list[tuple[int, int]], bool]:
+        """(token, cell) of the candidates after a place, and whether the first is the spine's."""
+        rows = self._reader.find(self._slots[member], self._tasks[member], context)
+        if self._expected is None or self._matched is None or not on_spine:
+            return candidates.of_row(*rows), False
+        expected = self._expected[member][depth]
+        matched = self._matched[member] + depth
+        return candidates.of_row(*rows, expected, matched), expected != NO_TOKEN
 
-    def chances(self, kind: int) -> list[float]:
-        """Of each candidate of such a row."""
-        return self._chances[kind]
+    def begin(self, member: int, depth: int) -> int:
+        """Where the calibration's places for this sequence and depth begin."""
+        return place_of(self._tasks[member], depth)
+
+    def chances(self, member: int) -> list[float]:
+        """By place of this sequence's task."""
+        return self._calibration.listed(self._tasks[member])
 
 
 def _push_children(heap: list[_Entry], node: Node, index: int, rows: _Rows, least: float) -> None:
-    row, kind, spine_first = rows.after(
-        node.member, node.context, node.depth, on_spine=node.on_spine
-    )
-    chances = rows.chances(kind)
+    found, spine_first = rows.after(node.member, node.context, node.depth, on_spine=node.on_spine)
+    chances, begin = rows.chances(node.member), place_of(0, node.depth)
     older = node.context[: ORDERS - 1]
-    for rank, (token, chance) in enumerate(zip(row, chances, strict=False)):
-        reached = node.chance * chance
-        if token >= 0 and reached >= least:
+    for rank, (token, cell) in enumerate(found):
+        reached = node.chance * chances[begin + cell]
+        if reached >= least:
             on_spine = spine_first and rank == 0
             child = Node(reached, node.member, index, node.depth + 1, (token, *older), on_spine)
             heappush(heap, (-reached, node.member, index, rank, child))
@@ -132,12 +131,13 @@ def calibrate(
     tasks: Tensor,
     ahead: Ahead | None,
 ) -> None:
-    """Count which rank of its row each token was that came true, before rows change.
+    """Count which candidates came true, before rows change.
 
     The twin of `Drafter.calibrate` for few nodes.
     """
     rows = _Rows(matrix, calibration, slots, tasks, ahead)
     expected = None if ahead is None else ahead.tokens.tolist()
+    places, true = [], []
     paths = zip(verdict.nodes.tolist(), verdict.tokens.tolist(), strict=True)
     for member, (nodes, tokens) in enumerate(paths):
         on_spine = True
@@ -145,9 +145,12 @@ def calibrate(
             if node < 0:
                 break
             context = drafted.contexts[member, node].tolist()
-            row, kind, _ = rows.after(member, context, depth, on_spine=on_spine)
-            calibration.count_one(kind, row, truth)
+            found, _ = rows.after(member, context, depth, on_spine=on_spine)
+            begin = rows.begin(member, depth)
+            places += [begin + cell for _, cell in found]
+            true += [token == truth for token, _ in found]
             on_spine &= expected is None or expected[member][depth] == truth
+    calibration.count_few(places, true)
 
 
 def build(nodes: Sequence[Node], last: Tensor) -> Draft:

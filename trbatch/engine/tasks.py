@@ -1,8 +1,8 @@
 """The matrices of tasks: which are in memory, where they are kept, when they were saved.
 
 A task's matrix is one safetensors file per (model, task) in the job store, written whole. It opens
-with any safetensors reader: `rows` [V, k] int32, -1 for no candidate, and `calibration`, which
-candidates came true (`calibration.py`).
+with any safetensors reader: `rows` [V, k] int32, -1 for no candidate; `pair_keys` and `pair_rows`,
+the same behind two tokens; and `calibration`, which candidates came true (`calibration.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trbatch.engine.calibration import Calibration
-from trbatch.engine.matrix import EMPTY, Matrix
+from trbatch.engine.matrix import Matrix
 from trbatch.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -44,19 +44,10 @@ class Tasks:
 
     Args:
         model: fingerprint of the model, part of a file's place.
-        bigrams: [V, k] rows for tokens that a task has no row of yet; None leaves them empty.
     """
 
-    def __init__(
-        self,
-        matrix: Matrix,
-        calibration: Calibration,
-        *,
-        model: str,
-        bigrams: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, matrix: Matrix, calibration: Calibration, *, model: str) -> None:
         self._matrix, self._calibration, self._model = matrix, calibration, model
-        self._bigrams = bigrams
         self._tasks: dict[str, Task] = {}
         self._folders: dict[str, Path] = {}  # also of tasks that had to make room
 
@@ -102,7 +93,7 @@ class Tasks:
         for task in self._tasks.values():
             if task.changed and task.file is not None:
                 counts = self._calibration.of_task(task.index)
-                _save(task.file, self._learned(task.index), counts)
+                _save(task.file, _places_of(self._matrix, task.index) | {"calibration": counts})
                 task.changed = False
 
     def forget(self, *, counts: bool = True) -> None:
@@ -112,17 +103,8 @@ class Tasks:
 
     def _empty(self, index: int, *, counts: bool = True) -> None:
         self._matrix.clear_task(index)
-        if self._bigrams is not None:
-            self._matrix.shared[index].copy_(self._bigrams)
         if counts:
             self._calibration.restore(index, None)
-
-    def _learned(self, index: int) -> torch.Tensor:
-        """A task's rows without those that are still as they were at the beginning."""
-        rows = self._matrix.shared[index].cpu()
-        if self._bigrams is not None:
-            rows = rows.where((rows != self._bigrams).any(1, keepdim=True), EMPTY)
-        return rows
 
     def _place(self, busy: set[int]) -> int:
         taken = {task.index for task in self._tasks.values()}
@@ -140,22 +122,36 @@ class Tasks:
     def _load(self, task: Task, file: Path) -> None:
         try:
             kept = load_file(file)
-            rows = kept["rows"]
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"cannot read the matrix {file}: {error}", hint="delete it, or use --cold"
             ) from error
-        place = self._matrix.shared[task.index]
-        if rows.shape != place.shape:
-            raise ModelError(
-                f"the matrix {file} is for another model: {tuple(rows.shape)} rows and candidates, "
-                f"not {tuple(place.shape)}",
-                hint="delete it, or use --cold",
-            )
-        filled = rows[:, :1] >= 0
-        place.copy_(torch.where(filled.to(place.device), rows.to(place), place))
+        places = _places_of(self._matrix, task.index)
+        for name, place in places.items():
+            if name not in kept or kept[name].shape != place.shape:
+                found = tuple(kept[name].shape) if name in kept else "none"
+                raise ModelError(
+                    f"the matrix {file} is for another model or version: its {name} are {found}, "
+                    f"not {tuple(place.shape)}",
+                    hint="delete it, or use --cold",
+                )
+        for name, place in places.items():
+            place.copy_(kept[name])
         self._calibration.restore(task.index, kept.get("calibration"))
-        task.rows, task.age_s = int(filled.sum()), time.time() - file.stat().st_mtime
+        task.rows, task.age_s = _filled(places), time.time() - file.stat().st_mtime
+
+
+def _places_of(matrix: Matrix, index: int) -> dict[str, torch.Tensor]:
+    """The tensors of a task's matrix by the names that they have in its file."""
+    return {
+        "rows": matrix.shared[index],
+        "pair_keys": matrix.pair_keys[index],
+        "pair_rows": matrix.pair_rows[index],
+    }
+
+
+def _filled(places: dict[str, torch.Tensor]) -> int:
+    return int((places["rows"][:, 0] >= 0).sum() + (places["pair_keys"] >= 0).sum())
 
 
 def _describe(task: Task) -> str:
@@ -173,8 +169,8 @@ def matrix_file(folder: Path, model: str, task: str) -> Path:
     return Path(folder) / model / f"{readable}-{digest}.safetensors"
 
 
-def _save(file: Path, rows: torch.Tensor, calibration: torch.Tensor) -> None:
+def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({"rows": rows.cpu().contiguous(), "calibration": calibration}, scratch)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
     scratch.replace(file)
