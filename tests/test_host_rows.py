@@ -76,13 +76,12 @@ def test_few_nodes_are_calibrated_as_many_are(seed: int, count: int) -> None:
     drafted = a_draft(matrix, seed, count)
     verdict = verify.accept(drafted, choices(drafted, seed))
     quick, slow = Calibration(2, torch.device("cpu")), Calibration(2, torch.device("cpu"))
-    heap_search.calibrate(
+    ranks = heap_search.calibrate(
         HostRows.of(matrix), quick, drafted, verdict, SLOTS, TASKS, spines
     )  # fmt: skip
     budget = Budget(CostTable({(1, 1): 1.0}, context=0, per_context=0.0), most=21)
-    by_tensors = Drafter(matrix, slow, budget, EngineConfig(), most=21, template=None)
-    by_tensors._host = None
-    by_tensors.calibrate(drafted, verdict, SLOTS, TASKS, spines)
+    by_tensors = Drafter(matrix, slow, [], budget, EngineConfig(), most=21, template=None)
+    assert by_tensors._calibrate_many(drafted, verdict, SLOTS, TASKS, spines) == ranks
     for task in range(2):
         torch.testing.assert_close(quick.of_task(task), slow.of_task(task), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(quick.chances, slow.chances, rtol=1e-3, atol=1e-3)
@@ -92,7 +91,13 @@ def test_many_nodes_go_through_tensors() -> None:
     matrix = filled_matrix(1)
     budget = Budget(CostTable({(1, 1): 1.0}, context=0, per_context=0.0), most=21)
     one = Drafter(
-        matrix, Calibration(2, torch.device("cpu")), budget, EngineConfig(), most=21, template=None
+        matrix,
+        Calibration(2, torch.device("cpu")),
+        [],
+        budget,
+        EngineConfig(),
+        most=21,
+        template=None,
     )
     drafted = a_draft(matrix, 1, 30)
     assert one._few(drafted) is not None

@@ -14,6 +14,7 @@ from trbatch.engine.calibration import Calibration
 from trbatch.engine.engine import MAX_TASKS
 from trbatch.engine.matrix import Contexts, Matrix
 from trbatch.engine.model import LoadedModel, from_network
+from trbatch.engine.paths import PathCounts
 from trbatch.engine.tasks import Tasks, matrix_file
 from trbatch.errors import ModelError
 
@@ -27,7 +28,8 @@ class Room:
     def __init__(self, places: int = 2, *, vocab: int = VOCAB, model: str = "model") -> None:
         self.matrix = Matrix(slots=1, vocab_size=vocab, tasks=places, device=CPU, orders=0)
         self.calibration = Calibration(places, CPU)
-        self.tasks = Tasks(self.matrix, self.calibration, model=model)
+        self.paths = [PathCounts() for _ in range(places)]
+        self.tasks = Tasks(self.matrix, self.calibration, self.paths, model=model)
 
     def write(self, index: int, token: int, first: int) -> None:
         """Make `first` and those behind it the candidates after `token`."""
@@ -76,7 +78,9 @@ def test_the_file_opens_with_any_safetensors_reader_and_is_written_whole(tmp_pat
     file = matrix_file(tmp_path, "model", "a task/with: odd letters")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file], "scratch is left"
     kept = load_file(file)
-    assert set(kept) == {"rows", "pair_keys", "pair_rows", "calibration"}
+    assert set(kept) == {
+        "rows", "pair_keys", "pair_rows", "calibration", "paths", "path_counts",
+    }  # fmt: skip
     assert kept["rows"].dtype == torch.int32
     assert kept["rows"].shape == (VOCAB, room.matrix.candidates)
     assert kept["rows"][7].tolist() == list(range(20, 20 + room.matrix.candidates))

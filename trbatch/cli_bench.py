@@ -62,7 +62,7 @@ _prompts_option = click.option(
     type=click.Choice(TREES),
     default=EngineConfig().tree,
     show_default=True,
-    help="How nodes are picked: by chance, or along the published tree.",
+    help="How nodes are picked: by chance, along a learned tree, or along the published one.",
 )
 @click.option(
     "--orders",
@@ -115,6 +115,13 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
 @click.option("--max-tokens", default=96, show_default=True, help="Tokens a prompt.")
 @click.option("--runs", default=7, show_default=True, help="Interleaved runs; medians are shown.")
 @click.option("--limit", default=0, help="Prompts to use, from the first; 0: what the runs need.")
+@click.option(
+    "--warm-up",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Other prompts that the matrix learns from before the clock starts; 0: cold.",
+)
 @options.json_option
 def bench_speed(as_json: bool, **settings: Any) -> None:
     """Tokens/s of transformers' generate, our plain decoding and our Token Recycling."""

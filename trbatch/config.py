@@ -141,7 +141,7 @@ class JobSpec(_Config):
         _choice("resume", self.resume, ("never", "always", "if_possible"))
 
 
-TREES = ("best_first", "paper")
+TREES = ("best_first", "learned", "paper")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,9 @@ class EngineConfig(_Config):
     page_size: int = 16  # tokens a page of the K/V cache
     prefill_chunk: int = 512  # prompt tokens a prefill step, over all its sequences
     speculate: bool = True
-    tree: str = "best_first"  # how nodes are picked; or paper: the published tree, as a reference
+    # How nodes are picked: for each row by chance, along one tree of the task that is learned, or
+    # along the published one, as a reference.
+    tree: str = "best_first"
     bigrams: bool = True  # begin matrices with what the model says after each single token
     recycle_prompts: bool = True  # learn from prefill, too
     spine: bool = True  # let a repeated passage of the text be a branch of the tree

@@ -10,8 +10,9 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from trbatch.config import EngineConfig, SamplingParams
 from trbatch.engine.bench_prompts import BenchPrompt, read_prompts, requests_of, templated
-from trbatch.engine.bench_runs import Progress, checked, conditions
+from trbatch.engine.bench_runs import Progress, checked, conditions, decode
 from trbatch.engine.engine import Engine
 from trbatch.engine.model import LoadedModel
 from trbatch.engine.sequence import Completion
@@ -28,6 +29,8 @@ from trbatch.models import load_model, load_unmodified
 
 _LONGEST_PROMPT = 160  # tokens, of those that `speed` takes
 _TURN_S = 0.5
+_PROMPTS_A_RUN = 4  # at least; else two batches
+WARM_UP = 64  # prompts
 
 
 def speed(
@@ -38,6 +41,7 @@ def speed(
     max_tokens: int = 96,
     runs: int = 7,
     limit: int = 0,
+    warm_up: int = WARM_UP,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = lambda _: None,
@@ -46,16 +50,19 @@ def speed(
 
     A job has many prompts, so both of our engines always have more waiting than they decode: no
     figure is spoiled by the last few sequences of a run, and what one run learned stays for the
-    next, as in a worker. A run lasts until each has given the tokens of two batches of prompts,
-    prefill included; they take turns by the half second, so that a machine that changes its pace
-    changes it for both. `generate` decodes two batches of the same prompts, padded.
-    Prompts have up to 160 tokens, come from all over the file in a fixed random order, and are
-    decoded greedily, always `max_tokens` long.
+    next, as in a worker. So that the figures are those of a night and not of its first minute, the
+    matrix first learns from `warm_up` prompts that are not measured. A run lasts until each has
+    given the tokens of two batches of prompts, four prompts at least, prefill included; they take
+    turns by the half second, so that a machine that changes its pace changes it for both.
+    `generate` decodes as many of the prompts, padded.
+    Prompts have up to 160 tokens, come from all over the file in a fixed order, and are decoded
+    greedily, always `max_tokens` long.
 
     Args:
         batches: sequences decoded together.
         runs: how often each of the three takes its turn.
         limit: how many of the file's first prompts may be used; 0: all.
+        warm_up: prompts that recycling decodes before the first run; 0 starts cold.
     """
     loaded = load_model(model, device=device, dtype=dtype)
     unmodified = load_unmodified(model, loaded)
@@ -65,7 +72,9 @@ def speed(
     texts = [prompt for prompt in texts if _length(loaded, prompt.text) <= _LONGEST_PROMPT]
     if not texts:
         raise InputError(f"{prompts} has no prompt of at most {_LONGEST_PROMPT} tokens")
-    random.Random(0).shuffle(texts)  # benchmark files are sorted by category
+    texts = mixed(texts)
+    warm_up = min(warm_up, len(texts) // 2)
+    texts, others = texts[: len(texts) - warm_up], texts[len(texts) - warm_up :]
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     results = []
     for batch in batches:
@@ -74,10 +83,13 @@ def speed(
             for name in ("plain", "recycling")
         }
         rates: dict[str, list[float]] = {"generate": [], "plain": [], "recycling": []}
+        count = max(_PROMPTS_A_RUN, 2 * batch)
+        progress(f"batch {batch}: warming up on {len(others)} other prompts")
+        decode(streams["recycling"].engine, requests_of(others, sampling))
         for run in range(runs):
-            chosen = [texts[(2 * batch * run + i) % len(texts)] for i in range(2 * batch)]
+            chosen = [texts[(count * run + i) % len(texts)] for i in range(count)]
             rates["generate"].append(_generate_rate(unmodified, loaded, chosen, batch, max_tokens))
-            for name, rate in _take_turns(streams, 2 * batch * max_tokens).items():
+            for name, rate in _take_turns(streams, count * max_tokens).items():
                 rates[name].append(rate)
             progress(f"batch {batch}, run {run + 1} of {runs}: " + _latest(rates))
         results.append(_speed_figures(batch, rates, streams["recycling"]))
@@ -85,8 +97,21 @@ def speed(
         "bench": "speed",
         **conditions(loaded, prompts, len(texts), max_tokens),
         "runs": runs,
+        "warm_up": warm_up,
         "by_batch": results,
     }
+
+
+def mixed(texts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
+    """The prompts in an order in which each four come from different quarters of the file.
+
+    Benchmark files are sorted by category: so runs of a few prompts each are alike.
+    """
+    quarters = [list(texts[i * len(texts) // 4 : (i + 1) * len(texts) // 4]) for i in range(4)]
+    for quarter in quarters:
+        random.Random(0).shuffle(quarter)
+    rounds = zip_longest(*quarters)
+    return [prompt for prompts in rounds for prompt in prompts if prompt is not None]
 
 
 def _length(loaded: LoadedModel, text: str) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from trbatch import storage
 from trbatch.config import cache_folder
 from trbatch.engine.attention import Span
+from trbatch.engine.likeliest import blocks_of, topk
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.text import opening_ids
 
@@ -79,7 +80,7 @@ def make(model: CausalModel, opening: list[int], *, candidates: int, count: int)
         logits = model.forward(
             tokens, [Span(room, len(opening), n, positions, alone[:n, :n])]
         )  # fmt: skip
-        likeliest = logits.topk(candidates).indices.to(rows)
+        likeliest = topk(blocks_of(logits), candidates).to(rows)
         rows[tokens[0] : tokens[0] + n] = likeliest
     cache.give_back(room)
     return rows

@@ -15,6 +15,7 @@ from trbatch.engine.calibration import Calibration, places_of
 from trbatch.engine.drafting import Draft
 from trbatch.engine.host_rows import HostRows
 from trbatch.engine.matrix import ORDERS, Matrix
+from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import Sequence as Running
 from trbatch.engine.tree import Tree
 from trbatch.engine.verify import Verdict
@@ -27,6 +28,7 @@ class Drafter:
     """Draws the draft trees of a step.
 
     Args:
+        paths: by task, which paths of ranks came true.
         most: tokens of one sequence's step, the root included.
         template: the tree to fill, if the same one is always used.
     """
@@ -35,6 +37,7 @@ class Drafter:
         self,
         matrix: Matrix,
         calibration: Calibration,
+        paths: Sequence[PathCounts],
         budget: Budget,
         config: EngineConfig,
         *,
@@ -42,14 +45,16 @@ class Drafter:
         template: Tree | None,
     ) -> None:
         self._matrix, self._calibration, self._budget = matrix, calibration, budget
-        self._fixed, self._most, self._template = config.tree_size, most, template
-        self._spine = config.spine
+        self._paths, self._template = paths, template
+        self._fixed, self._most = config.tree_size, most
+        self._learned = config.tree == "learned" and template is None
+        self._spine = config.spine and template is None and not self._learned
         on_cpu = matrix.shared.device.type == "cpu"
         self._host = HostRows.of(matrix) if on_cpu else None
 
     def look_ahead(self, batch: Sequence[Running]) -> Ahead | None:
         """What the sequences' spines expect; None where the tree has no place for them."""
-        if self._template is not None or not self._spine:
+        if not self._spine:
             return None
         return ahead_of(
             [sequence.spine for sequence in batch], [sequence.tokens for sequence in batch],
@@ -69,11 +74,27 @@ class Drafter:
         """
         if self._template is not None:
             return drafting.from_template(self._matrix, self._template, slots, tasks, last)
+        if self._learned:
+            return self._from_learned(last, slots, tasks, context)
         if self._fixed:
             return self._of_fixed_size(last, slots, tasks, ahead)
         if self._host is not None:
             return self._from_heap(self._host, last, slots, tasks, ahead, context)
         return self._from_levels(last, slots, tasks, ahead, context)
+
+    def _from_learned(
+        self, last: Tensor, slots: Tensor, tasks: Tensor, context: float
+    ) -> Draft | None:
+        """The learned tree of the first row's task: a step has one shape for all."""
+        batch, paths = len(last), self._paths[int(tasks[0])]
+        tree, size = paths.tree(), self._fixed
+        if not size:
+            known = paths.probabilities()
+            chances = [known[path] for path in tree.paths[: self._most - 1] for _ in range(batch)]
+            size = 1 + -(-self._budget.choose(batch, context, chances) // batch)
+        if size == 1:
+            return None
+        return drafting.from_template(self._matrix, tree.prefix(size), slots, tasks, last)
 
     def _of_fixed_size(
         self, last: Tensor, slots: Tensor, tasks: Tensor, ahead: Ahead | None
@@ -147,12 +168,28 @@ class Drafter:
         drafting.learn(self._matrix, drafted, candidates, verdict.on_path, slots, tasks, places)
 
     def calibrate(
-        self, drafted: Draft, verdict: Verdict, slots: Tensor, tasks: Tensor, ahead: Ahead | None
+        self,
+        batch: Sequence[Running],
+        drafted: Draft,
+        verdict: Verdict,
+        slots: Tensor,
+        tasks: Tensor,
+        ahead: Ahead | None,
     ) -> None:
-        """Count which candidates came true, before rows change."""
+        """Count which candidates and which paths of ranks came true, before rows change."""
         if rows := self._few(drafted):
-            heap_search.calibrate(rows, self._calibration, drafted, verdict, slots, tasks, ahead)
-            return
+            ranks = heap_search.calibrate(
+                rows, self._calibration, drafted, verdict, slots, tasks, ahead
+            )
+        else:
+            ranks = self._calibrate_many(drafted, verdict, slots, tasks, ahead)
+        for sequence, found in zip(batch, ranks, strict=True):
+            for rank in found:
+                self._paths[sequence.task].count(sequence.ranks, None if rank < 0 else rank)
+
+    def _calibrate_many(
+        self, drafted: Draft, verdict: Verdict, slots: Tensor, tasks: Tensor, ahead: Ahead | None
+    ) -> list[list[int]]:
         there = verdict.nodes >= 0
         nodes = verdict.nodes.clamp(min=0)
         index = nodes[:, :, None].expand(-1, -1, ORDERS)
@@ -162,16 +199,15 @@ class Drafter:
             expected = ahead.tokens[:, : nodes.shape[1]]
             expected = expected.where(ahead.on_spine(verdict.tokens), -1)
             matched = ahead.matched[:, None] + depths
-        found = candidates.of_rows(
-            drafting.find_rows(
-                self._matrix, slots, tasks, drafted.contexts.gather(1, index)
-            ),
-            expected.flatten(), matched.flatten(),
-        )  # fmt: skip
+        rows = drafting.find_rows(self._matrix, slots, tasks, drafted.contexts.gather(1, index))
+        found = candidates.of_rows(rows, expected.flatten(), matched.flatten())
         places = places_of(tasks[:, None], depths).flatten()[:, None] + found.cells
         true = found.tokens == verdict.tokens.flatten()[:, None]
         counted = there.flatten()[:, None] & (found.tokens >= 0)
         self._calibration.count(places[counted], true[counted])
+        hit = rows.rows[:, 0] == verdict.tokens.flatten()[:, None]
+        ranks = torch.where(hit.any(1), hit.int().argmax(1), -1).view_as(nodes)
+        return [row[: sum(path)] for row, path in zip(ranks.tolist(), there.tolist(), strict=True)]
 
     def _few(self, drafted: Draft) -> HostRows | None:
         """The rows in this machine's memory, where going through few nodes singly is quicker."""

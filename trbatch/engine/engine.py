@@ -23,8 +23,10 @@ from trbatch.engine.calibration import Calibration
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.drafting import Draft
+from trbatch.engine.likeliest import Blocks, argmax, blocks_of, topk
 from trbatch.engine.matrix import CANDIDATES, EMPTY, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
+from trbatch.engine.paths import PathCounts
 from trbatch.engine.scheduler import Scheduler
 from trbatch.engine.sequence import Completion, Figures, Request, Sequence
 from trbatch.engine.tasks import Task, Tasks
@@ -81,14 +83,15 @@ class Engine:
             device=loaded.device, orders=orders, task_orders=task_orders, bigrams=bigrams,
         )  # fmt: skip
         self._calibration = Calibration(MAX_TASKS, loaded.device)
-        self._tasks = Tasks(self._matrix, self._calibration, model=loaded.fingerprint)
+        self._paths = [PathCounts() for _ in range(MAX_TASKS)]
+        self._tasks = Tasks(self._matrix, self._calibration, self._paths, model=loaded.fingerprint)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
         fixed = self._most if config.tree_size or not config.speculate else 0
         costs = sizing.step_costs(self._model, loaded, self._most, self.capacity, fixed=fixed)
         self.budget = Budget(costs, most=self._most)
         self._drafter = Drafter(
-            self._matrix, self._calibration, self.budget, config,
+            self._matrix, self._calibration, self._paths, self.budget, config,
             most=self._most, template=fixed_tree(config, tree),
         )  # fmt: skip
 
@@ -245,7 +248,7 @@ class Engine:
     def _learn_prompts(self, pieces: list[tuple[Sequence, int]], logits: Tensor | None) -> None:
         """Recycle prompts: the candidates of each token, or None for the texts alone."""
         wide = self._matrix.candidates
-        candidates = None if logits is None else logits.topk(wide).indices
+        candidates = None if logits is None else topk(blocks_of(logits), wide)
         # The later row of the input wins, whatever the slots.
         for sequence, count in sorted(pieces, key=lambda piece: piece[0].turn):
             start = sum(c for s, c in pieces[: [s for s, _ in pieces].index(sequence)])
@@ -282,15 +285,16 @@ class Engine:
         if recycling:
             drafted = self._drafter.draft(last, slots, tasks, ahead, context) or plain
         logits = self._verify_forward(batch, drafted)
-        verdict = self._drafter.accept(drafted, self._chosen(batch, drafted, logits))
+        blocks = blocks_of(logits)
+        verdict = self._drafter.accept(drafted, self._chosen(batch, drafted, logits, blocks))
         taken = self._commit(batch, verdict)
         tokens = sum(drafted.sizes)
         if recycling:
             # Also where no node was worth it: what is not recycled now cannot be drafted later.
             self._keep_accepted(batch, verdict)
             # Before rows change.
-            self._drafter.calibrate(drafted, verdict, slots, tasks, ahead)
-            self._learn(batch, drafted, logits, verdict, slots, tasks)
+            self._drafter.calibrate(batch, drafted, verdict, slots, tasks, ahead)
+            self._learn(batch, drafted, blocks, verdict, slots, tasks)
         seconds = time.perf_counter() - start
         self._forwards += 1
         for sequence, size, (count, accepted) in zip(batch, drafted.sizes, taken, strict=True):
@@ -310,10 +314,12 @@ class Engine:
         where = spans.of_trees(batch, drafted, self.loaded.max_positions)
         return self._model.forward(torch.cat(nodes).clamp_(min=0), where)
 
-    def _chosen(self, batch: list[Sequence], drafted: Draft, logits: Tensor) -> Tensor:
+    def _chosen(
+        self, batch: list[Sequence], drafted: Draft, logits: Tensor, blocks: Blocks
+    ) -> Tensor:
         """[B, T] the model's own next token at each node; for sampled rows where the walk comes."""
         width = drafted.tokens.shape[1]
-        likeliest = drafting.padded(logits.argmax(-1), drafted.sizes, width, verify.NOT_CHOSEN)
+        likeliest = drafting.padded(argmax(blocks), drafted.sizes, width, verify.NOT_CHOSEN)
         plain = [s.request.sampling.greedy and not s.request.logits_processors for s in batch]
         if all(plain):
             return likeliest
@@ -366,12 +372,12 @@ class Engine:
         self,
         batch: list[Sequence],
         drafted: Draft,
-        logits: Tensor,
+        blocks: Blocks,
         verdict: verify.Verdict,
         slots: Tensor,
         tasks: Tensor,
     ) -> None:
-        flat = logits.topk(self._matrix.candidates).indices
+        flat = topk(blocks, self._matrix.candidates)
         width = drafted.tokens.shape[1]
         candidates = drafting.padded(flat, drafted.sizes, width, EMPTY)
         turn = [0] * len(batch)

@@ -19,7 +19,7 @@ from trbatch.engine.ahead import Ahead
 from trbatch.engine.best_first import MAX_DEPTH
 from trbatch.engine.calibration import Calibration, place_of
 from trbatch.engine.drafting import Draft
-from trbatch.engine.host_rows import HostRows
+from trbatch.engine.host_rows import HostRows, Row
 from trbatch.engine.matrix import ORDERS
 from trbatch.engine.spine import NO_TOKEN
 from trbatch.engine.verify import Verdict
@@ -94,12 +94,16 @@ class _Rows:
         self, member: int, context: Sequence[int], depth: int, *, on_spine: bool
     ) -> tuple[list[tuple[int, int]], bool]:
         """(token, cell) of the candidates after a place, and whether the first is the spine's."""
-        rows = self._reader.find(self._slots[member], self._tasks[member], context)
+        rows = self.find(member, context)
         if self._expected is None or self._matched is None or not on_spine:
             return candidates.of_row(*rows), False
         expected = self._expected[member][depth]
         matched = self._matched[member] + depth
         return candidates.of_row(*rows, expected, matched), expected != NO_TOKEN
+
+    def find(self, member: int, context: Sequence[int]) -> tuple[Row, int, Row, int]:
+        """The two rows after a place; see `HostRows.find`."""
+        return self._reader.find(self._slots[member], self._tasks[member], context)
 
     def begin(self, member: int, depth: int) -> int:
         """Where the calibration's places for this sequence and depth begin."""
@@ -130,17 +134,21 @@ def calibrate(
     slots: Tensor,
     tasks: Tensor,
     ahead: Ahead | None,
-) -> None:
-    """Count which candidates came true, before rows change.
+) -> list[list[int]]:
+    """Count which candidates came true, before rows change: `Drafter.calibrate` for few nodes.
 
-    The twin of `Drafter.calibrate` for few nodes.
+    Returns:
+        For each sequence the rank that each of its new tokens had in the first row, -1 for none.
     """
     rows = _Rows(matrix, calibration, slots, tasks, ahead)
     expected = None if ahead is None else ahead.tokens.tolist()
-    places, true = [], []
+    places: list[int] = []
+    true: list[bool] = []
+    ranks: list[list[int]] = []
     paths = zip(verdict.nodes.tolist(), verdict.tokens.tolist(), strict=True)
     for member, (nodes, tokens) in enumerate(paths):
         on_spine = True
+        ranks.append([])
         for depth, (node, truth) in enumerate(zip(nodes, tokens, strict=True)):
             if node < 0:
                 break
@@ -149,8 +157,11 @@ def calibrate(
             begin = rows.begin(member, depth)
             places += [begin + cell for _, cell in found]
             true += [token == truth for token, _ in found]
+            first = rows.find(member, context)[0]
+            ranks[-1].append(first.index(truth) if truth in first else -1)
             on_spine &= expected is None or expected[member][depth] == truth
     calibration.count_few(places, true)
+    return ranks
 
 
 def build(nodes: Sequence[Node], last: Tensor) -> Draft:

@@ -49,11 +49,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: [..., in_features]. Returns: [..., sum of widths]."""
-        if x.numel() <= self.few * self.in_features:
-            return self.usual(x)
-        y = self.quick(x.reshape(-1, self.in_features))
-        shaped: Tensor = y.view(*x.shape[:-1], y.shape[-1])
-        return shaped
+        return self.usual(x) if x.numel() <= self.few * self.in_features else self.quick(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """No hooks: a step makes hundreds of these calls, and each of Python's frames costs."""
@@ -65,7 +61,7 @@ class PackedLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
     def quick(self, x: Tensor) -> Tensor:
-        """[n, in_features] -> [n, sum of widths] by oneDNN's product with packed weights."""
+        """The same by oneDNN's product with packed weights."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return y
 

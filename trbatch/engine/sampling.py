@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trbatch.config import SamplingParams
+from trbatch.engine.likeliest import argmax, blocks_of
 
 _MASK = (1 << 64) - 1
 
@@ -72,7 +73,7 @@ def _kind(params: SamplingParams) -> int:
 
 
 def _greedy(logits: Tensor, _: Sequence[Choice]) -> Tensor:
-    return logits.argmax(-1)
+    return argmax(blocks_of(logits))
 
 
 def _sample(logits: Tensor, choices: Sequence[Choice]) -> Tensor:

@@ -112,6 +112,7 @@ class Sequence:
     stop: Any  # text.StopChecker
     figures: Figures
     spine: Spine = field(default_factory=Spine)
+    ranks: list[int] = field(default_factory=list)  # of its last tokens; see `paths.PathCounts`
     slot: int = -1
     task: int = -1  # index of the task's matrix
     room: Any = None  # kv_cache.Room

@@ -13,6 +13,7 @@ import torch
 from trbatch.config import EngineConfig, cache_folder
 from trbatch.engine.attention import Span
 from trbatch.engine.costs import TIMED_SIZES, CostTable, least_seconds, time_steps
+from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.errors import ModelError
 
@@ -20,7 +21,7 @@ _LONGEST = 8192  # tokens, unless asked for more
 _CPU_SEQS, _GPU_SEQS = 8, 64
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
-_FORMAT = 1  # of the saved cost tables
+_FORMAT = 2  # of the saved cost tables
 _DRIFT = 1.25  # of a saved table, the ratio of two steps may be off by so much
 # Steps of more tokens are extrapolated: on a CPU they cost what their arithmetic costs.
 _CPU_TIMED, _GPU_TIMED = 64, 4096
@@ -126,7 +127,8 @@ class _StepTimer:
         self._wait()
         start = time.perf_counter()
         logits = self._model.forward(tokens, spans)
-        (logits.topk(min(8, logits.shape[-1])) if size > 1 else logits.argmax(-1))
+        blocks = blocks_of(logits)
+        (topk(blocks, min(8, logits.shape[-1])) if size > 1 else argmax(blocks))
         self._wait()
         seconds = time.perf_counter() - start
         for room in rooms:

@@ -2,7 +2,8 @@
 
 A task's matrix is one safetensors file per (model, task) in the job store, written whole. It opens
 with any safetensors reader: `rows` [V, k] int32, -1 for no candidate; `pair_keys` and `pair_rows`,
-the same behind two tokens; and `calibration`, which candidates came true (`calibration.py`).
+the same behind two tokens; `calibration`, which candidates came true (`calibration.py`); `paths`
+and `path_counts`, which paths of ranks did (`paths.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.matrix import Matrix
+from trbatch.engine.paths import PathCounts
 from trbatch.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -46,8 +49,11 @@ class Tasks:
         model: fingerprint of the model, part of a file's place.
     """
 
-    def __init__(self, matrix: Matrix, calibration: Calibration, *, model: str) -> None:
-        self._matrix, self._calibration, self._model = matrix, calibration, model
+    def __init__(
+        self, matrix: Matrix, calibration: Calibration, paths: Sequence[PathCounts], *, model: str
+    ) -> None:
+        self._matrix, self._calibration, self._paths = matrix, calibration, paths
+        self._model = model
         self._tasks: dict[str, Task] = {}
         self._folders: dict[str, Path] = {}  # also of tasks that had to make room
 
@@ -92,8 +98,9 @@ class Tasks:
         """Write the matrices that changed."""
         for task in self._tasks.values():
             if task.changed and task.file is not None:
-                counts = self._calibration.of_task(task.index)
-                _save(task.file, _places_of(self._matrix, task.index) | {"calibration": counts})
+                counts = {"calibration": self._calibration.of_task(task.index)}
+                counts |= self._paths[task.index].to_tensors()
+                _save(task.file, _places_of(self._matrix, task.index) | counts)
                 task.changed = False
 
     def forget(self, *, counts: bool = True) -> None:
@@ -105,6 +112,7 @@ class Tasks:
         self._matrix.clear_task(index)
         if counts:
             self._calibration.restore(index, None)
+            self._paths[index].restore(None, None)
 
     def _place(self, busy: set[int]) -> int:
         taken = {task.index for task in self._tasks.values()}
@@ -138,6 +146,7 @@ class Tasks:
         for name, place in places.items():
             place.copy_(kept[name])
         self._calibration.restore(task.index, kept.get("calibration"))
+        self._paths[task.index].restore(kept.get("paths"), kept.get("path_counts"))
         task.rows, task.age_s = _filled(places), time.time() - file.stat().st_mtime
 
 
