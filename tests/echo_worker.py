@@ -24,6 +24,7 @@ class EchoEngine:
     """Finishes up to `capacity` requests a step; a step takes `step_s` seconds."""
 
     capacity = 4
+    copies = None  # it has no matrices
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s

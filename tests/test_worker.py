@@ -31,6 +31,8 @@ MODEL = "maker/echo"
 class EchoEngine:
     """Answers each prompt with itself in capitals, one forward per word, a batch at a time."""
 
+    copies = None  # it has no matrices
+
     def __init__(self, capacity: int = 4, step_s: float = 0.0) -> None:
         self._capacity = capacity
         self.step_s = step_s

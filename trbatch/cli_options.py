@@ -98,6 +98,11 @@ job_options = _group(
         "Whose matrix warms the drafts. Without it: from the project's and the file's name.",
     ),
     _setting(JobSpec, "cold", "Start from an empty matrix."),
+    _setting(
+        JobSpec,
+        "private_matrix",
+        "Keep what is learned from this job's rows to this job: nothing is shared or saved.",
+    ),
     _setting(JobSpec, "chunk_size", "Rows a worker takes at once."),
     _setting(JobSpec, "seed", "Of the whole job. Without it: random, kept in the job.", type=int),
     _setting(JobSpec, "prompt_column", "Field or column of the prompt."),

@@ -123,6 +123,7 @@ class JobSpec(_Config):
     trust_remote_code: bool = False
     task: str = ""  # whose matrix warms these rows; "": from the folder's and the file's name
     cold: bool = False  # start from an empty matrix
+    private_matrix: bool = False  # learn from this job for this job alone
     chunk_size: int = 256  # rows a lease covers
     seed: int | None = None  # of the job; None: random, kept in the manifest
     prompt_column: str = "prompt"

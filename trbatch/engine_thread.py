@@ -26,6 +26,22 @@ logger = logging.getLogger("trbatch.worker")
 SAVE_S = 60.0  # between savings of the matrices
 
 
+class Copies(Protocol):
+    """The engine's copies of shared matrices. See `trbatch.engine.replica.Copies`."""
+
+    def position(self, name: str, /) -> str: ...
+
+    def take(self, name: str, /) -> bytes: ...
+
+    def put_back(self, name: str, data: bytes, /) -> None: ...
+
+    def whole(self, name: str, /) -> bytes: ...
+
+    def merge(
+        self, name: str, whole: bytes | None, deltas: Iterable[bytes], position: str, /
+    ) -> None: ...
+
+
 class Engine(Protocol):
     """What the worker needs of an engine. See `trbatch.engine.engine.Engine`."""
 
@@ -37,6 +53,11 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> int:
         """Requests added and not yet returned."""
+        ...
+
+    @property
+    def copies(self) -> Copies | None:
+        """The matrices as others may share them; None if there are none."""
         ...
 
     def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> object:
@@ -99,7 +120,25 @@ class Broken:
     error: BaseException
 
 
-Event = Ready | Finished | LoadFailed | Broken
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What was written to a task's matrix since the last time, and where its copy stands."""
+
+    task: str
+    data: bytes
+    position: str
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A task's whole matrix, which includes the stream up to `position`."""
+
+    task: str
+    data: bytes
+    position: str
+
+
+Event = Ready | Finished | LoadFailed | Broken | Changes | Whole
 
 
 class EngineThread:
@@ -139,6 +178,24 @@ class EngineThread:
     def save(self) -> None:
         """Write the matrices that changed."""
         self._orders.put(self._save)
+
+    def send_changes(self, task: str) -> None:
+        """Answer with `Changes`."""
+        self._orders.put(partial(self._send_changes, task))
+
+    def send_whole(self, task: str) -> None:
+        """Answer with `Whole`."""
+        self._orders.put(partial(self._send_whole, task))
+
+    def put_back(self, task: str, data: bytes) -> None:
+        """These changes could not be sent on: they will be part of the next ones."""
+        self._orders.put(partial(self._with_copies, lambda copies: copies.put_back(task, data)))
+
+    def merge(self, task: str, whole: bytes | None, deltas: Sequence[bytes], position: str) -> None:
+        """Apply what other workers have sent."""
+        self._orders.put(
+            partial(self._with_copies, lambda copies: copies.merge(task, whole, deltas, position))
+        )
 
     def stop(self, timeout: float) -> bool:
         """Save the matrices and end; unfinished requests are forgotten.
@@ -210,6 +267,22 @@ class EngineThread:
     def _abort(self, keys: list[Hashable]) -> None:
         if self._engine is not None:
             self._engine.abort(keys)
+
+    def _with_copies(self, do: Callable[[Copies], None]) -> None:
+        if self._engine is not None and self._engine.copies is not None:
+            do(self._engine.copies)
+
+    def _send_changes(self, task: str) -> None:
+        def send(copies: Copies) -> None:
+            self.events.put(Changes(task, copies.take(task), copies.position(task)))
+
+        self._with_copies(send)
+
+    def _send_whole(self, task: str) -> None:
+        def send(copies: Copies) -> None:
+            self.events.put(Whole(task, copies.whole(task), copies.position(task)))
+
+        self._with_copies(send)
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()

@@ -166,7 +166,7 @@ class JobFolder:
             seed=row.seed,
             sample_index=sample_index,
             order=row.prompt_index,
-            task=self.manifest.task,
+            task=self.manifest.matrix,
             prompt=row.request.get("prompt"),
             messages=row.request.get("messages"),
         )

@@ -73,6 +73,11 @@ class Manifest:
         return len(self.chunk_samples)
 
     @property
+    def matrix(self) -> str:
+        """The task whose matrix these rows read and write: a private one is the job's alone."""
+        return f"{self.task} (job {self.id} alone)" if self.spec.private_matrix else self.task
+
+    @property
     def samples(self) -> int:
         """Rows of the complete output: one for each sample, one for each bad row."""
         return sum(self.chunk_samples) + self.rows_failed

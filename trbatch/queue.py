@@ -391,6 +391,11 @@ def _reason(job: Job) -> str:
     return words.strip().splitlines()[-1]
 
 
+def matrix_key(model: str, task: str) -> str:
+    """The stream through which workers share the matrix of a task and a model's fingerprint."""
+    return f"{PREFIX}matrix:{_digest(model, task)}"
+
+
 def _index_key(job_id: str) -> str:
     return f"{PREFIX}chunks:{job_id}"
 

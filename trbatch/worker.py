@@ -23,9 +23,10 @@ from typing import Any
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
-from trbatch.engine.sequence import Completion
+from trbatch.engine.sequence import Completion, Request
 from trbatch.engine_thread import (
     Broken,
+    Changes,
     Engine,
     EngineThread,
     Event,
@@ -33,11 +34,14 @@ from trbatch.engine_thread import (
     Loader,
     LoadFailed,
     Ready,
+    Whole,
 )
 from trbatch.errors import JobFailed, ModelError, TrbatchError
+from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
 from trbatch.queue import JobQueue, ModelKey, reaching
+from trbatch.sharing import Sharing
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -107,6 +111,7 @@ class BatchWorker:
         self.exit_code = 0
         self._folders = Folders(config.roots)
         self._engine = EngineThread(load)
+        self._sharing = Sharing(self._engine, jobs)
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
         self._leases = LeaseWorker(jobs.connection, self.name, self._watched())
         self._report = Report()
@@ -165,6 +170,7 @@ class BatchWorker:
             logger.info("chunk %d of %s: stopped on request", lease.chunk, lease.folder)
             self._leases.stop_chunk(lease)
             self._abandon(lease)
+        self._sharing.tick()
         self._report.tick(len(self.chunks), self._owed_rows())
 
     def _abandon(self, lease: Lease) -> None:
@@ -249,8 +255,16 @@ class BatchWorker:
         for completion in impossible:
             self._row_done(completion)
         if requests:
-            manifest = folder.manifest
-            self._engine.add(requests, manifest.task, folder.matrices, manifest.spec.cold)
+            self._add(requests, folder)
+
+    def _add(self, requests: list[Request], folder: JobFolder) -> None:
+        """Give requests to the engine, and see to it that their task's matrix is shared."""
+        manifest = folder.manifest
+        private, cold = manifest.spec.private_matrix, manifest.spec.cold
+        matrices = None if private else folder.matrices
+        self._engine.add(requests, manifest.matrix, matrices, cold)
+        if not private and (model := self._publisher.facts.get("model_fingerprint")):
+            self._sharing.open(manifest.matrix, model, manifest.id if cold else "")
 
     def _hear_engine(self) -> None:
         busy = bool(self.chunks) or self.loading is not None
@@ -262,7 +276,10 @@ class BatchWorker:
             case Finished(completions):
                 for completion in completions:
                     self._row_done(completion)
+            case Changes() | Whole():
+                self._sharing.heed(event)
             case Ready(model, capacity, seconds, facts):
+                self._sharing.forget()
                 self.model, self.loading, self.capacity = model, None, capacity
                 self._looked_at = 0.0
                 self._publisher.facts = facts
@@ -298,7 +315,7 @@ class BatchWorker:
             self._leases.finish(work.lease, result)
             logger.debug("chunk %d of %s is done", work.lease.chunk, work.folder.id)
             if all(other.folder is not work.folder for other in self.chunks.values()):
-                self._engine.save()
+                self._sharing.finish(work.folder.manifest.matrix)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
 
     def _refuse(self, model: ModelKey, error: Exception) -> None:
@@ -333,6 +350,7 @@ class BatchWorker:
             if self.stops <= 2:
                 self._finish_chunks()
                 self._hand_back_all()
+                self._sharing.close()
         finally:
             if not self._engine.stop(ENGINE_STOP_S):
                 logger.warning("the engine did not stop in time; its matrices may not be saved")

@@ -27,6 +27,7 @@ from trbatch.engine.likeliest import Blocks, argmax, blocks_of, topk
 from trbatch.engine.matrix import CANDIDATES, EMPTY, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
+from trbatch.engine.replica import Copies
 from trbatch.engine.scheduler import Scheduler
 from trbatch.engine.sequence import Completion, Figures, Request, Sequence
 from trbatch.engine.tasks import Task, Tasks
@@ -85,6 +86,7 @@ class Engine:
         self._calibration = Calibration(MAX_TASKS, loaded.device)
         self._paths = [PathCounts() for _ in range(MAX_TASKS)]
         self._tasks = Tasks(self._matrix, self._calibration, self._paths, model=loaded.fingerprint)
+        self.copies = Copies(self._matrix, self._tasks)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
         fixed = self._most if config.tree_size or not config.speculate else 0

@@ -28,6 +28,8 @@ class HostRows:
     pair_rows: NDArray[np.int32]  # [tasks, pair rows, k]
     shared: NDArray[np.int32]  # [tasks, V, k]
     bigrams: NDArray[np.int32]  # [V, k]
+    changed: NDArray[np.bool_]  # [tasks, V]
+    pair_changed: NDArray[np.bool_]  # [tasks, pair rows]
 
     @classmethod
     def of(cls, matrix: Matrix) -> HostRows:
@@ -39,6 +41,8 @@ class HostRows:
             pair_rows=matrix.pair_rows.numpy(),
             shared=matrix.shared.numpy(),
             bigrams=matrix.bigrams.numpy(),
+            changed=matrix.changed.numpy(),
+            pair_changed=matrix.pair_changed.numpy(),
         )
 
     def find(self, slot: int, task: int, tokens: Sequence[int]) -> tuple[Row, int, Row, int]:
@@ -75,11 +79,13 @@ class HostRows:
     def write_shared(self, task: int, tokens: Sequence[int], row: NDArray[np.int32]) -> None:
         """Write a task's rows [k] behind `tokens`."""
         self.shared[task, tokens[0]] = row
+        self.changed[task, tokens[0]] = True
         keys = self._keys_of(tokens)
         if self.pair_keys.size and len(keys) > 1:
             place = _place(keys[1], self.pair_keys.shape[1])
             self.pair_keys[task, place] = keys[1]
             self.pair_rows[task, place] = row
+            self.pair_changed[task, place] = True
 
     def _keys_of(self, tokens: Sequence[int]) -> list[int]:
         """Keys of the last token, the last two, …, as far as there are tokens."""

@@ -12,6 +12,7 @@ Figures are in `docs/performance.md`. On other devices and types nothing is pack
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ class PackedLinear(nn.Module):
         return y
 
 
-class _Shared:
-    """One product whose parts are asked for one by one, with the same input."""
+class _Shared(threading.local):
+    """One product whose parts are asked for one by one, with the same input, in each thread."""
 
     def __init__(self, whole: PackedLinear) -> None:
         self.whole = whole

@@ -101,6 +101,9 @@ class Matrix:
         self.bigrams = torch.full((vocab_size, k), EMPTY, dtype=torch.int32, device=device)
         if bigrams is not None:
             self.bigrams.copy_(bigrams)
+        # Rows of a task that were written since they were last sent to others (`replica`).
+        self.changed = torch.zeros(tasks, vocab_size, dtype=torch.bool, device=device)
+        self.pair_changed = torch.zeros(tasks, pair_rows, dtype=torch.bool, device=device)
         # Scratch of `_winners`: the highest priority that wants each place, -1 between calls.
         claims = (slots * orders * own_rows, tasks * vocab_size, tasks * pair_rows)
         self._claims, self._shared_claims, self._pair_claims = (
@@ -116,6 +119,8 @@ class Matrix:
         """Forget a task's matrix."""
         self.shared[task] = EMPTY
         self.pair_keys[task] = NO_KEY
+        self.changed[task] = False
+        self.pair_changed[task] = False
 
     def find(self, at: Contexts) -> Found:
         """The two rows of each place: the first that is there, and the next that differs."""
@@ -174,6 +179,7 @@ class Matrix:
         places = at.tasks * self.vocab_size + at.tokens[:, 0]
         won = _winners(self._shared_claims, places, shared)
         self.shared.view(-1, self.candidates)[places[won]] = rows[won]
+        self.changed.view(-1)[places[won]] = True
         if self.pair_keys.numel():
             self._write_pairs(at.tasks, keys[:, 1], rows, shared)
         if self.orders:
@@ -184,6 +190,7 @@ class Matrix:
         won = _winners(self._pair_claims, places, torch.where(keys >= 0, priority, -1))
         self.pair_keys.view(-1)[places[won]] = keys[won]
         self.pair_rows.view(-1, self.candidates)[places[won]] = rows[won]
+        self.pair_changed.view(-1)[places[won]] = True
 
     def _write_own(self, slots: Tensor, keys: Tensor, rows: Tensor, priority: Tensor) -> None:
         places = self._places(slots, keys).flatten()
@@ -207,10 +214,13 @@ class Matrix:
         hashed = ((keys * MIX) >> 32) & (self._own - 1)
         return slots[:, None] * (self.orders * self._own) + self._order_offset + hashed
 
+    def pair_place(self, keys: Tensor) -> Tensor:
+        """[n] keys of pairs -> [n] places in a task's table of pairs."""
+        return ((keys * MIX) >> 32) & (self.pair_keys.shape[1] - 1)
+
     def _pair_places(self, tasks: Tensor, keys: Tensor) -> Tensor:
         """[n] tasks, [n] keys -> [n] places in the flattened tables of pairs."""
-        size = self.pair_keys.shape[1]
-        return tasks * size + (((keys * MIX) >> 32) & (size - 1))
+        return tasks * self.pair_keys.shape[1] + self.pair_place(keys)
 
 
 def _winners(claims: Tensor, places: Tensor, priority: Tensor) -> Tensor:

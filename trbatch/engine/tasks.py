@@ -40,6 +40,7 @@ class Task:
     used: float = 0.0
     age_s: float | None = None  # of the saved matrix that it began from
     rows: int = 0  # that this matrix had
+    position: str = ""  # in the stream that the workers of the task share; "": not shared
 
 
 class Tasks:
@@ -83,6 +84,10 @@ class Tasks:
             logger.info(_describe(task))
         task.used = time.monotonic()
         return task
+
+    def get(self, name: str) -> Task | None:
+        """The task of this name if it is open."""
+        return self._tasks.get(name)
 
     def can_open(self, name: str, busy: set[int]) -> bool:
         """Whether there is a place for this task, given those that running sequences use."""

@@ -1,0 +1,167 @@
+"""How a worker shares its tasks' matrices with the other workers: what is sent and read when.
+
+The worker's own thread talks to the stream (`matrix_stream`), the engine's thread holds the matrix;
+between them go packed bytes. A worker that cannot reach the server goes on with what it has and
+sends what it learned when it can.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import redis
+
+from trbatch.engine_thread import Broken, Changes, EngineThread, Whole
+from trbatch.matrix_stream import MatrixStream, connect
+from trbatch.queue import JobQueue, matrix_key
+
+logger = logging.getLogger("trbatch.worker")
+
+EVERY_S = 3.0  # between two exchanges
+RETRY_S = 30.0  # after a server that did not answer
+CLOSE_S = 10.0  # for the last exchange of a worker that ends
+
+
+@dataclass(slots=True)
+class _Share:
+    """One task's matrix, as far as it is shared."""
+
+    stream: MatrixStream
+    joined: bool = False
+    asked: bool = False  # the engine was asked for something and has not answered
+    finishing: bool = False  # exchange at once, then save
+    due: float = 0.0
+    snapshot: bool = False  # the whole that was asked for is to be kept as the next snapshot
+
+
+class Sharing:
+    """The shared matrices of the model that the engine holds.
+
+    Args:
+        engine: the engine's thread.
+        jobs: the queue, on whose server the streams lie.
+    """
+
+    def __init__(self, engine: EngineThread, jobs: JobQueue) -> None:
+        self._engine, self._jobs = engine, jobs
+        self._connection: redis.Redis | None = None
+        self._shares: dict[str, _Share] = {}
+        self._silent = False  # whether the last exchange failed, so that it is said once
+
+    def forget(self) -> None:
+        """Another model is loaded: its tasks are opened anew."""
+        self._shares.clear()
+
+    def open(self, task: str, model: str, apart: str) -> None:
+        """Share this task's matrix from now on.
+
+        Args:
+            model: its fingerprint.
+            apart: what keeps it apart from others of this name, e.g. a job that began cold; "".
+        """
+        if task in self._shares:
+            return
+        if self._connection is None:
+            self._connection = connect(self._jobs)
+        key = matrix_key(model, f"{task}\0{apart}" if apart else task)
+        self._shares[task] = _Share(MatrixStream(self._connection, key))
+        self._ask(task)
+
+    def tick(self) -> None:
+        """Begin the exchanges that are due."""
+        now = time.monotonic()
+        for task, share in self._shares.items():
+            if not share.asked and (share.finishing or now >= share.due):
+                self._ask(task)
+
+    def finish(self, task: str) -> None:
+        """Exchange to the end of the stream, then save: a job has come to its end."""
+        share = self._shares.get(task)
+        if share is None:
+            self._engine.save()
+            return
+        share.finishing = True
+        self.tick()
+
+    def close(self) -> None:
+        """A last exchange of every task, waited for: others shall have what this one learned."""
+        for task in self._shares:
+            self.finish(task)
+        end = time.monotonic() + CLOSE_S
+        while any(share.finishing for share in self._shares.values()) and time.monotonic() < end:
+            for event in self._engine.next_events(0.1):
+                match event:
+                    case Changes() | Whole():
+                        self.heed(event)
+                    case Broken(error):
+                        logger.warning("the engine failed at the end: %s", error)
+                        return
+                    case _:
+                        logger.debug("too late: %s", type(event).__name__)
+
+    def heed(self, event: Changes | Whole) -> None:
+        """Go on with what the engine has answered."""
+        share = self._shares.get(event.task)
+        if share is None:
+            return
+        share.asked = False
+        share.due = time.monotonic() + EVERY_S
+        try:
+            if isinstance(event, Whole):
+                self._heed_whole(event, share)
+            else:
+                self._exchange(event, share)
+            self._silent = False
+        except redis.RedisError as error:
+            self._fail(event, share, error)
+
+    def _ask(self, task: str) -> None:
+        share = self._shares[task]
+        share.asked = True
+        if share.joined and not share.snapshot:
+            self._engine.send_changes(task)
+        else:
+            self._engine.send_whole(task)
+
+    def _heed_whole(self, event: Whole, share: _Share) -> None:
+        if share.snapshot:
+            share.snapshot = False
+            share.stream.write_snapshot(event.data, event.position)
+            return
+        whole = share.stream.join(event.data)
+        share.joined = True
+        self._engine.merge(event.task, whole, [], share.stream.position)
+        if share.finishing:
+            self.tick()
+
+    def _exchange(self, event: Changes, share: _Share) -> None:
+        if event.position != share.stream.position:
+            # The engine had to make room and has loaded the matrix again: begin again, too.
+            share.joined = False
+            self._engine.put_back(event.task, event.data)
+            return
+        news = share.stream.exchange(event.data)
+        if news.lost:
+            share.joined = False
+            self._engine.put_back(event.task, event.data)
+            return
+        self._engine.merge(event.task, news.whole, news.deltas, share.stream.position)
+        if share.finishing:
+            share.finishing = False
+            self._engine.save()
+        if share.stream.wants_snapshot():
+            share.snapshot = True
+            self._ask(event.task)
+
+    def _fail(self, event: Changes | Whole, share: _Share, error: redis.RedisError) -> None:
+        if not self._silent:
+            logger.warning("the shared matrix cannot be reached, going on without: %s", error)
+        self._silent = True
+        share.due, share.snapshot = time.monotonic() + RETRY_S, False
+        if isinstance(event, Changes) and event.data:
+            self._engine.put_back(event.task, event.data)
+        if share.finishing:
+            share.finishing = False
+            self._engine.save()
