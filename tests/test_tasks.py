@@ -10,13 +10,15 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from trbatch import matrices
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.engine import MAX_TASKS
 from trbatch.engine.matrix import Contexts, Matrix
 from trbatch.engine.model import LoadedModel, from_network
 from trbatch.engine.paths import PathCounts
-from trbatch.engine.tasks import Tasks, matrix_file
+from trbatch.engine.tasks import Tasks
 from trbatch.errors import ModelError
+from trbatch.matrices import SavedMatrix, matrix_file
 
 VOCAB = 50
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ class Room:
         self.matrix = Matrix(slots=1, vocab_size=vocab, tasks=places, device=CPU, orders=0)
         self.calibration = Calibration(places, CPU)
         self.paths = [PathCounts() for _ in range(places)]
-        self.tasks = Tasks(self.matrix, self.calibration, self.paths, model=model)
+        self.tasks = Tasks(self.matrix, self.calibration, self.paths, places=places, model=model)
 
     def write(self, index: int, token: int, first: int) -> None:
         """Make `first` and those behind it the candidates after `token`."""
@@ -76,7 +78,8 @@ def test_the_file_opens_with_any_safetensors_reader_and_is_written_whole(tmp_pat
     room.write(task.index, 7, 20)
     room.tasks.save()
     file = matrix_file(tmp_path, "model", "a task/with: odd letters")
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file], "scratch is left"
+    left = {path for path in tmp_path.rglob("*") if path.is_file()} - {file.parent / ".lock"}
+    assert left == {file}, "scratch is left"
     kept = load_file(file)
     assert set(kept) == {
         "rows", "pair_keys", "pair_rows", "calibration", "paths", "path_counts",
@@ -264,3 +267,33 @@ def test_a_task_whose_rows_still_wait_keeps_its_folder(model, tmp_path: Path) ->
     tiny.decode(engine, [])
     engine.save_tasks()
     assert matrix_file(tmp_path, model.fingerprint, "waits").is_file()
+
+
+def test_a_few_rows_are_drafted_without_the_matrix_and_counted_apart(
+    varied_model, tmp_path: Path
+) -> None:
+    """What the matrix brings is measured beside it, not claimed; what comes out is the same."""
+
+    def decoded(seed: int) -> tuple[list[list[int]], SavedMatrix]:
+        engine = tiny.engine(varied_model, max_num_seqs=2)
+        engine.open_task("news", tmp_path)
+        prompts = tiny.prompts(8, seed=21, longest=12)
+        asked = [
+            tiny.request(i, ids, task="news", max_tokens=24, seed=seed)
+            for i, ids in enumerate(prompts)
+        ]
+        done = tiny.decode(engine, asked)
+        engine.save_tasks()
+        file = matrix_file(tmp_path, varied_model.fingerprint, "news")
+        return [done[i].token_ids for i in range(8)], matrices.read(file)
+
+    plain, first = decoded(seed=0)
+    assert first.facts.with_it.tokens == 8 * 23, "the token of prefill counts for no forward"
+    assert first.facts.without_it.forwards == 0
+    warm, second = decoded(seed=0)
+    alone, third = decoded(seed=31)
+    assert plain == warm == alone
+    assert third.facts.with_it == second.facts.with_it
+    assert third.facts.without_it.tokens == 8 * 23
+    gain = second.facts.with_it.forwards - first.facts.with_it.forwards
+    assert gain < 0.8 * third.facts.without_it.forwards, "the matrix was read all the same"

@@ -13,6 +13,7 @@ import click
 from trbatch import __version__, api
 from trbatch import cli_options as options
 from trbatch.cli_bench import bench_group
+from trbatch.cli_matrix import matrix_group
 from trbatch.cli_output import (
     log_to_stderr,
     print_error,
@@ -245,6 +246,7 @@ def server_status(as_json: bool) -> None:
 
 
 commands.add_command(bench_group)
+commands.add_command(matrix_group)
 
 
 def _collect(

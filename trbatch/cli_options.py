@@ -33,7 +33,7 @@ def _setting(config: type, name: str, help: str, *flags: str, **attributes: Any)
     )
 
 
-def _group(*options: Decorator) -> Decorator:
+def grouped(*options: Decorator) -> Decorator:
     def decorate(command: Any) -> Any:
         for option in reversed(options):
             command = option(command)
@@ -53,7 +53,7 @@ def picked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in names}
 
 
-model_options = _group(
+model_options = grouped(
     _setting(
         JobSpec,
         "model",
@@ -64,7 +64,7 @@ model_options = _group(
     _setting(JobSpec, "trust_remote_code", "Run Python code that comes with the model."),
 )
 
-sampling_options = _group(
+sampling_options = grouped(
     _setting(SamplingParams, "max_tokens", "Most tokens to generate for a row."),
     _setting(SamplingParams, "temperature", "0: always the likeliest token."),
     _setting(SamplingParams, "top_p", "Keep the likeliest tokens of this summed probability."),
@@ -89,7 +89,7 @@ store_option = _setting(
     "--store",
 )
 
-job_options = _group(
+job_options = grouped(
     store_option,
     _setting(JobSpec, "name", "The job's id. Without it: made from the file and the settings."),
     _setting(
@@ -115,7 +115,7 @@ job_options = _group(
     ),
 )
 
-engine_options = _group(
+engine_options = grouped(
     _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
     click.option("--gpu", type=int, help="The same as --device cuda:N."),
     _setting(
@@ -136,7 +136,7 @@ engine_options = _group(
     _setting(EngineConfig, "tree_size", "Tokens a step for each row; 0: what pays best."),
 )
 
-bench_model_options: Decorator = _group(
+bench_model_options: Decorator = grouped(
     _setting(JobSpec, "model", "Hub name, model folder or GGUF file."),
     _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
     _setting(
@@ -147,7 +147,7 @@ bench_model_options: Decorator = _group(
     ),
 )
 
-worker_options = _group(
+worker_options = grouped(
     _setting(WorkerConfig, "burst", "Stop when the queue is empty."),
     _setting(WorkerConfig, "name", "Of this worker. Without it: host, device and process."),
     _setting(

@@ -68,7 +68,7 @@ def print_summary(receipt: Receipt, progress: Progress, *, as_json: bool) -> Non
         "dataset": str(receipt.output),
         "receipt": str(receipt),
     }
-    _print_pairs(table)
+    print_pairs(table)
 
 
 def print_status(status: JobStatus, *, as_json: bool) -> None:
@@ -77,7 +77,7 @@ def print_status(status: JobStatus, *, as_json: bool) -> None:
         print_json(status.to_dict())
         return
     chunks = status.chunks
-    _print_pairs(
+    print_pairs(
         {
             "job": status.id,
             "state": status.state,
@@ -105,8 +105,8 @@ def print_queue(redis_url: str, *, as_json: bool) -> None:
         queue["model"] = "@".join(part for part in queue["model"].values() if part)
         del queue["name"]
     click.echo(f"queue {url}")
-    _print_rows(queues, "nothing was ever queued")
-    _print_rows(
+    print_rows(queues, "nothing was ever queued")
+    print_rows(
         [{k: worker[k] for k in ("name", "state", "model", "chunks")} for worker in workers],
         "no worker lives; start one with: trbatch worker",
     )
@@ -124,7 +124,7 @@ def print_server(status: ServerStatus, *, as_json: bool) -> None:
     values["folder"] = str(status.folder)
     for path in status.set_aside:
         values[f"set aside: {path.name}"] = "a log of the queue that could not be read"
-    _print_pairs(values)
+    print_pairs(values)
 
 
 def print_table(values: Mapping[str, Any], *, as_json: bool) -> None:
@@ -133,24 +133,26 @@ def print_table(values: Mapping[str, Any], *, as_json: bool) -> None:
         print_json(values)
         return
     plain = {k: v for k, v in values.items() if not _is_records(v)}
-    _print_pairs({name: _cell(value) for name, value in plain.items()})
+    print_pairs({name: _cell(value) for name, value in plain.items()})
     for name, value in values.items():
         if _is_records(value):
             click.echo(f"\n{name}")
-            _print_rows(value, "none")
+            print_rows(value, "none")
 
 
 def _is_records(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _print_pairs(pairs: Mapping[str, str]) -> None:
+def print_pairs(pairs: Mapping[str, str]) -> None:
+    """Names and values, one pair a line."""
     width = max(map(len, pairs), default=0)
     for name, value in pairs.items():
         click.echo(f"{name.ljust(width)}  {value}")
 
 
-def _print_rows(rows: Iterable[Mapping[str, Any]], otherwise: str) -> None:
+def print_rows(rows: Iterable[Mapping[str, Any]], otherwise: str) -> None:
+    """A table of records that have the same fields; `otherwise` where there are none."""
     records = list(rows)
     if not records:
         click.echo(otherwise)

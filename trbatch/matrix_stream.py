@@ -18,6 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from trbatch.matrices import before
 from trbatch.queue import JobQueue, matrix_key
 
 BEGIN = "0-0"  # before the first entry
@@ -85,10 +86,10 @@ class MatrixStream:
         whole = None
         if not head:
             return News(None, [], lost=True)
-        if _before(self.position, included := _position_of(head)):
+        if before(self.position, included := _position_of(head)):
             # Entries after our position may be gone: the snapshot has them.
             whole = self._snapshot()
-            entries = [entry for entry in entries if _before(included, entry[0].decode())]
+            entries = [entry for entry in entries if before(included, entry[0].decode())]
         if entries:
             self.position = entries[-1][0].decode()
         self._since_snapshot += len(entries)
@@ -142,12 +143,3 @@ def _position_of(snapshot: bytes) -> str:
     position = snapshot.partition(b"\n")[0].decode("ascii", "replace")
     milliseconds, _, number = position.partition("-")
     return position if milliseconds.isdecimal() and number.isdecimal() else BEGIN
-
-
-def _before(one: str, other: str) -> bool:
-    return _order(one) < _order(other)
-
-
-def _order(position: str) -> tuple[int, int]:
-    milliseconds, _, number = position.partition("-")
-    return int(milliseconds), int(number)

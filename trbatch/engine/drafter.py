@@ -185,7 +185,7 @@ class Drafter:
             ranks = self._calibrate_many(drafted, verdict, slots, tasks, ahead)
         for sequence, found in zip(batch, ranks, strict=True):
             for rank in found:
-                self._paths[sequence.task].count(sequence.ranks, None if rank < 0 else rank)
+                self._paths[sequence.reads].count(sequence.ranks, None if rank < 0 else rank)
 
     def _calibrate_many(
         self, drafted: Draft, verdict: Verdict, slots: Tensor, tasks: Tensor, ahead: Ahead | None

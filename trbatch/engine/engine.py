@@ -36,6 +36,8 @@ from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
 
 MAX_TASKS = 8  # matrices in memory
+_NOBODY = MAX_TASKS  # one more, that stays empty
+_ALONE = 32  # one row in so many is drafted without its task's rows, to tell what these bring
 _SMALL_TREE = 6.0  # tokens a step and sequence
 
 
@@ -80,12 +82,15 @@ class Engine:
         if config.bigrams and self._most > 1:
             bigrams = rows_of(self._model, candidates=min(CANDIDATES, loaded.vocab_size))
         self._matrix = Matrix(
-            slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS,
+            slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS + 1,
             device=loaded.device, orders=orders, task_orders=task_orders, bigrams=bigrams,
         )  # fmt: skip
-        self._calibration = Calibration(MAX_TASKS, loaded.device)
-        self._paths = [PathCounts() for _ in range(MAX_TASKS)]
-        self._tasks = Tasks(self._matrix, self._calibration, self._paths, model=loaded.fingerprint)
+        self._calibration = Calibration(MAX_TASKS + 1, loaded.device)
+        self._paths = [PathCounts() for _ in range(MAX_TASKS + 1)]
+        self._tasks = Tasks(
+            self._matrix, self._calibration, self._paths,
+            places=MAX_TASKS, model=loaded.fingerprint, model_name=loaded.name,
+        )  # fmt: skip
         self.copies = Copies(self._matrix, self._tasks)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
@@ -203,6 +208,8 @@ class Engine:
     def _begin(self, sequence: Sequence) -> None:
         sequence.figures.started = time.perf_counter()
         sequence.task = self.open_task(sequence.request.task).index
+        alone = sequence.request.seed % _ALONE == _ALONE - 1
+        sequence.reads = _NOBODY if alone else sequence.task
         self._matrix.clear_slot(sequence.slot)
 
     def _prefill(self, sequences: list[Sequence]) -> None:
@@ -278,14 +285,14 @@ class Engine:
         context = sum(len(sequence.tokens) for sequence in batch) / len(batch)
         plain_s = self.budget.plain_seconds(len(batch), context)
         slots = self._ids([sequence.slot for sequence in batch])
-        tasks = self._ids([sequence.task for sequence in batch])
+        reads = self._ids([sequence.reads for sequence in batch])
         recycling = self._most > 1 and (bool(self.config.tree_size) or self.budget.wants_draft())
         last = self._last_tokens(batch)
         plain = drafting.roots(last)
         ahead = self._drafter.look_ahead(batch) if recycling else None
         drafted = plain
         if recycling:
-            drafted = self._drafter.draft(last, slots, tasks, ahead, context) or plain
+            drafted = self._drafter.draft(last, slots, reads, ahead, context) or plain
         logits = self._verify_forward(batch, drafted)
         blocks = blocks_of(logits)
         verdict = self._drafter.accept(drafted, self._chosen(batch, drafted, logits, blocks))
@@ -295,8 +302,8 @@ class Engine:
             # Also where no node was worth it: what is not recycled now cannot be drafted later.
             self._keep_accepted(batch, verdict)
             # Before rows change.
-            self._drafter.calibrate(batch, drafted, verdict, slots, tasks, ahead)
-            self._learn(batch, drafted, blocks, verdict, slots, tasks)
+            self._drafter.calibrate(batch, drafted, verdict, slots, reads, ahead)
+            self._learn(batch, drafted, blocks, verdict, slots)
         seconds = time.perf_counter() - start
         self._forwards += 1
         for sequence, size, (count, accepted) in zip(batch, drafted.sizes, taken, strict=True):
@@ -357,16 +364,7 @@ class Engine:
 
     def _keep_accepted(self, batch: list[Sequence], verdict: verify.Verdict) -> None:
         """Move the accepted nodes' keys and values from their tree slots to their own places."""
-        sources, targets = [], []
-        for sequence, nodes in zip(batch, verdict.nodes.tolist(), strict=True):
-            if sequence.finish_reason:
-                continue
-            accepted = [node for node in nodes[1:] if node >= 0]
-            root = len(sequence.tokens) - 1 - len(accepted) - 1
-            for place, node in enumerate(accepted, 1):
-                if node != place:
-                    sources.append(sequence.room.slots[root + node])
-                    targets.append(sequence.room.slots[root + place])
+        sources, targets = spans.moves(batch, verdict.nodes.tolist())
         if sources:
             self._cache.move(torch.stack(sources), torch.stack(targets))
 
@@ -377,7 +375,6 @@ class Engine:
         blocks: Blocks,
         verdict: verify.Verdict,
         slots: Tensor,
-        tasks: Tensor,
     ) -> None:
         flat = topk(blocks, self._matrix.candidates)
         width = drafted.tokens.shape[1]
@@ -385,6 +382,7 @@ class Engine:
         turn = [0] * len(batch)
         for place, index in enumerate(sorted(range(len(batch)), key=lambda i: batch[i].turn)):
             turn[index] = place
+        tasks = self._ids([sequence.task for sequence in batch])
         self._drafter.learn(drafted, candidates, verdict, slots, tasks, turn)
         for task in {sequence.task for sequence in batch}:
             self._tasks.touch(task)
@@ -392,6 +390,8 @@ class Engine:
     def _retire_if_finished(self, sequence: Sequence) -> None:
         if sequence.finish_reason:
             self._scheduler.retire(sequence)
+            alone = sequence.reads != sequence.task
+            self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)
             self._finished.append(sequence.completion())
 
     def _ids(self, values: list[int]) -> Tensor:

@@ -65,6 +65,11 @@ class PathCounts:
             self._tree = (self.places, Tree(tuple(_rooted(order)[: LARGEST - 1])))
         return self._tree[1]
 
+    def described(self) -> list[tuple[list[int], float]]:
+        """The tree as people read it: each node's path of ranks and the chance that it is true."""
+        known = self.probabilities()
+        return [(list(path), round(known[path], 5)) for path in self.tree().paths]
+
     def to_tensors(self) -> dict[str, Tensor]:
         """What was counted, to be kept: paths [n, DEEPEST] padded with -1, their counts, places."""
         known = sorted(self._counts)

@@ -9,6 +9,7 @@ from typing import Any
 
 from trbatch.config import SamplingParams
 from trbatch.engine.spine import Spine
+from trbatch.matrices import Acceptance
 
 # (committed tokens and the node's ancestors, raw logits [V]) -> processed logits [V]
 LogitsProcessor = Callable[[ListLike[int], Any], Any]
@@ -97,6 +98,11 @@ class Figures:
             self.histogram.extend([0] * (tokens - len(self.histogram)))
         self.histogram[tokens - 1] += 1
 
+    def acceptance(self) -> Acceptance:
+        """Tokens that its decode forwards gave, and how many these were."""
+        tokens = sum(count * length for length, count in enumerate(self.histogram, 1))
+        return Acceptance(float(tokens), float(self.forwards))
+
 
 @dataclass(slots=True, kw_only=True)
 class Sequence:
@@ -114,7 +120,8 @@ class Sequence:
     spine: Spine = field(default_factory=Spine)
     ranks: list[int] = field(default_factory=list)  # of its last tokens; see `paths.PathCounts`
     slot: int = -1
-    task: int = -1  # index of the task's matrix
+    task: int = -1  # index of the matrix that it teaches
+    reads: int = -1  # of the one that drafts its tokens: the same, or an empty one to compare with
     room: Any = None  # kv_cache.Room
     cached: int = 0  # prompt tokens whose keys are in the cache
     finish_reason: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as ListLike
 
 import torch
+from torch import Tensor
 
 from trbatch.engine.attention import Span
 from trbatch.engine.drafting import Draft
@@ -43,3 +44,25 @@ def of_trees(batch: ListLike[Sequence], drafted: Draft, positions: int) -> list[
             )
         )
     return spans
+
+
+def moves(
+    batch: ListLike[Sequence], paths: ListLike[ListLike[int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """From which slots to which the accepted nodes' keys and values have to go.
+
+    Args:
+        batch: whose tokens were taken already; those that have ended need nothing.
+        paths: of each the accepted nodes, the root first, -1 behind the last.
+    """
+    sources, targets = [], []
+    for sequence, nodes in zip(batch, paths, strict=True):
+        if sequence.finish_reason:
+            continue
+        accepted = [node for node in nodes[1:] if node >= 0]
+        root = len(sequence.tokens) - 1 - len(accepted) - 1
+        for place, node in enumerate(accepted, 1):
+            if node != place:
+                sources.append(sequence.room.slots[root + node])
+                targets.append(sequence.room.slots[root + place])
+    return sources, targets

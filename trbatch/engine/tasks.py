@@ -9,22 +9,19 @@ and `path_counts`, which paths of ranks did (`paths.py`).
 from __future__ import annotations
 
 import logging
-import os
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from trbatch.engine import saved
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.paths import PathCounts
 from trbatch.errors import ModelError
+from trbatch.matrices import Acceptance, Facts, describe_age, matrix_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +38,10 @@ class Task:
     age_s: float | None = None  # of the saved matrix that it began from
     rows: int = 0  # that this matrix had
     position: str = ""  # in the stream that the workers of the task share; "": not shared
+    anew: bool = False  # what its file holds is not to be gone on from
+    # Of rows drafted with the matrix and without it, since it was saved last.
+    with_it: Acceptance = field(default_factory=Acceptance)
+    without_it: Acceptance = field(default_factory=Acceptance)
 
 
 class Tasks:
@@ -48,13 +49,22 @@ class Tasks:
 
     Args:
         model: fingerprint of the model, part of a file's place.
+        model_name: for people.
+        places: tasks that are open at once; the matrix may have more rows than these use.
     """
 
     def __init__(
-        self, matrix: Matrix, calibration: Calibration, paths: Sequence[PathCounts], *, model: str
+        self,
+        matrix: Matrix,
+        calibration: Calibration,
+        paths: Sequence[PathCounts],
+        *,
+        places: int,
+        model: str,
+        model_name: str = "",
     ) -> None:
         self._matrix, self._calibration, self._paths = matrix, calibration, paths
-        self._model = model
+        self._places, self._model, self._model_name = places, model, model_name
         self._tasks: dict[str, Task] = {}
         self._folders: dict[str, Path] = {}  # also of tasks that had to make room
 
@@ -78,6 +88,7 @@ class Tasks:
             # What made room for others was saved and goes on, also if it began cold.
             if file is not None and file.is_file() and (known or not cold):
                 self._load(task, file)
+            task.anew = cold and not known
             self._tasks[name] = task
             if folder is not None:
                 self._folders[name] = folder
@@ -91,7 +102,7 @@ class Tasks:
 
     def can_open(self, name: str, busy: set[int]) -> bool:
         """Whether there is a place for this task, given those that running sequences use."""
-        return name in self._tasks or len(busy) < self._matrix.shared.shape[0]
+        return name in self._tasks or len(busy) < self._places
 
     def touch(self, index: int) -> None:
         """Note that a task's rows changed."""
@@ -99,14 +110,33 @@ class Tasks:
             if task.index == index:
                 task.changed = True
 
+    def count(self, index: int, done: Acceptance, *, alone: bool) -> None:
+        """Count a row of a task. `alone`: it was drafted without the task's rows."""
+        for task in self._tasks.values():
+            if task.index == index and alone:
+                task.without_it = task.without_it.plus(done)
+            elif task.index == index:
+                task.with_it = task.with_it.plus(done)
+
     def save(self) -> None:
         """Write the matrices that changed."""
         for task in self._tasks.values():
             if task.changed and task.file is not None:
-                counts = {"calibration": self._calibration.of_task(task.index)}
-                counts |= self._paths[task.index].to_tensors()
-                _save(task.file, _places_of(self._matrix, task.index) | counts)
-                task.changed = False
+                self._save(task, task.file)
+
+    def _save(self, task: Task, file: Path) -> None:
+        paths = self._paths[task.index]
+        counts = {"calibration": self._calibration.of_task(task.index)} | paths.to_tensors()
+        places = _places_of(self._matrix, task.index)
+        rows, pairs = _filled(places)
+        facts = Facts(
+            task=task.name, model=self._model, model_name=self._model_name, rows=rows, pairs=pairs,
+            candidates=self._matrix.candidates, position=task.position, with_it=task.with_it,
+            without_it=task.without_it, tree=paths.described(),
+        )  # fmt: skip
+        if saved.save(file, places | counts, facts, anew=task.anew):
+            task.with_it, task.without_it = Acceptance(), Acceptance()
+            task.changed = task.anew = False
 
     def forget(self, *, counts: bool = True) -> None:
         """Put all tasks back to their beginning; `counts`: also how far rows can be trusted."""
@@ -121,7 +151,7 @@ class Tasks:
 
     def _place(self, busy: set[int]) -> int:
         taken = {task.index for task in self._tasks.values()}
-        free = set(range(self._matrix.shared.shape[0])) - taken
+        free = set(range(self._places)) - taken
         if free:
             return min(free)
         idle = [task for task in self._tasks.values() if task.index not in busy]
@@ -133,12 +163,7 @@ class Tasks:
         return oldest.index
 
     def _load(self, task: Task, file: Path) -> None:
-        try:
-            kept = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"cannot read the matrix {file}: {error}", hint="delete it, or use --cold"
-            ) from error
+        kept = saved.load(file)
         places = _places_of(self._matrix, task.index)
         for name, place in places.items():
             if name not in kept or kept[name].shape != place.shape:
@@ -152,7 +177,7 @@ class Tasks:
             place.copy_(kept[name])
         self._calibration.restore(task.index, kept.get("calibration"))
         self._paths[task.index].restore(kept.get("paths"), kept.get("path_counts"))
-        task.rows, task.age_s = _filled(places), time.time() - file.stat().st_mtime
+        task.rows, task.age_s = sum(_filled(places)), time.time() - file.stat().st_mtime
 
 
 def _places_of(matrix: Matrix, index: int) -> dict[str, torch.Tensor]:
@@ -164,27 +189,12 @@ def _places_of(matrix: Matrix, index: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _filled(places: dict[str, torch.Tensor]) -> int:
-    return int((places["rows"][:, 0] >= 0).sum() + (places["pair_keys"] >= 0).sum())
+def _filled(places: dict[str, torch.Tensor]) -> tuple[int, int]:
+    return int((places["rows"][:, 0] >= 0).sum()), int((places["pair_keys"] >= 0).sum())
 
 
 def _describe(task: Task) -> str:
     if task.age_s is None:
         return f"task {task.name!r}: begins with an empty matrix"
-    hours = task.age_s / 3600
-    age = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+    age = describe_age(task.age_s)
     return f"task {task.name!r}: matrix of {task.rows} rows, saved {age} ago"
-
-
-def matrix_file(folder: Path, model: str, task: str) -> Path:
-    """Where the matrix of a task lies: readable name, and a digest so that no two names meet."""
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", task)[:60]
-    digest = blake2b(task.encode(), digest_size=4).hexdigest()
-    return Path(folder) / model / f"{readable}-{digest}.safetensors"
-
-
-def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
-    scratch.replace(file)

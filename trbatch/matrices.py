@@ -1,0 +1,295 @@
+"""The saved matrices of tasks: where they lie and what their files say of themselves. No torch.
+
+    <store>/matrices/<model fingerprint>/<task>-<digest>.safetensors
+
+A file's facts stand in its safetensors header, so that thousands are listed without reading one
+row. The rows themselves are written and read by `engine.saved`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Self
+
+import orjson
+
+from trbatch.errors import InputError, UsageError
+from trbatch.storage import writing
+
+logger = logging.getLogger("trbatch")
+
+METADATA = "trbatch_matrix"  # key of the facts in a file's header
+_LENGTH = struct.Struct("<Q")  # of the header, the first bytes of a safetensors file
+_LONGEST_HEADER = 16 << 20
+_MEMORY_TOKENS = 200_000.0  # after which what was counted of acceptance counts half
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Tokens that decode forwards gave, and these forwards; old ones count less."""
+
+    tokens: float = 0.0
+    forwards: float = 0.0
+
+    @property
+    def mean_length(self) -> float | None:
+        """Tokens for each forward; None before the first."""
+        return self.tokens / self.forwards if self.forwards else None
+
+    def plus(self, other: Acceptance) -> Acceptance:
+        """Both together."""
+        return Acceptance(self.tokens + other.tokens, self.forwards + other.forwards)
+
+    def times(self, factor: float) -> Acceptance:
+        """The same evidence with another weight."""
+        return Acceptance(self.tokens * factor, self.forwards * factor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a matrix file says of itself.
+
+    `with_it` and `without_it` count rows drafted with the task's rows and, beside them in the same
+    runs, a few drafted without. `tree`: the learned tree in falling order, each node as its path of
+    ranks and the chance that it comes true. `position`: in the stream that workers share.
+    """
+
+    task: str
+    model: str  # fingerprint
+    model_name: str = ""
+    rows: int = 0  # tokens that have candidates
+    pairs: int = 0  # pairs of tokens that have
+    candidates: int = 0  # a row
+    position: str = ""
+    with_it: Acceptance = field(default_factory=Acceptance)
+    without_it: Acceptance = field(default_factory=Acceptance)
+    tree: list[tuple[list[int], float]] = field(default_factory=list)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the header of a safetensors file takes it."""
+        return {METADATA: orjson.dumps(asdict(self)).decode()}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str]) -> Self:
+        """The facts of a header. Raises ValueError, KeyError or TypeError: there are none."""
+        values = orjson.loads(metadata[METADATA])
+        for name in ("with_it", "without_it"):
+            values[name] = Acceptance(**values[name])
+        values["tree"] = [([int(rank) for rank in path], float(p)) for path, p in values["tree"]]
+        return cls(**values)
+
+    def after(self, earlier: Facts) -> Facts:
+        """These facts with what was counted before `earlier` was saved as well."""
+        both = [
+            self.with_it.plus(earlier.with_it),
+            self.without_it.plus(earlier.without_it),
+        ]
+        if both[0].tokens > _MEMORY_TOKENS:
+            both = [acceptance.times(0.5) for acceptance in both]
+        return replace(self, with_it=both[0], without_it=both[1])
+
+
+@dataclass(frozen=True, slots=True)
+class SavedMatrix:
+    """A matrix on disk."""
+
+    file: Path
+    size: int  # bytes
+    saved_at: float  # seconds since 1970
+    facts: Facts
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was saved."""
+        return max(0.0, time.time() - self.saved_at)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tree, for tables and JSON."""
+        facts = self.facts
+        return {
+            "task": facts.task,
+            "model": facts.model_name or facts.model,
+            "fingerprint": facts.model,
+            "rows": facts.rows,
+            "pairs": facts.pairs,
+            "bytes": self.size,
+            "age_s": round(self.age_s, 1),
+            "acceptance_with_it": _rounded(facts.with_it.mean_length),
+            "acceptance_without_it": _rounded(facts.without_it.mean_length),
+            "file": str(self.file),
+        }
+
+
+def matrix_file(folder: Path, model: str, task: str) -> Path:
+    """Where the matrix of a task lies: readable name, and a digest so that no two names meet."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", task)[:60]
+    digest = blake2b(task.encode(), digest_size=4).hexdigest()
+    return Path(folder) / model / f"{readable}-{digest}.safetensors"
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Nobody else on this host writes this matrix meanwhile. Makes its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (file.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def read(file: Path) -> SavedMatrix:
+    """A saved matrix by its file.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        header, _ = _header(file)
+        facts = Facts.from_metadata(header["__metadata__"])
+        stat = file.stat()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is no matrix that trbatch saved: {error}") from error
+    return SavedMatrix(file, stat.st_size, stat.st_mtime, facts)
+
+
+def all_in(folder: Path) -> list[SavedMatrix]:
+    """The matrices in a folder, by task and model. What cannot be read is logged and left out."""
+    found = []
+    for file in sorted(folder.glob("*/*.safetensors")):
+        try:
+            found.append(read(file))
+        except InputError as error:
+            logger.warning("%s", error.message)
+    return sorted(found, key=lambda saved: (saved.facts.task, saved.facts.model))
+
+
+def find(folder: Path, task: str, model: str = "") -> SavedMatrix:
+    """The matrix of a task.
+
+    Args:
+        model: name or beginning of the fingerprint, where the task has matrices of several.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    known = all_in(folder)
+    fitting = [
+        saved
+        for saved in known
+        if saved.facts.task == task
+        and (model == saved.facts.model_name or saved.facts.model.startswith(model))
+    ]
+    if not fitting:
+        tasks = sorted({saved.facts.task for saved in known})
+        raise UsageError(
+            f"no matrix of task {task!r} in {folder}",
+            hint=f"there are: {', '.join(tasks)}" if tasks else "the first job saves one",
+        )
+    if len(fitting) > 1:
+        models = ", ".join(f"{s.facts.model} ({s.facts.model_name})" for s in fitting)
+        raise UsageError(f"task {task!r} has matrices of {models}", hint="choose with --model")
+    return fitting[0]
+
+
+def export(saved: SavedMatrix, target: Path, *, force: bool = False) -> None:
+    """Copy a matrix to a file of its own.
+
+    Args:
+        force: put it in the place of a file that is there.
+
+    Raises:
+        UsageError: there is a file already.
+    """
+    if not force:
+        _refuse_present(target)
+    with writing(target) as out:
+        out.write(saved.file.read_bytes())
+
+
+def import_file(source: Path, folder: Path, *, task: str = "", force: bool = False) -> Path:
+    """Put an exported matrix into a store.
+
+    Args:
+        task: that it shall belong to; "" is the one that it came from.
+        force: put it in the place of one that is there.
+
+    Returns:
+        The file that was made.
+
+    Raises:
+        InputError: the file is no matrix.
+        UsageError: the task has one already.
+    """
+    facts = read(source).facts
+    header, body = _header(source)
+    # Positions are those of another server's stream.
+    facts = replace(facts, task=task or facts.task, position="")
+    target = matrix_file(folder, facts.model, facts.task)
+    header["__metadata__"] |= facts.to_metadata()
+    raw = orjson.dumps(header)
+    raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of 8
+    with locked(target):
+        if not force:
+            _refuse_present(target)
+        with writing(target) as out, source.open("rb") as data:
+            data.seek(body)
+            out.write(_LENGTH.pack(len(raw)) + raw + data.read())
+    return target
+
+
+def remove(saved: SavedMatrix) -> None:
+    """Delete a saved matrix: the task's next run begins cold."""
+    with locked(saved.file):
+        saved.file.unlink(missing_ok=True)
+
+
+def describe_age(seconds: float) -> str:
+    """A time span in words, in the largest unit that fits."""
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''}"
+    return f"{int(seconds)} s"
+
+
+def before(one: str, other: str) -> bool:
+    """Whether one stream position stands before another."""
+    return _order(one) < _order(other)
+
+
+def _order(position: str) -> tuple[int, int]:
+    milliseconds, _, number = position.partition("-")
+    return int(milliseconds), int(number)
+
+
+def _refuse_present(target: Path) -> None:
+    if target.exists():
+        raise UsageError(f"{target} is there already", hint="--force puts this in its place")
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its tensors begin."""
+    with file.open("rb") as stream:
+        prefix = stream.read(_LENGTH.size)
+        if len(prefix) < _LENGTH.size:
+            raise ValueError("it is too short")
+        (length,) = _LENGTH.unpack(prefix)
+        if length > min(_LONGEST_HEADER, os.fstat(stream.fileno()).st_size):
+            raise ValueError("it is not in the safetensors format")
+        header = orjson.loads(stream.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("it is not in the safetensors format")
+    return header, _LENGTH.size + length
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
