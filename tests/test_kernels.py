@@ -180,7 +180,7 @@ def test_a_tree_of_more_nodes_than_a_word_has_bits(device: str) -> None:
 
 
 @on_every_device
-@settings(deadline=None, max_examples=15 if not GPU else 60)
+@settings(deadline=None, max_examples=15)
 @given(
     parts=st.lists(
         st.tuples(
@@ -188,7 +188,7 @@ def test_a_tree_of_more_nodes_than_a_word_has_bits(device: str) -> None:
         ),
         min_size=1, max_size=4,
     ),
-    window=st.none() | st.integers(1, 40),
+    window=st.sampled_from([None, 1, 7, 40]),  # each compiles another kernel
     group=st.integers(1, 4),
 )  # fmt: skip
 def test_attention_equals_its_twin_for_any_batch(

@@ -180,11 +180,11 @@ def _store_new(
 @triton.jit
 def _blocks(
     place: tl.tensor, node: tl.tensor, committed: tl.tensor, length: tl.tensor, split: tl.tensor,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Which blocks of keys a program reads: of committed tokens, then of tokens in flight.
 
-    Of all that any of its rows may see, its share.
+    Of all that any of its rows may see, its share among the programs of these rows.
     """
     skipped = 0
     if WINDOW > 0:
@@ -194,7 +194,7 @@ def _blocks(
     if CAUSAL:
         reach = tl.minimum(length, tl.max(node) + 1)
     blocks = behind + tl.cdiv(reach, BLOCK_N)
-    share = tl.cdiv(blocks, SPLITS)
+    share = tl.cdiv(blocks, tl.num_programs(2))
     begin = split * share
     end = tl.minimum(begin + share, blocks)
     return (
@@ -203,20 +203,21 @@ def _blocks(
     )  # fmt: skip
 
 
-@triton.jit
+# What differs from step to step must not make another kernel of it.
+@triton.jit(do_not_specialize=["tokens", "most_pages", "words"])
 def _attend(
     query: tl.tensor,  # [HEADS, N, DIM]
     new_keys: tl.tensor, new_values: tl.tensor,  # [kv_heads, N, DIM]
     keys: tl.tensor, values: tl.tensor,  # [kv_heads, slots, DIM]
-    out: tl.tensor,  # [N, HEADS, DIM]; with splits float32 [SPLITS, N, HEADS, DIM]
-    levels: tl.tensor,  # [SPLITS, N, HEADS] log2 of the sum of weights, float32
+    out: tl.tensor,  # [N, HEADS, DIM]; if SPLIT float32 [splits, N, HEADS, DIM]
+    levels: tl.tensor,  # [splits, N, HEADS] log2 of the sum of weights, float32
     starts: tl.tensor, committed: tl.tensor, pages: tl.tensor, positions: tl.tensor,
     ancestors: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
     most_pages: tl.tensor, words: tl.tensor, query_head: tl.tensor, query_token: tl.tensor,  # steps
     key_head: tl.tensor, key_token: tl.tensor, value_head: tl.tensor, value_token: tl.tensor,
     cache_head: tl.tensor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
     OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -244,7 +245,7 @@ def _attend(
     q = tl.load(query + at, mask=there, other=0.0).to(OPERANDS)
     place = tl.load(positions + start + node, mask=live, other=2147483647)
     first, stop, first_new, stop_new = _blocks(
-        place, node, before, length, split, BLOCK_N, SPLITS, WINDOW, CAUSAL
+        place, node, before, length, split, BLOCK_N, WINDOW, CAUSAL
     )
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -262,19 +263,19 @@ def _attend(
     acc = acc / found[:, None]
     to = (split * tokens + start + node).to(tl.int64) * HEADS + head
     tl.store(out + to[:, None] * DIM + d[None, :], acc.to(out.dtype.element_ty), mask=there)
-    if SPLITS > 1:
+    if SPLIT:
         tl.store(levels + to, top + tl.log2(found), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def _join(
-    parts: tl.tensor, levels: tl.tensor, out: tl.tensor, rows: tl.tensor,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    parts: tl.tensor, levels: tl.tensor, out: tl.tensor, rows: tl.tensor, splits: tl.tensor,
+    BLOCK_S: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row (a token and a head) of `out` from what each split found for it."""
     row = tl.program_id(0)
     split, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    level = tl.load(levels + split * rows + row, mask=split < SPLITS, other=float("-inf"))
+    level = tl.load(levels + split * rows + row, mask=split < splits, other=float("-inf"))
     some = level > float("-inf")
     weight = tl.where(some, tl.exp2(level - tl.max(level, 0)), 0.0)
     at = (split * rows + row).to(tl.int64)[:, None] * DIM + d[None, :]
@@ -366,13 +367,13 @@ def attend(
         at.positions, bits, scale, count, at.pages.stride(0), bits.stride(0), *query.stride()[:2],
         *key.stride()[:2], *value.stride()[:2], keys.stride(0), HEADS=heads,
         GROUP=heads // kv_heads, DIM=dim, BLOCK_D=block_d, BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n, SPLITS=launch.splits, PAGE=at.page_size, WINDOW=window,
+        BLOCK_N=launch.block_n, SPLIT=launch.splits > 1, PAGE=at.page_size, WINDOW=window,
         SOFTCAP=softcap, CAUSAL=at.ancestors is None, **_arithmetic(keys.dtype),
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if launch.splits > 1:
         _join[(count * heads,)](
-            parts, levels, out, count * heads, SPLITS=launch.splits,
+            parts, levels, out, count * heads, launch.splits,
             BLOCK_S=triton.next_power_of_2(launch.splits), DIM=dim, BLOCK_D=block_d,
         )  # fmt: skip
     return out
