@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from trbatch import server
+
+if not Path("/dev/nvidiactl").exists():
+    # The kernels run in Triton's interpreter, which must be known before anyone imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 OUTSIDE = ("TRBATCH_REDIS_URL", "REDIS_URL", "TRBATCH_MODEL", "TRBATCH_STORE", "TRBATCH_SERVER")
 

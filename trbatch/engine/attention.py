@@ -13,7 +13,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Span:
 
     `committed` tokens are in its room already; this step's `length` tokens follow them there.
     `positions` [length] are theirs; `inner` [length, length] says who sees whom among them, None
-    for a single token.
+    for a single token. `in_order`: each sees itself and all before it.
     """
 
     room: Room
@@ -41,6 +41,38 @@ class Span:
     length: int
     positions: Tensor
     inner: Tensor | None
+    in_order: bool = False
+
+    @property
+    def causal(self) -> bool:
+        """Whether `inner` need not be asked."""
+        return self.in_order or self.inner is None
+
+
+class Plan(Protocol):
+    """What every layer needs to know about one forward, and how it attends."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store this step's keys and values, and attend.
+
+        Args:
+            query: [heads, N, dim].
+            key, value: [kv_heads, N, dim].
+
+        Returns:
+            [N, heads, dim].
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -77,6 +109,33 @@ class StepPlan:
             self._biases[key] = bias if bias is None else bias.repeat(group, 1)
         return self._biases[key]
 
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store this step's keys and values, and attend, sequence after sequence."""
+        keys, values = self.cache.layer(layer)
+        self.write(keys, key)
+        self.write(values, value)
+        # Soft-capped scores take the slow path, which repeats keys instead of folding queries.
+        group = 1 if softcap is not None else query.shape[0] // key.shape[0]
+        parts, start = [], 0
+        for index, span in enumerate(self.spans):
+            stop = start + span.length
+            bias = self.bias(index, window, group)
+            part = query[:, start:stop]
+            parts.append(_attend_span(part, keys, values, span, bias, scale, softcap))
+            start = stop
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return out.transpose(0, 1)
+
 
 @dataclass(slots=True)
 class ShapeProbe:
@@ -105,7 +164,7 @@ def _bias(span: Span, window: int | None, dtype: torch.dtype) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def active(plan: StepPlan | ShapeProbe) -> Iterator[None]:
+def active(plan: Plan | ShapeProbe) -> Iterator[None]:
     """Let the attention layers that run in this thread use `plan`."""
     _active.plan = plan
     try:
@@ -135,25 +194,15 @@ def attention_forward(
     Returns:
         [1, N, heads, head_dim], and no attention weights.
     """
-    plan: StepPlan | ShapeProbe = _active.plan
+    plan: Plan | ShapeProbe = _active.plan
     layer: Any = module.layer_idx
     if isinstance(plan, ShapeProbe):
         return _probe(plan, layer, query, key, value)
-    keys, values = plan.cache.layer(layer)
-    plan.write(keys, key[0])
-    plan.write(values, value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Soft-capped scores take the slow path, which repeats keys instead of folding queries.
-    group = 1 if softcap is not None else query.shape[1] // key.shape[1]
-    parts, start = [], 0
-    for index, span in enumerate(plan.spans):
-        stop = start + span.length
-        bias = plan.bias(index, sliding_window, group)
-        part = query[0, :, start:stop]
-        parts.append(_attend_span(part, keys, values, span, bias, scale, softcap))
-        start = stop
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return out.transpose(0, 1).unsqueeze(0), None
+    out = plan.attend(
+        layer, query[0], key[0], value[0], scale=scale, window=sliding_window, softcap=softcap
+    )
+    return out[None], None
 
 
 def _probe(

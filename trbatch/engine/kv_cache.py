@@ -111,7 +111,8 @@ class KVCache:
         self.pool = PagePool(slots // page_size)
         self._device = device
         self._stacks: list[Tensor] = []
-        self._layers: list[tuple[Tensor, Tensor]] = [None] * len(layer_shapes)  # type: ignore[list-item]
+        self._places: dict[int, tuple[Tensor, int]] = {}  # layer -> its stack, and where in it
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # the same as views: keys, values
         for shape in dict.fromkeys(layer_shapes):
             members = [i for i, other in enumerate(layer_shapes) if other == shape]
             # Zeros, not empty: a masked slot is multiplied by 0, and 0 x NaN is NaN.
@@ -121,11 +122,21 @@ class KVCache:
             )  # fmt: skip
             self._stacks.append(stack)
             for at, layer in enumerate(members):
-                self._layers[layer] = (stack[at, 0], stack[at, 1])
+                self._places[layer] = stack, at
+                self._layers[layer] = stack[at, 0], stack[at, 1]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each [kv_heads, slots, head_dim]."""
         return self._layers[index]
+
+    def place(self, index: int) -> tuple[Tensor, int]:
+        """The stack [layers, 2, kv_heads, slots, head_dim] that a layer is in, and where."""
+        return self._places[index]
+
+    @property
+    def stacks(self) -> list[Tensor]:
+        """All keys and values, a stack for each shape of layer."""
+        return self._stacks
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens."""

@@ -7,8 +7,10 @@ elsewhere than in keys and values of ordinary attention are refused by name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trbatch.engine.attention import ATTENTION, ShapeProbe, Span, StepPlan, active
+from trbatch.engine.attention import ATTENTION, Plan, ShapeProbe, Span, StepPlan, active
 from trbatch.engine.kv_cache import KVCache
 from trbatch.engine.linear import can_pack, pack_linears
 from trbatch.engine.norm import replace_norms
@@ -172,10 +174,14 @@ class CausalModel:
     Args:
         loaded: the model.
         page_size: tokens a page of the K/V cache; `allocate` makes it.
+        attention: `triton` for one kernel over all sequences, `torch` for its slow twin, `auto` for
+            the kernel where there is a GPU and Triton.
     """
 
-    def __init__(self, loaded: LoadedModel, *, page_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, *, page_size: int, attention: str = "auto") -> None:
+        assert attention in ("auto", "triton", "torch"), f"no attention is named {attention!r}"
         self.loaded = loaded
+        self._plan_of = _planner(attention, loaded)
         self._page_size = page_size
         self.cache: KVCache | None = None
 
@@ -206,7 +212,7 @@ class CausalModel:
             Raw logits [M, V], float32.
         """
         assert self.cache is not None, "allocate the cache first"
-        plan = StepPlan(self.cache, spans, self.loaded.dtype)
+        plan = self._plan_of(self.cache, spans)
         positions = torch.cat([span.positions for span in spans])
         with active(plan):
             out = self.loaded.network(
@@ -215,6 +221,18 @@ class CausalModel:
             )  # fmt: skip
         logits: Tensor = out.logits[0]
         return logits.float()
+
+
+def _planner(attention: str, loaded: LoadedModel) -> Callable[[KVCache, Sequence[Span]], Plan]:
+    """What plans a forward. The kernels are imported here, where they are wanted, and only then."""
+    if attention == "auto":
+        found = loaded.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        attention = "triton" if found else "torch"
+    if attention == "torch":
+        return partial(StepPlan, dtype=loaded.dtype)
+    from trbatch.engine.gpu_attention import plan_of
+
+    return plan_of
 
 
 def _probe(network: Any, device: torch.device) -> list[tuple[int, int]]:

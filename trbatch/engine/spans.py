@@ -21,6 +21,7 @@ def of_prompt(sequence: Sequence, count: int) -> Span:
         length=count,
         positions=torch.arange(sequence.cached, sequence.cached + count, device=device),
         inner=torch.ones(count, count, dtype=torch.bool, device=device).tril(),
+        in_order=True,
     )
 
 
