@@ -388,7 +388,7 @@ class Engine:
             self._tasks.touch(task)
 
     def _retire_if_finished(self, sequence: Sequence) -> None:
-        if sequence.finish_reason:
+        if sequence.ended:
             self._scheduler.retire(sequence)
             alone = sequence.reads != sequence.task
             self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)

@@ -9,6 +9,7 @@ from typing import Any
 
 from trbatch.config import SamplingParams
 from trbatch.engine.spine import Spine
+from trbatch.errors import RowError
 from trbatch.matrices import Acceptance
 
 # (committed tokens and the node's ancestors, raw logits [V]) -> processed logits [V]
@@ -125,6 +126,12 @@ class Sequence:
     room: Any = None  # kv_cache.Room
     cached: int = 0  # prompt tokens whose keys are in the cache
     finish_reason: str = ""
+    error: RowError | None = None  # why it has no text; what it took since means nothing
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is to be decoded."""
+        return bool(self.finish_reason) or self.error is not None
 
     @property
     def generated(self) -> int:
@@ -155,12 +162,14 @@ class Sequence:
 
     def completion(self) -> Completion:
         """The finished request as the caller gets it."""
-        figures = self.figures
+        figures, error = self.figures, self.error
         return Completion(
             key=self.request.key,
-            finish_reason=self.finish_reason,
-            text=self.stop.text(),
-            token_ids=self.tokens[self.prompt_length :],
+            finish_reason="error" if error else self.finish_reason,
+            text="" if error else self.stop.text(),
+            token_ids=[] if error else self.tokens[self.prompt_length :],
+            error_code=error.code if error else None,
+            error_message=error.message if error else None,
             prompt_tokens=self.prompt_length,
             seed=self.request.seed,
             sample_index=self.request.sample_index,
