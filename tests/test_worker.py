@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trbatch.config import JobSpec, SamplingParams, WorkerConfig
-from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue, ModelKey
@@ -39,7 +39,7 @@ class EchoEngine:
         self.waiting: list[Request] = []
         self.running: dict[Hashable, tuple[Request, int]] = {}
         self.saved = 0
-        self.opened: list[tuple[str, Path | None, bool]] = []
+        self.opened: list[TaskKey] = []
         self.batches: list[int] = []
         self.fail_at_step = 0  # 0: never
         self.thread = threading.current_thread()
@@ -52,9 +52,9 @@ class EchoEngine:
     def unfinished(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> None:
-        if (name, folder, cold) not in self.opened:
-            self.opened.append((name, folder, cold))
+    def open_task(self, key: TaskKey) -> None:
+        if key not in self.opened:
+            self.opened.append(key)
 
     def add(self, request: Request) -> None:
         assert threading.current_thread() is self.thread
@@ -362,10 +362,27 @@ def test_matrices_are_opened_per_task_and_saved_after_the_job(
     job = submit(jobs, tmp_path, 6, task="greetings", cold=True)
     load = Loaded()
     run_worker(config(jobs.url), load=load)
-    ((task, folder, cold),) = load.engine.opened
-    assert (task, cold) == ("greetings", True)
-    assert Path(str(folder)) == Path(str(job.matrices))
+    assert load.engine.opened == [TaskKey("greetings", job.matrices, job.id, cold=True)]
     assert load.engine.saved >= 2, "once with the last chunk, once at the end"
+
+
+def test_jobs_that_share_a_tasks_name_share_its_matrix_only_where_they_should(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    stores = {name: str(tmp_path / name) for name in ("here", "there")}
+    first = submit(jobs, tmp_path, 4, name="first", task="t", out=stores["here"])
+    submit(jobs, tmp_path, 4, name="second", task="t", out=stores["here"])
+    cold = submit(jobs, tmp_path, 4, name="cold", task="t", out=stores["here"], cold=True)
+    far = submit(jobs, tmp_path, 4, name="first", task="t", out=stores["there"])
+    private = submit(jobs, tmp_path, 4, name="private", task="t", private_matrix=True)
+    load = Loaded()
+    run_worker(config(jobs.url), load=load)
+    assert load.engine.opened == [
+        TaskKey("t", first.matrices),
+        TaskKey("t", first.matrices, cold.id, cold=True),
+        TaskKey("t", far.matrices),
+        TaskKey(private.manifest.matrix, apart=private.path),
+    ]
 
 
 # --- which model ---

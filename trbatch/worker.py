@@ -262,12 +262,10 @@ class BatchWorker:
 
     def _add(self, requests: list[Request], folder: JobFolder) -> None:
         """Give requests to the engine, and see to it that their task's matrix is shared."""
-        manifest = folder.manifest
-        private, cold = manifest.spec.private_matrix, manifest.spec.cold
-        matrices = None if private else folder.matrices
-        self._engine.add(requests, manifest.matrix, matrices, cold)
-        if not private and (model := self._publisher.facts.get("model_fingerprint")):
-            self._sharing.open(manifest.matrix, model, manifest.id if cold else "")
+        self._engine.add(requests)
+        model = self._publisher.facts.get("model_fingerprint")
+        if model and not folder.spec.private_matrix:
+            self._sharing.open(folder.task_key, model)
 
     def _hear_engine(self) -> None:
         busy = bool(self.chunks) or self.loading is not None
@@ -318,7 +316,7 @@ class BatchWorker:
             self._leases.finish(work.lease, result)
             logger.debug("chunk %d of %s is done", work.lease.chunk, work.folder.id)
             if all(other.folder is not work.folder for other in self.chunks.values()):
-                self._sharing.finish(work.folder.manifest.matrix)
+                self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
 
     def _refuse(self, model: ModelKey, error: Exception) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trbatch.config import SamplingParams
@@ -14,6 +15,16 @@ from trbatch.matrices import Acceptance
 
 # (committed tokens and the node's ancestors, raw logits [V]) -> processed logits [V]
 LogitsProcessor = Callable[[ListLike[int], Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKey:
+    """Which matrix rows read and write: equal keys, one matrix."""
+
+    name: str
+    folder: Path | None = None  # where matrices are kept; None: this one in memory only
+    apart: str = ""  # what else keeps it from others of this name, e.g. the job that began cold
+    cold: bool = False  # begin with empty rows, whatever is kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +39,7 @@ class Request:
     seed: int = 0  # of the row; with `sample_index` and a position it decides the noise
     sample_index: int = 0
     order: int = 0  # the row's place in its input: decides who wins when two write one matrix row
-    task: str = "default"  # whose shared matrix to read and to write
+    task: TaskKey = TaskKey("default")  # whose shared matrix to read and to write
     prompt: str | None = None
     messages: ListLike[Mapping[str, Any]] | None = None
     prompt_token_ids: ListLike[int] | None = None
