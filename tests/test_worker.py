@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -23,6 +24,7 @@ from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue, ModelKey
+from trbatch.results import collect
 from trbatch.worker import BatchWorker, run_worker
 
 MODEL = "maker/echo"
@@ -298,6 +300,35 @@ def test_a_row_that_fails_is_a_row_and_not_the_end(jobs: JobQueue, tmp_path: Pat
     assert [found[i]["finish_reason"] for i in range(3)] == ["stop", "error", "stop"]
     assert found[1]["error_code"] == "prompt_too_long"
     assert jobs.counts(job.id).failed == 0
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_error_row_names_its_place_in_the_input_whoever_found_it(
+    jobs: JobQueue, tmp_path: Path, kind: str
+) -> None:
+    """What the engine refuses is told as what `submit` refuses: file and line."""
+    prompts = ["fine", "", "unspeakable"]
+    file = tmp_path / f"in.{kind}"
+    if kind == "jsonl":
+        write_prompts(file, [{"prompt": text} for text in prompts])
+    else:
+        pq.write_table(pa.table({"prompt": prompts}), file)
+    spec = JobSpec(input=str(file), name="job", model=MODEL, out=str(tmp_path / "store"))
+    job = JobFolder.submit(spec)
+    jobs.enqueue(job, job.missing_chunks())
+    run_worker(config(jobs.url), load=Loaded())
+    found = collect(JobFolder.open(job.path), str(tmp_path / "out.jsonl"), "jsonl")
+    assert found.rows_failed == 2
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    errors = (Path(job.path) / "errors.jsonl").read_text().splitlines()
+    for texts in (
+        [line["error"]["message"] for line in lines if line["error"]],
+        [json.loads(line)["error_message"] for line in errors],
+    ):
+        by_submit, by_worker = texts
+        place = by_submit.partition(": ")[0].removesuffix("2") + "3"
+        assert str(file) in place
+        assert by_worker == f"{place}: longer than the model takes"
 
 
 def test_bad_input_rows_need_no_engine(jobs: JobQueue, tmp_path: Path) -> None:

@@ -52,9 +52,12 @@ class ChunkWork:
         return requests, impossible
 
     def result(self, completion: Completion, place: int, worker: str) -> dict[str, Any]:
-        """The result row of a finished request."""
+        """The result row of a finished request. An error says of which line of the input it is."""
         row, _ = self.rows[place]
         manifest = self.folder.manifest
+        if completion.finish_reason == "error":
+            where = _place(manifest.input.path, row.line)
+            completion = replace(completion, error_message=f"{where}: {completion.error_message}")
         return result_row(
             completion,
             row,
@@ -74,7 +77,7 @@ class ChunkWork:
             key=(self.lease.id, place),
             finish_reason="error",
             error_code=code,
-            error_message=f"line {row.line}: {message}",
+            error_message=message,
             seed=row.seed,
             sample_index=sample,
         )
@@ -109,6 +112,11 @@ class Folders:
         busy = set(in_use)
         for path in [path for path in self._open if path not in busy][:-FOLDERS_KEPT]:
             del self._open[path]
+
+
+def _place(path: str, line: int) -> str:
+    """A row's place, spelled as in the errors of `prompts.read_batches`."""
+    return f"{path}, row {line}" if path.lower().endswith(".parquet") else f"{path}:{line}"
 
 
 def _check_root(folder: str, roots: tuple[str, ...]) -> None:
