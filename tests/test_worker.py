@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trbatch import worker as worker_module
 from trbatch.config import JobSpec, SamplingParams, WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import ModelError, TrbatchError, Unreachable, WorkerError
@@ -273,6 +274,27 @@ def test_chunks_in_flight_can_be_limited(jobs: JobQueue, tmp_path: Path) -> None
     load = Loaded(lambda: EchoEngine(capacity=8))
     run_worker(config(jobs.url, chunks_in_flight=1), load=load)
     assert max(load.engine.batches) == 2
+
+
+def test_the_engine_is_not_given_all_samples_at_once(
+    jobs: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "AHEAD", 12)
+    job = submit(jobs, tmp_path, 2, sampling=SamplingParams(n=100))
+    most = 0
+
+    class Counting(EchoEngine):
+        def step(self) -> list[Completion]:
+            nonlocal most
+            most = max(most, self.unfinished)
+            return super().step()
+
+    load = Loaded(lambda: Counting(capacity=4))
+    assert run_worker(config(jobs.url), load=load) == 0
+    assert len(rows_of(job)) == 200
+    assert len({(row["prompt_index"], row["sample_index"]) for row in rows_of(job)}) == 200
+    assert 4 < most <= 16
+    assert sum(size == 4 for size in load.engine.batches) >= 45, "and it is never kept waiting"
 
 
 def test_messages_samples_seeds_and_sampling_reach_the_engine(

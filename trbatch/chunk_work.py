@@ -25,6 +25,7 @@ class ChunkWork:
     folder: JobFolder
     rows: list[tuple[ChunkRow, int]]  # with the sample's index; a request's key is its place here
     owed: set[int] = field(default_factory=set)
+    given: int = 0  # places from here on the engine has not been asked for yet
     unpublished: int = 0
     failed_rows: int = 0
 
@@ -41,10 +42,17 @@ class ChunkWork:
         """Whether every row lies in a segment."""
         return not self.owed and not self.unpublished
 
-    def requests(self) -> tuple[list[Request], list[Completion]]:
-        """Every row as the engine's request; and the rows that cannot be one, as errors."""
-        requests, impossible = [], []
-        for place in sorted(self.owed):
+    @property
+    def in_engine(self) -> int:
+        """Rows that the engine was asked for and has not answered."""
+        return self.given - (len(self.rows) - len(self.owed))
+
+    def requests(self, most: int) -> tuple[list[Request], list[Completion]]:
+        """The next rows as the engine's requests; and those that cannot be one, as errors."""
+        requests: list[Request] = []
+        impossible: list[Completion] = []
+        while self.given < len(self.rows) and len(requests) < most:
+            place, self.given = self.given, self.given + 1
             try:
                 requests.append(self._request(place))
             except UsageError as error:

@@ -7,23 +7,19 @@ rows of the last seconds. Torch is imported where an engine is made and nowhere 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from functools import partial
-from types import FrameType
-from typing import Any
 
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
-from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.sequence import Completion
 from trbatch.engine_thread import (
     Broken,
     Changes,
@@ -42,12 +38,15 @@ from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
 from trbatch.queue import JobQueue, ModelKey, reaching
 from trbatch.sharing import Sharing
+from trbatch.stopping import signals_to
 
 logger = logging.getLogger("trbatch.worker")
 
 IDLE_S = 0.2  # between looks at an empty queue
 BUSY_S = 0.05  # the longest wait for the engine while it works
 ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
+LEAVE_S = 0.5  # the same when somebody is tired of waiting
+AHEAD = 1024  # requests in the engine, at least: a row may ask for a thousand samples
 SAME_SIGNAL_S = 0.5  # a terminal and a parent may both pass on the same Ctrl-C
 
 
@@ -70,7 +69,7 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
     """
     with JobQueue.connect(config.redis_url, patient=True) as jobs, reaching(jobs.url):
         worker = BatchWorker(config, jobs, load or partial(load_engine, config))
-        with _signals_to(worker):
+        with signals_to(worker.request_stop):
             return worker.run()
 
 
@@ -130,6 +129,7 @@ class BatchWorker:
                 self._beat()
                 self._choose_model()
                 self._take_chunks()
+                self._feed_engine()
                 self._hear_engine()
                 self._publisher.publish_if_due(hurry=not self._owed_rows())
                 self._finish_chunks()
@@ -180,7 +180,7 @@ class BatchWorker:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
         work = self.chunks.pop(lease.id, None)
         if work is not None:
-            self._engine.abort([(lease.id, place) for place in work.owed])
+            self._engine.abort([(lease.id, place) for place in work.owed if place < work.given])
 
     def _choose_model(self) -> None:
         """See to it that the engine holds the model that the next chunk needs."""
@@ -241,7 +241,7 @@ class BatchWorker:
         return sum(len(work.owed) for work in self.chunks.values())
 
     def _begin(self, lease: Lease) -> None:
-        """Give a chunk's missing rows to the engine."""
+        """Take a chunk's missing rows on."""
         try:
             folder = self._folders.open(lease)
             work = ChunkWork.begin(lease, folder)
@@ -254,15 +254,20 @@ class BatchWorker:
             self._leases.fail(lease, error)
             return
         self.chunks[lease.id] = work
-        requests, impossible = work.requests()
-        for completion in impossible:
-            self._row_done(completion)
-        if requests:
-            self._add(requests, folder)
 
-    def _add(self, requests: list[Request], folder: JobFolder) -> None:
-        """Give requests to the engine, and see to it that their task's matrix is shared."""
-        self._engine.add(requests)
+    def _feed_engine(self) -> None:
+        """Give the engine rows: more than it decodes together, not all samples of all at once."""
+        room = max(AHEAD, 4 * self.capacity) - sum(w.in_engine for w in self.chunks.values())
+        for work in self.chunks.values():
+            requests, impossible = work.requests(max(room, 0))
+            room -= len(requests)
+            for completion in impossible:
+                self._row_done(completion)
+            if requests:
+                self._engine.add(requests)
+                self._share(work.folder)
+
+    def _share(self, folder: JobFolder) -> None:
         model = self._publisher.facts.get("model_fingerprint")
         if model and not folder.spec.private_matrix:
             self._sharing.open(folder.task_key, model)
@@ -375,21 +380,3 @@ def _worker_name(config: WorkerConfig) -> str:
     name = config.name or f"{socket.gethostname()}-{config.engine.device}-{os.getpid()}"
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return f"{safe}-{uuid.uuid4().hex[:6]}"
-
-
-@contextlib.contextmanager
-def _signals_to(worker: BatchWorker) -> Iterator[None]:
-    """Send SIGINT and SIGTERM to the worker; in another thread than the main one, leave them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        worker.request_stop(number)
-
-    before: dict[int, Any] = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
