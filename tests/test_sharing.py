@@ -17,7 +17,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_worker import Background, submit, wait_for
+from test_worker import Background, config, submit, wait_for
 
 from trbatch import matrix_stream, sharing
 from trbatch.engine import replica
@@ -28,8 +28,11 @@ from trbatch.engine.paths import PathCounts
 from trbatch.engine.replica import BadDelta, Copies, Delta, unpack
 from trbatch.engine.sequence import TaskKey
 from trbatch.engine.tasks import Tasks
+from trbatch.engine_thread import Changes, EngineThread, Whole
 from trbatch.matrix_stream import ENTRIES_A_SNAPSHOT, MatrixStream
 from trbatch.queue import JobQueue
+from trbatch.sharing import Sharing
+from trbatch.worker import run_worker
 
 CPU = torch.device("cpu")
 VOCAB = 40
@@ -440,6 +443,68 @@ def test_a_cold_job_takes_the_place_of_what_its_task_had_learned(
         assert (later & cold).sum() == cold.sum() and (later & gone).sum() < gone.sum() / 2
     finally:
         worker.stop()
+
+
+def test_a_short_burst_shares_all_it_learned_and_does_not_linger(
+    jobs: JobQueue, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "CLOSE_S", 60.0)
+    waiting = JobQueue.waiting
+
+    def slow(self: JobQueue, model: Any) -> int:
+        time.sleep(0.3)  # so that the engine has answered by the time the worker ends
+        return waiting(self, model)
+
+    monkeypatch.setattr(JobQueue, "waiting", slow)
+    load = LoadedTiny()
+    job = submit(jobs, tmp_path, prompts(4), task="night", sampling={"max_tokens": 20})
+    begin = time.monotonic()
+    assert run_worker(config(jobs.url), load=load) == 0
+    assert time.monotonic() - begin < 30.0
+    stream = MatrixStream(
+        jobs.connection, matrix_stream.stream_key(load.model.fingerprint, job.task_key)
+    )
+    copy = Matrix(slots=1, vocab_size=tiny.VOCAB, tasks=1, device=CPU)
+    for data in (stream.join(b""), *stream.exchange(b"").deltas):
+        replica.apply(copy, 0, unpack(data, copy))
+    rows = rows_of_task(load.engines[0], "night")[0]
+    assert (rows >= 0).any() and torch.equal(copy.shared[0], rows)
+
+
+def test_what_is_learned_after_the_last_question_is_still_sent(
+    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may end while the engine is being asked: then it is asked once more."""
+    monkeypatch.setattr(sharing, "EVERY_S", 0.0)
+    asked: list[str] = []
+    task = TaskKey("night")
+
+    class Asked:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: asked.append(name)
+
+    shared = Sharing(Asked(), jobs)
+    shared.open(task, "m")
+    shared.heed(Whole(task, b"whole", ""))
+    shared.tick()
+    shared.finish(task)
+    assert asked == ["send_whole", "merge", "send_changes"]
+    shared.heed(Changes(task, b"", matrix_stream.BEGIN))
+    assert asked[3:] == ["merge", "send_changes"]
+    shared.heed(Changes(task, b"", matrix_stream.BEGIN))
+    assert asked[5:] == ["merge", "save"]
+
+
+def test_nobody_waits_for_an_engine_that_is_dead(jobs: JobQueue) -> None:
+    thread = EngineThread(lambda _: pytest.fail("nothing is loaded"))
+    thread.start()
+    assert thread.alive
+    thread.stop(5.0)
+    shared = Sharing(thread, jobs)
+    shared.open(TaskKey("night"), "m")
+    begin = time.monotonic()
+    shared.close()
+    assert time.monotonic() - begin < 1.0
 
 
 def test_streams_can_be_forgotten(server: redis.Redis) -> None:

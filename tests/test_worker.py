@@ -590,6 +590,18 @@ def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(
     assert {row["attempts"] for row in rows_of(job)} == {1}
 
 
+def test_the_third_signal_waits_for_no_step(jobs: JobQueue, tmp_path: Path) -> None:
+    job = submit(jobs, tmp_path, 4)
+    worker = Background(jobs.url, Loaded(lambda: EchoEngine(step_s=6.0)))
+    wait_for(lambda: jobs.counts(job.id).started)
+    begin = time.monotonic()
+    worker.worker.stops = 3
+    worker.thread.join(20)
+    assert time.monotonic() - begin < 3.0
+    worker.worker._leases.close()  # which is left to the end of the process
+    worker.jobs.close()
+
+
 def test_the_same_signal_passed_on_twice_counts_once(jobs: JobQueue) -> None:
     worker = BatchWorker(config(jobs.url), jobs, Loaded())
     worker.request_stop(signal.SIGINT)

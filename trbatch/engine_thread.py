@@ -198,6 +198,11 @@ class EngineThread:
             partial(self._with_copies, lambda copies: copies.merge(task, whole, deltas, position))
         )
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still carries out orders."""
+        return self._thread.is_alive()
+
     def stop(self, timeout: float) -> bool:
         """Save the matrices and end; unfinished requests are forgotten.
 

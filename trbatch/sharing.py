@@ -34,6 +34,7 @@ class _Share:
     joined: bool = False
     asked: bool = False  # the engine was asked for something and has not answered
     finishing: bool = False  # exchange at once, then save
+    last: bool = False  # what was asked for was asked for after the end: all is in it
     due: float = 0.0
     snapshot: bool = False  # the whole that was asked for is to be kept as the next snapshot
 
@@ -90,7 +91,12 @@ class Sharing:
             self.finish(task)
         end = time.monotonic() + CLOSE_S
         while any(share.finishing for share in self._shares.values()) and time.monotonic() < end:
-            for event in self._engine.next_events(0.1):
+            self.tick()
+            alive = self._engine.alive  # asked first: behind its last event comes nothing
+            events = self._engine.next_events(0.1)
+            if not events and not alive:
+                return
+            for event in events:
                 match event:
                     case Changes() | Whole():
                         self.heed(event)
@@ -115,10 +121,12 @@ class Sharing:
             self._silent = False
         except redis.RedisError as error:
             self._fail(event, share, error)
+        if share.finishing or share.snapshot:
+            self._ask(event.task)
 
     def _ask(self, task: TaskKey) -> None:
         share = self._shares[task]
-        share.asked = True
+        share.asked, share.last = True, share.finishing
         if share.joined and not share.snapshot:
             self._engine.send_changes(task)
         else:
@@ -135,8 +143,6 @@ class Sharing:
             # It takes the place of what its task has learned, on the server as in the file.
             forget(self._connection, share.model, _warm(event.task))
         self._engine.merge(event.task, whole, [], share.stream.position)
-        if share.finishing:
-            self.tick()
 
     def _exchange(self, event: Changes, share: _Share) -> None:
         if event.position != share.stream.position:
@@ -150,12 +156,10 @@ class Sharing:
             self._engine.put_back(event.task, event.data)
             return
         self._engine.merge(event.task, news.whole, news.deltas, share.stream.position)
-        if share.finishing:
+        if share.finishing and share.last:
             share.finishing = False
             self._engine.save()
-        if share.stream.wants_snapshot():
-            share.snapshot = True
-            self._ask(event.task)
+        share.snapshot = share.stream.wants_snapshot()
 
     def _fail(self, event: Changes | Whole, share: _Share, error: redis.RedisError) -> None:
         if not self._silent:

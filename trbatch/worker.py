@@ -349,21 +349,33 @@ class BatchWorker:
 
     def _wind_up(self) -> None:
         """Publish what is finished, hand back what is not, save, disappear."""
-        for event in self._engine.next_events(0.0):
-            if isinstance(event, Finished):
-                self._heed(event)
         try:
+            self._hear_last()
             self._publisher.publish()
             if self.stops <= 2:
                 self._finish_chunks()
                 self._hand_back_all()
                 self._sharing.close()
         finally:
-            if not self._engine.stop(ENGINE_STOP_S):
+            patient = self.stops <= 2  # else somebody is tired of waiting, perhaps for the queue
+            if not self._engine.stop(ENGINE_STOP_S if patient else LEAVE_S):
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._report.last(self.name)
-            if self.stops <= 2:  # else somebody is tired of waiting, perhaps for this very queue
+            if patient:
                 self._leases.close()
+
+    def _hear_last(self) -> None:
+        """What has happened meanwhile and is still of use; the rest would only raise again."""
+        for event in self._engine.next_events(0.0):
+            match event:
+                case Finished():
+                    self._heed(event)
+                case Changes() | Whole() if self.stops <= 2:
+                    self._heed(event)
+                case Broken(error):
+                    logger.warning("the engine failed at the end: %s", error)
+                case _:
+                    logger.debug("too late: %s", type(event).__name__)
 
     def _hand_back_all(self) -> None:
         for work in list(self.chunks.values()):
