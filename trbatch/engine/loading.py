@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from trbatch.config import cache_folder
 from trbatch.errors import ModelError, TrbatchError, WorkerError
@@ -16,7 +15,9 @@ from trbatch.errors import ModelError, TrbatchError, WorkerError
 KINDS_OF_MODELS = "a hub name, a folder with config.json and *.safetensors, or a .gguf file"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# By name: these libraries are transformers' dependencies, not ours.
 _HTTP_CLIENTS = {"httpx", "httpcore", "requests", "urllib3"}
+_NOT_FETCHED = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 
 
 @contextlib.contextmanager
@@ -66,12 +67,12 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _is_network(error: BaseException) -> bool:
-    if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, "status_code", 0)
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status:  # an answer: the server's own trouble, or that there is no such model
         return status == 429 or status >= 500
-    client = type(error).__module__.partition(".")[0] in _HTTP_CLIENTS
-    kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError)
-    return client or isinstance(error, kinds)
+    kind = type(error)
+    client = kind.__module__.partition(".")[0] in _HTTP_CLIENTS
+    return client or kind.__name__ in _NOT_FETCHED or isinstance(error, ConnectionError)
 
 
 def _is_our_cache(error: OSError) -> bool:
