@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import huggingface_hub.errors
 import pytest
 import tiny
 import torch
@@ -302,6 +303,8 @@ def test_whatever_a_config_makes_transformers_raise_is_the_models_fault(
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
         ConnectionError("no route"),
+        type("ReadTimeout", (type("TransportError", (Exception,), {}),), {})("no answer"),
+        huggingface_hub.errors.LocalEntryNotFoundError("not in the cache"),
         OSError(errno.ENOSPC, "no space left"),
     ],
 )

@@ -15,9 +15,8 @@ from trbatch.errors import ModelError, TrbatchError, WorkerError
 KINDS_OF_MODELS = "a hub name, a folder with config.json and *.safetensors, or a .gguf file"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-# By name: these libraries are transformers' dependencies, not ours.
-_HTTP_CLIENTS = {"httpx", "httpcore", "requests", "urllib3"}
-_NOT_FETCHED = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+# Of httpx (under whatever name) and huggingface_hub: transformers depends on these, we do not.
+_NOT_FETCHED = {"TransportError", "LocalEntryNotFoundError"}
 
 
 @contextlib.contextmanager
@@ -70,9 +69,8 @@ def _is_network(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status:  # an answer: the server's own trouble, or that there is no such model
         return status == 429 or status >= 500
-    kind = type(error)
-    client = kind.__module__.partition(".")[0] in _HTTP_CLIENTS
-    return client or kind.__name__ in _NOT_FETCHED or isinstance(error, ConnectionError)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & _NOT_FETCHED) or isinstance(error, ConnectionError | TimeoutError)
 
 
 def _is_our_cache(error: OSError) -> bool:
