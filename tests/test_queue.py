@@ -23,9 +23,9 @@ from rq.serializers import JSONSerializer
 
 from trbatch import lease as lease_module
 from trbatch.chunk_job import ChunkJob, ChunkQueue
-from trbatch.errors import Unreachable, UsageError
+from trbatch.errors import Unreachable
 from trbatch.lease import BadChunk, Lease, LeaseWorker
-from trbatch.queue import FUNCTION, RETRIES, JobQueue, ModelKey, chunk_id, mask_url
+from trbatch.queue import FUNCTION, RETRIES, JobQueue, ModelKey, chunk_id
 
 MODEL = ModelKey("maker/model")
 
@@ -518,25 +518,6 @@ def test_a_wrong_password_is_unreachable(redis_url: str) -> None:
             JobQueue.connect(f"{redis_url}?password=wrong")
         connection.auth("right")
         connection.config_set("requirepass", "")
-
-
-def test_what_is_no_url_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="not a Redis URL"):
-        JobQueue.connect("localhost:6379")
-
-
-@pytest.mark.parametrize(
-    ("url", "masked"),
-    [
-        ("redis://host:6379/1", "redis://host:6379/1"),
-        ("redis://:secret@host/1", "redis://:***@host/1"),
-        ("rediss://me:secret@host:6380", "rediss://me:***@host:6380"),
-        ("unix:///run/s?db=1&password=secret", "unix:///run/s?db=1&password=***"),
-        ("redis://me@host", "redis://me@host"),
-    ],
-)
-def test_passwords_are_masked(url: str, masked: str) -> None:
-    assert mask_url(url) == masked
 
 
 def test_the_password_is_not_in_the_repr(redis_url: str) -> None:

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trbatch.api import JobStatus
+from trbatch.connection import mask_url
 from trbatch.errors import TrbatchError
 from trbatch.figures import Progress
 from trbatch.progress import describe
-from trbatch.queue import JobQueue, mask_url
+from trbatch.queue import JobQueue
 from trbatch.results import Receipt
 from trbatch.server import ServerStatus
 
