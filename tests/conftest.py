@@ -49,7 +49,6 @@ def full_disk(redis_url: str) -> Iterator[str]:
         while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
             pass
         yield redis_url
-        client.config_set("save", "")
 
 
 @pytest.fixture(scope="session")
