@@ -15,7 +15,7 @@ from trbatch.errors import InputError, ResumeRefused, Unreachable, UsageError
 from trbatch.figures import covered_seconds
 from trbatch.job import ChunkRow, JobFolder
 from trbatch.naming import default_task, slug
-from trbatch.results import result_row
+from trbatch.results import collect, result_row
 from trbatch.storage import folder
 
 Result = dict[str, Any]
@@ -493,6 +493,29 @@ def test_a_storage_that_cannot_be_written_is_unreachable(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(Unreachable, match="cannot write"):
         folder(tmp_path / "file").write("below", b"x")
+
+
+def test_a_place_where_no_folder_can_be_made_is_unreachable(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def makes_none(*_: Any, **__: Any) -> None:  # as below /proc, whoever asks
+        raise FileNotFoundError(2, "No such file or directory")
+
+    job = JobFolder.submit(spec)
+    monkeypatch.setattr("os.makedirs", makes_none)
+    with pytest.raises(Unreachable, match="cannot write"):
+        JobFolder.submit(changed(spec, name="other"))
+    with pytest.raises(Unreachable, match="cannot write"):
+        collect(job, "/nowhere/out.parquet")
+
+
+def test_a_file_that_is_missing_while_another_is_written_is_not_blamed_on_that(
+    tmp_path: Path,
+) -> None:
+    store = folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="other"), store.writing("file") as file:
+        file.write(store.read("other"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.long

@@ -61,6 +61,16 @@ class Folder(ABC):
         """The path or URL of a name below this folder."""
         return f"{self.path.rstrip('/')}/{name}"
 
+    @contextmanager
+    def _errors(self, verb: str, name: str, *, absent: bool = False) -> Iterator[None]:
+        """Turn the system's errors into `Unreachable`; with `absent` that of a missing file too."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not absent:
+                raise
+            raise Unreachable(f"cannot {verb} {self.join(name)}: {error}") from error
+
 
 def folder(path: str | os.PathLike[str]) -> Folder:
     """The folder of a local path or of a URL that fsspec knows, e.g. `s3://bucket/jobs`."""
@@ -107,18 +117,21 @@ class LocalFolder(Folder):
         target = os.path.join(self.path, name)
         parent, base = os.path.split(target)
         temporary = os.path.join(parent, f".{base}.{secrets.token_hex(4)}")
-        with self._errors("write", name):
+        with self._errors("write", name, absent=True):
             os.makedirs(parent, exist_ok=True)
-            try:
-                with open(temporary, "xb") as file:
-                    yield file
-                    if durable:
-                        file.flush()
-                        os.fsync(file.fileno())
+            file = open(temporary, "xb")
+        try:
+            # A missing file is the caller's own here: one that it reads while it writes.
+            with self._errors("write", name), file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            with self._errors("write", name, absent=True):
                 os.replace(temporary, target)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
     def names(self, below: str) -> list[str]:
         with self._errors("list", below):
@@ -138,15 +151,6 @@ class LocalFolder(Folder):
 
     def exists(self, name: str) -> bool:
         return Path(self.path, name).is_file()
-
-    @contextmanager
-    def _errors(self, verb: str, name: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise Unreachable(f"cannot {verb} {self.join(name)}: {error}") from error
 
 
 class RemoteFolder(Folder):
@@ -174,10 +178,11 @@ class RemoteFolder(Folder):
         with self._errors("write", name), tempfile.NamedTemporaryFile() as file:
             yield cast(BinaryIO, file)
             file.flush()
-            self._files.put_file(file.name, self._at(name))
+            with self._errors("write", name, absent=True):
+                self._files.put_file(file.name, self._at(name))
 
     def write(self, name: str, data: bytes | memoryview, *, durable: bool = True) -> None:
-        with self._errors("write", name):
+        with self._errors("write", name, absent=True):
             self._files.pipe_file(self._at(name), bytes(data))
 
     def names(self, below: str) -> list[str]:
@@ -200,12 +205,3 @@ class RemoteFolder(Folder):
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
-
-    @contextmanager
-    def _errors(self, verb: str, name: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise Unreachable(f"cannot {verb} {self.join(name)}: {error}") from error
