@@ -24,6 +24,7 @@ from trbatch.errors import ResumeRefused
 from trbatch.ids import RepeatCheck
 from trbatch.manifest import InputState, Manifest, differences, settings
 from trbatch.naming import checked_job_name, default_job_id, default_task
+from trbatch.outputs import check_output
 from trbatch.prompts import Batch, check_repeats, read_batches, read_rows
 from trbatch.storage import Folder, LocalFolder, folder
 
@@ -50,9 +51,11 @@ def submit(spec: JobSpec) -> Submission:
 
     Raises:
         InputError: the file is unusable or an id is repeated; nothing has been kept.
+        UsageError: the output cannot be written as any format, or there is no such model.
         ResumeRefused: the job cannot be continued as `spec.resume` asks.
     """
     spec = _resolved(spec)
+    check_output(spec.output, spec.input)
     store = folder(spec.out)
     job_id = _job_id(spec, store)
     job = folder(store.join(job_id))
