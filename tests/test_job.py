@@ -431,6 +431,30 @@ def test_a_local_model_is_named_by_its_absolute_path(
     assert JobFolder.submit(changed(spec, model="big")).manifest.model == "big"
 
 
+@pytest.mark.parametrize(
+    "model", ["./nothere", "/not/here", "~/nothere", "..", "w.gguf", "./empty"]
+)
+def test_a_local_model_that_is_not_there_is_refused_when_the_job_is_made(
+    spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="there is no") as caught:
+        JobFolder.submit(changed(spec, model=model))
+    assert "config.json" in (caught.value.hint or "")
+    assert not Path(spec.out).exists()
+
+
+def test_a_folder_or_file_called_like_a_hub_name_does_not_hide_it(
+    spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "smollm2-135m-instruct").mkdir()
+    (tmp_path / "gpt2").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m-instruct", "gpt2"):
+        assert JobFolder.submit(changed(spec, model=name)).manifest.model == name
+
+
 def test_matrices_lie_beside_the_jobs(spec: JobSpec, tmp_path: Path) -> None:
     assert JobFolder.submit(spec).matrices == tmp_path / "store" / "matrices"
 

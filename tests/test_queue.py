@@ -217,9 +217,24 @@ def test_a_local_model_has_one_name_wherever_it_is_called_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").touch()
     monkeypatch.chdir(tmp_path)
     assert ModelKey.of("tiny") == ModelKey.of(str(tmp_path / "tiny"))
     assert ModelKey.of("maker/absent").name == "maker/absent"
+
+
+def test_a_folder_called_like_a_hub_name_changes_nothing(
+    jobs: JobQueue, worker: LeaseWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "maker" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert ModelKey.of("maker/model") == MODEL
+    jobs.enqueue(FakeFolder(), [0])
+    assert take(jobs, worker).chunk == 0
+    (tmp_path / "maker" / "model" / "config.json").touch()
+    assert ModelKey.of("maker/model") != MODEL, "now it is a model"
+    jobs.enqueue(FakeFolder(), [1])
+    assert take(jobs, worker).chunk == 1, "a manifest's name is final"
 
 
 def test_a_worker_gets_no_chunk_of_another_model(jobs: JobQueue, worker: LeaseWorker) -> None:

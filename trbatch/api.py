@@ -110,7 +110,7 @@ class Job:
         with JobQueue.connect(self.redis_url) as jobs:
             counts = jobs.counts(self.id)
             failures = jobs.failures(self.id) if counts.failed else {}
-            model = str(ModelKey.of(self.folder.manifest.model, self.folder.manifest.revision))
+            model = str(ModelKey(self.folder.manifest.model, self.folder.manifest.revision))
             workers = sum(worker.model == model for worker in jobs.workers())
         # Once more: the last rows may have come between the first look and the queue's answer.
         progress = self.folder.progress()

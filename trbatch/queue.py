@@ -30,6 +30,7 @@ from trbatch import server
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.connection import connect, mask_url, reaching
 from trbatch.errors import UsageError
+from trbatch.naming import model_name
 
 PREFIX = "trbatch:"  # of every key that rq does not make itself
 MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
@@ -64,9 +65,12 @@ class ModelKey:
 
     @classmethod
     def of(cls, name: str, revision: str = "") -> Self:
-        """The key of a model by the name that a user gave; a local path is made absolute."""
-        local = Path(name).expanduser()
-        return cls(str(local.absolute()) if local.exists() else name, revision)
+        """The key of a model by the name that a user gave; a job's own name is final already.
+
+        Raises:
+            UsageError: it can only be a local model, and there is none.
+        """
+        return cls(model_name(name), revision)
 
     @property
     def queue_name(self) -> str:
@@ -177,7 +181,7 @@ class JobQueue:
         Returns:
             How many chunks were added.
         """
-        model = ModelKey.of(job.manifest.model, job.manifest.revision)
+        model = ModelKey(job.manifest.model, job.manifest.revision)
         queue = self.queue(model.queue_name)
         added = 0
         turn = self.connection.lock(f"{PREFIX}enqueue:{job.id}", timeout=LOCK_S)

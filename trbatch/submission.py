@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
-from pathlib import Path
 from typing import Self
 
 import pyarrow as pa
@@ -23,7 +22,7 @@ from trbatch.config import JobSpec, default_model, default_store
 from trbatch.errors import ResumeRefused
 from trbatch.ids import RepeatCheck
 from trbatch.manifest import InputState, Manifest, differences, settings
-from trbatch.naming import checked_job_name, default_job_id, default_task
+from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
 from trbatch.outputs import check_output
 from trbatch.prompts import Batch, check_repeats, read_batches, read_rows
 from trbatch.storage import Folder, LocalFolder, folder
@@ -78,7 +77,7 @@ def _resolved(spec: JobSpec) -> JobSpec:
         input=path,
         output=_absolute(spec.output) if spec.output else "",
         out=folder(spec.out or default_store()).path,
-        model=_resolved_model(spec.model or default_model()),
+        model=model_name(spec.model or default_model()),
         task=spec.task or default_task(path),
     )
 
@@ -88,13 +87,6 @@ def _absolute(path: str) -> str:
         return path
     is_folder = "/" if path.endswith("/") else ""
     return os.path.abspath(os.path.expanduser(path)) + is_folder
-
-
-def _resolved_model(model: str) -> str:
-    """A local model by its absolute path, so that a worker finds it from any folder."""
-    path = Path(model).expanduser()
-    is_local = path.is_file() or (path / "config.json").is_file()
-    return str(path.absolute()) if is_local else model
 
 
 def _job_id(spec: JobSpec, store: Folder) -> str:
