@@ -268,6 +268,7 @@ def test_fingerprints_cover_everything_that_decides_a_text(spec: JobSpec) -> Non
     assert fingerprint(plain | {"note": "passes through"}) == variants[0]
     assert fingerprint(plain | {"n": 4}) == variants[0]
     assert fingerprint(plain | {"temperature": 0.0}) == variants[0]
+    assert fingerprint(plain | {"max_tokens": 3.0}) == fingerprint(plain | {"max_tokens": 3})
 
 
 def test_a_row_seed_depends_on_job_seed_and_id_unless_given(spec: JobSpec) -> None:
@@ -284,6 +285,7 @@ def test_a_row_seed_depends_on_job_seed_and_id_unless_given(spec: JobSpec) -> No
     assert seeds(a, b, seed=2) != first
     assert seeds(a | {"seed": 5}, b) == [5, first[1]]
     assert seeds(a | {"seed": 5}, b, sampling=SamplingParams(seed=9)) == [5, 9]
+    assert seeds(a | {"seed": 5.0}, b) == [5, first[1]]
 
 
 def test_each_sample_is_missing_until_its_own_key_is_there(spec: JobSpec) -> None:
@@ -303,6 +305,13 @@ def test_each_sample_is_missing_until_its_own_key_is_there(spec: JobSpec) -> Non
         ("b", 0),
     ]
     assert job.missing(0, frozenset())[1][1] == 1
+
+
+def test_a_row_of_too_many_samples_fails_alone(spec: JobSpec) -> None:
+    write_lines(Path(spec.input), {"prompt": "x", "n": 3_000_000_000}, {"prompt": "y", "n": 1024})
+    job = JobFolder.submit(spec)
+    assert [row.error and row.error.code for row in all_rows(job)] == ["invalid_sampling", None]
+    assert job.manifest.samples == 1025
 
 
 def test_a_cancelled_row_is_missing_and_a_failed_one_is_done(spec: JobSpec) -> None:
