@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from trbatch.engine.sequence import Completion
 from trbatch.errors import InputError, ResumeRefused, Unreachable, UsageError
 from trbatch.figures import covered_seconds
 from trbatch.job import ChunkRow, JobFolder
+from trbatch.manifest import Manifest
 from trbatch.naming import default_task, slug
 from trbatch.results import collect, result_row
 from trbatch.storage import folder
@@ -198,8 +201,15 @@ def test_a_repeated_id_names_both_lines_and_keeps_nothing(spec: JobSpec) -> None
     write_lines(Path(spec.input), *prompts(7), "", {"id": "r2", "prompt": "Again."})
     with pytest.raises(InputError, match="lines 3 and 9 have the same id 'r2'"):
         JobFolder.submit(spec)
-    files = [path for path in Path(spec.out).rglob("*") if path.is_file()]
-    assert files == []
+    assert list(Path(spec.out).iterdir()) == [], "not even an empty folder"
+
+
+def test_a_refused_change_of_the_input_leaves_the_job_as_it_was(spec: JobSpec) -> None:
+    job = JobFolder.submit(spec)
+    write_lines(Path(spec.input), {"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"})
+    with pytest.raises(InputError, match="same id"):
+        JobFolder.submit(spec)
+    assert len(all_rows(JobFolder.open(job.path))) == 10
 
 
 def test_a_bad_line_gives_way_when_its_number_is_an_id(spec: JobSpec) -> None:
@@ -242,6 +252,75 @@ def test_two_submits_at_once_end_in_one_job(spec: JobSpec, monkeypatch: pytest.M
     assert job.continued
     assert len(list(Path(job.path, "chunks").iterdir())) == 1
     assert len(all_rows(job)) == 10
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_submit_that_is_overtaken_at_the_last_moment_continues_the_first_job(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    spec = changed(spec, seed=seed)
+    to_json = Manifest.to_json
+    made: list[JobFolder] = []
+
+    def overtaken(manifest: Manifest) -> bytes:
+        monkeypatch.setattr(Manifest, "to_json", to_json)
+        made.append(JobFolder.submit(spec))
+        return to_json(manifest)
+
+    monkeypatch.setattr(Manifest, "to_json", overtaken)
+    job = JobFolder.submit(spec)
+    (first,) = made
+    assert (job.continued, first.continued) == (True, False)
+    assert job.manifest == first.manifest
+    assert len(list(Path(job.path, "chunks").iterdir())) == 1
+    assert len(all_rows(job)) == 10
+
+
+def test_an_overtaken_submit_is_refused_or_renamed_as_if_it_had_come_later(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_json = Manifest.to_json
+
+    def overtaken_by(other: JobSpec) -> None:
+        def overtaken(manifest: Manifest) -> bytes:
+            monkeypatch.setattr(Manifest, "to_json", to_json)
+            JobFolder.submit(other)
+            return to_json(manifest)
+
+        monkeypatch.setattr(Manifest, "to_json", overtaken)
+
+    overtaken_by(changed(spec, name="taken", task="other"))
+    with pytest.raises(ResumeRefused, match="other settings"):
+        JobFolder.submit(changed(spec, name="taken"))
+    never = changed(spec, resume="never")
+    overtaken_by(never)
+    assert JobFolder.submit(never).id.endswith("-2")
+
+
+def test_of_many_that_create_a_file_one_does(tmp_path: Path) -> None:
+    ready = threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        ready.wait()
+        return folder(tmp_path).create("below/file", b"%d" % number)
+
+    with ThreadPoolExecutor(8) as threads:
+        created = list(threads.map(create, range(8)))
+    assert created.count(True) == 1
+    assert folder(tmp_path).read("below/file") == b"%d" % created.index(True)
+    assert len(list((tmp_path / "below").iterdir())) == 1
+
+
+def test_without_hard_links_a_file_is_created_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+    assert folder(tmp_path).create("file", b"first")
+    assert not folder(tmp_path).create("file", b"second")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
 
 
 def test_fingerprints_cover_everything_that_decides_a_text(spec: JobSpec) -> None:

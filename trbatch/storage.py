@@ -57,6 +57,18 @@ class Folder(ABC):
     def write(self, name: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         """Write a small file whole. `durable`: it must survive a power cut from now on."""
 
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file whole unless there is one. Returns whether it was written.
+
+        Of several that do so at once on one local disk, one writes. An object store is asked first
+        and written to then.
+        """
+
+    @abstractmethod
+    def prune(self, below: str) -> None:
+        """Remove folders that hold nothing: the folder `below` and this one."""
+
     def join(self, name: str) -> str:
         """The path or URL of a name below this folder."""
         return f"{self.path.rstrip('/')}/{name}"
@@ -133,6 +145,33 @@ class LocalFolder(Folder):
             Path(temporary).unlink(missing_ok=True)
             raise
 
+    def create(self, name: str, data: bytes) -> bool:
+        parent, base = os.path.split(name)
+        draft = os.path.join(parent, f".{base}.{secrets.token_hex(4)}")
+        self.write(draft, data)
+        source, target = os.path.join(self.path, draft), os.path.join(self.path, name)
+        with self._errors("write", name, absent=True):
+            try:
+                os.link(source, target)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                if os.path.exists(target):
+                    return False
+                os.replace(source, target)
+            finally:
+                Path(source).unlink(missing_ok=True)
+        return True
+
+    def prune(self, below: str) -> None:
+        for path in (os.path.join(self.path, below), self.path):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                continue
+            except OSError:  # something lies in it
+                return
+
     def names(self, below: str) -> list[str]:
         with self._errors("list", below):
             try:
@@ -184,6 +223,15 @@ class RemoteFolder(Folder):
     def write(self, name: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         with self._errors("write", name, absent=True):
             self._files.pipe_file(self._at(name), bytes(data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        if self.exists(name):
+            return False
+        self.write(name, data)
+        return True
+
+    def prune(self, below: str) -> None:
+        """Object stores have no folders."""
 
     def names(self, below: str) -> list[str]:
         with self._errors("list", below):

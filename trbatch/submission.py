@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import blake2b
 from typing import Self
 
 import pyarrow as pa
@@ -64,7 +63,10 @@ def submit(spec: JobSpec) -> Submission:
                 f"there is no job {job_id!r} in {spec.out} to resume",
                 hint="leave --resume away to make it",
             )
-        return Submission(job.path, _make(job, job_id, spec))
+        if _make(job, job_id, spec):
+            return Submission(job.path, continued=False)
+        if spec.resume == "never":  # another number, or a refusal
+            return submit(spec)
     _continue(job, Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST)), spec)
     return Submission(job.path, continued=True)
 
@@ -107,13 +109,12 @@ def _job_id(spec: JobSpec, store: Folder) -> str:
 
 
 def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
-    """Make the job. Returns whether somebody else made it in the meantime."""
+    """Make the job; False if another command has made it in the meantime: that one counts."""
     seed = secrets.randbits(63) if spec.seed is None else spec.seed
     manifest = _read_input(job, job_id, spec, seed, generation=0)
-    if job.exists(MANIFEST):  # two commands at once: the first one's job counts for both
-        job.remove(manifest.chunk_folder)
+    if job.create(MANIFEST, manifest.to_json()):
         return True
-    job.write(MANIFEST, manifest.to_json())
+    job.remove(manifest.chunk_folder)
     return False
 
 
@@ -147,9 +148,9 @@ def _read_input(
 ) -> Manifest:
     """Read, check and hash the input and write its chunks; on any error no chunk is left."""
     state = InputState.of(spec.input)
-    mark = blake2b(f"{state} {spec} {job_seed}".encode(), digest_size=4).hexdigest()
     # Its own name for each reading: two commands at once never mix their chunks.
-    writer = _ChunkWriter(job, f"chunks/{generation}-{mark}", spec, job_seed)
+    name = f"chunks/{generation}-{secrets.token_hex(4)}"
+    writer = _ChunkWriter(job, name, spec, job_seed)
     with _removed_on_error(job, writer.folder):
         with writer:
             for batch in _batches(spec):
@@ -190,6 +191,7 @@ def _removed_on_error(job: Folder, name: str) -> Iterator[None]:
         yield
     except BaseException:
         job.remove(name)
+        job.prune(name.partition("/")[0])
         raise
 
 
