@@ -520,7 +520,7 @@ def test_a_local_model_is_named_by_its_absolute_path(
 
 
 @pytest.mark.parametrize(
-    "model", ["./nothere", "/not/here", "~/nothere", "..", "w.gguf", "./empty"]
+    "model", ["./nothere", "/not/here", "~/nothere", "~nobody/x", "..", "w.gguf", "./empty"]
 )
 def test_a_local_model_that_is_not_there_is_refused_when_the_job_is_made(
     spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def resolve(model: str) -> str:
     """
     if model == DEFAULT_MODEL:
         return str(small_model())
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no GGUF file at {path}")
