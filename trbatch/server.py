@@ -118,7 +118,8 @@ def stop() -> bool:
         while _alive(pid) or _answer(url) is not _Answer.NOBODY:
             if time.monotonic() > deadline:
                 raise Unreachable(
-                    f"the queue server (process {pid}) did not stop in time", hint=f"kill -9 {pid}"
+                    f"the queue server (process {pid or 'unknown'}) did not stop in time",
+                    hint=f"kill -9 {pid}" if pid else f"what listens at {url} is to be ended",
                 )
             time.sleep(POLL_S)
     return True
