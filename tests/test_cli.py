@@ -196,6 +196,19 @@ def test_mistakes_of_the_user_end_with_2_and_a_message_on_stderr(
 
 
 @pytest.mark.parametrize(
+    ("output", "format"), [("x.csv", "parquet"), ("x.jsonl", "parquet"), ("x.parquet", "jsonl")]
+)
+def test_run_refuses_an_output_that_would_mislead_before_it_decodes_anything(
+    home: Path, prompts: Path, output: str, format: str
+) -> None:
+    result = invoke("run", prompts, "--model", "org/echo", "-o", output, "--format", format)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert output in result.stderr
+    assert "hint:" in result.stderr
+    assert not (home / "jobs").exists()
+
+
+@pytest.mark.parametrize(
     ("raised", "code"),
     [(UsageError("bad", hint="cure"), 2), (Unreachable("away"), 75), (TrbatchError("bug"), 1)],
 )

@@ -23,6 +23,7 @@ from typing import Any
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
+from trbatch.connection import reaching
 from trbatch.engine.sequence import Completion, Request
 from trbatch.engine_thread import (
     Broken,
@@ -40,7 +41,7 @@ from trbatch.errors import JobFailed, ModelError, TrbatchError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
-from trbatch.queue import JobQueue, ModelKey, reaching
+from trbatch.queue import JobQueue, ModelKey
 from trbatch.sharing import Sharing
 
 logger = logging.getLogger("trbatch.worker")
