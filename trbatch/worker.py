@@ -37,7 +37,7 @@ from trbatch.engine_thread import (
     Ready,
     Whole,
 )
-from trbatch.errors import JobFailed, ModelError, TrbatchError
+from trbatch.errors import JobFailed, ModelError, TrbatchError, WorkerError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
@@ -65,6 +65,7 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
 
     Raises:
         ModelError: the configured model cannot be loaded.
+        WorkerError: nor can a job's, but for this machine's or its options' fault; nothing failed.
         TrbatchError: the engine failed; its chunks are back in the queue.
         Unreachable: the queue or the storage was away for minutes.
     """
@@ -77,16 +78,18 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
 def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
     """Load a model and put an engine round it. Imports torch."""
     from trbatch.engine.engine import Engine as TorchEngine
+    from trbatch.engine.loading import loading
     from trbatch.models import load_model
 
-    loaded = load_model(
-        model.name,
-        revision=model.revision,
-        device=config.engine.device,
-        dtype=config.engine.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return TorchEngine(loaded, config.engine)
+    with loading(model.name):
+        loaded = load_model(
+            model.name,
+            revision=model.revision,
+            device=config.engine.device,
+            dtype=config.engine.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return TorchEngine(loaded, config.engine)
 
 
 class BatchWorker:
@@ -260,12 +263,10 @@ class BatchWorker:
 
     def _add(self, requests: list[Request], folder: JobFolder) -> None:
         """Give requests to the engine, and see to it that their task's matrix is shared."""
-        manifest = folder.manifest
-        private, cold = manifest.spec.private_matrix, manifest.spec.cold
-        matrices = None if private else folder.matrices
-        self._engine.add(requests, manifest.matrix, matrices, cold)
-        if not private and (model := self._publisher.facts.get("model_fingerprint")):
-            self._sharing.open(manifest.matrix, model, manifest.id if cold else "")
+        self._engine.add(requests)
+        model = self._publisher.facts.get("model_fingerprint")
+        if model and not folder.spec.private_matrix:
+            self._sharing.open(folder.task_key, model)
 
     def _hear_engine(self) -> None:
         busy = bool(self.chunks) or self.loading is not None
@@ -316,14 +317,15 @@ class BatchWorker:
             self._leases.finish(work.lease, result)
             logger.debug("chunk %d of %s is done", work.lease.chunk, work.folder.id)
             if all(other.folder is not work.folder for other in self.chunks.values()):
-                self._sharing.finish(work.folder.manifest.matrix)
+                self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
 
     def _refuse(self, model: ModelKey, error: Exception) -> None:
-        """A model cannot be loaded: ours ends the worker, a job's own fails that model's chunks."""
-        if not isinstance(error, ModelError):
-            raise TrbatchError(f"loading {model} failed: {error}") from error
-        if self.fixed is not None:
+        """A model cannot be loaded: a job's own fails that model's chunks, all else ends us."""
+        if not isinstance(error, TrbatchError):
+            error = ModelError(f"loading {model} failed: {type(error).__name__}: {error}")
+        its_fault = isinstance(error, ModelError) and not isinstance(error, WorkerError)
+        if self.fixed is not None or not its_fault:
             raise error
         logger.error("%s cannot be loaded, its chunks fail: %s", model, error)
         while lease := self._leases.take(self.jobs.queue(model.queue_name)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.replica import Copies
 from trbatch.engine.scheduler import Scheduler
-from trbatch.engine.sequence import Completion, Figures, Request, Sequence
+from trbatch.engine.sequence import Completion, Figures, Request, Sequence, TaskKey
 from trbatch.engine.tasks import Task, Tasks
 from trbatch.engine.text import EncodingFailed, StopChecker, encode
 from trbatch.engine.tree import Tree, fixed_tree
@@ -107,14 +106,9 @@ class Engine:
         """Requests that were added and not yet returned by `step`."""
         return len(self._scheduler) + len(self._finished)
 
-    def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> Task:
-        """Make a task's matrix ready, from its saved file if there is one. Harmless twice.
-
-        Args:
-            folder: where matrices are kept; None keeps this one in memory only.
-            cold: begin with empty rows.
-        """
-        return self._tasks.open(name, folder, cold=cold, busy=self._busy_tasks())
+    def open_task(self, key: TaskKey) -> Task:
+        """Make a task's matrix ready, from its saved file if there is one. Harmless twice."""
+        return self._tasks.open(key, busy=self._busy_tasks())
 
     def save_tasks(self) -> None:
         """Write the matrices of tasks that changed since the last time."""
@@ -388,7 +382,7 @@ class Engine:
             self._tasks.touch(task)
 
     def _retire_if_finished(self, sequence: Sequence) -> None:
-        if sequence.finish_reason:
+        if sequence.ended:
             self._scheduler.retire(sequence)
             alone = sequence.reads != sequence.task
             self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)

@@ -15,7 +15,7 @@ from trbatch.engine.attention import Span
 from trbatch.engine.costs import TIMED_SIZES, CostTable, least_seconds, time_steps
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.model import CausalModel, LoadedModel
-from trbatch.errors import ModelError
+from trbatch.errors import WorkerError
 
 _LONGEST = 8192  # tokens, unless asked for more
 _CPU_SEQS, _GPU_SEQS = 8, 64
@@ -36,10 +36,10 @@ def max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
     """Prompt and output together, tokens.
 
     Raises:
-        ModelError: more was asked for than the model was made for.
+        WorkerError: more was asked for than the model was made for.
     """
     if config.max_model_len > loaded.max_positions:
-        raise ModelError(
+        raise WorkerError(
             f"--max-model-len {config.max_model_len} is more than the {loaded.max_positions} "
             f"tokens that {loaded.name} was made for"
         )
@@ -60,7 +60,7 @@ def cache_slots(
         longest: tokens of the longest sequence with its tree.
 
     Raises:
-        ModelError: not even one such sequence fits.
+        WorkerError: not even one such sequence fits.
     """
     page = config.page_size
     one = -(-longest // page) * page
@@ -71,7 +71,7 @@ def cache_slots(
     else:
         slots = max(one, min(sequences * one, sequences * (_CPU_CONTEXT + page)))
     if slots < one:
-        raise ModelError(
+        raise WorkerError(
             f"{longest} tokens of keys and values need {longest * bytes_per_token / 2**30:.1f} GiB,"
             f" {max(0, slots) * bytes_per_token / 2**30:.1f} GiB are free on {loaded.device}",
             hint="lower --max-model-len, or raise --gpu-memory-utilization",
