@@ -25,6 +25,9 @@ class Script:
         self.under_way: list[int] = []
         self.launches = 0
 
+    def can_take(self, sequence: Sequence) -> bool:
+        return True
+
     def admit(self, sequence: Sequence) -> None:
         self.said[int(sequence.request.key)] = 0
 
@@ -45,7 +48,7 @@ class Script:
             begin = self.said[key]
             tokens = self.texts[key][begin : begin + count]
             self.said[key] = begin + len(tokens)
-            outcomes.append(Outcome(tokens, count, max(0, len(tokens) - 1), float(count)))
+            outcomes.append(Outcome(tokens, count, max(0, len(tokens) - 1)))
         return outcomes
 
 
@@ -59,7 +62,11 @@ def sequence(key: int, length: int, **sampling) -> Sequence:
 
 def run(script: Script, batch: list[Sequence]) -> list[int]:
     """Decode all to their ends; the keys in the order in which they could be let go."""
-    decoder, gone, running = LaggedDecoder(script), [], list(batch)
+    decoder, gone, running = (
+        LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81)),
+        [],
+        list(batch),
+    )
     for one in batch:
         decoder.admit(one)
     while True:
@@ -86,7 +93,7 @@ def test_what_comes_after_a_stop_string_is_thrown_away() -> None:
     texts = {1: list(range(20, 60)), 2: list(range(60, 100))}
     batch = [sequence(1, 40, stop=["27 "]), sequence(2, 40)]
     script = Script(texts, [2])
-    decoder = LaggedDecoder(script)
+    decoder = LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81))
     for one in batch:
         decoder.admit(one)
     kept_busy = 0
@@ -103,15 +110,15 @@ def test_what_comes_after_a_stop_string_is_thrown_away() -> None:
 def test_the_device_has_the_next_step_before_the_host_reads_the_last() -> None:
     script = Script({1: list(range(20, 40))}, [1])
     one = sequence(1, 20)
-    decoder = LaggedDecoder(script)
+    decoder = LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81))
     decoder.admit(one)
     assert decoder.step([one], 4) is None
     assert len(script.under_way) == 1
     decoder.step([one], 4)
     assert len(script.under_way) == 1 and script.launches == 2
     assert one.in_flight == 1
-    settled = decoder.drain()
-    assert settled is not None and one.in_flight == 0 and decoder.drain() is None
+    assert decoder.drain() == 1
+    assert one.in_flight == 0 and decoder.drain() == 0
 
 
 def costs(plain: float, token: float) -> CostTable:

@@ -1,9 +1,9 @@
 """One decode step that never leaves the device: draft → forward → verify → commit → learn.
 
 All that moves from step to step lies in `Slots`, so a step is started before the host has seen what
-the one before gave (`lagged`). A step has a fixed shape: so many rows, padded up to a bucket, and so
-many tokens a row; on a GPU each shape is captured once as a CUDA graph and replayed. What a step is
-made of comes from an `Operations`: kernels, or their slow twins.
+the one before gave (`lagged`). A step has a fixed shape: so many rows, padded up to a bucket, and
+so many tokens a row; on a GPU each shape is captured once as a CUDA graph and replayed. What a step
+is made of comes from an `Operations`: kernels, or their slow twins.
 """
 
 from __future__ import annotations

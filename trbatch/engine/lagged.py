@@ -18,6 +18,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from trbatch.engine.budget import Budget
 from trbatch.engine.sequence import Sequence
 
 
@@ -26,17 +27,20 @@ class Outcome:
     """What one step gave one sequence.
 
     `tokens`: those that it took, cut at its end; `drafted`: nodes verified behind its root;
-    `accepted`: how many of the tokens had been drafted; `expected`: of `tokens`, by calibration.
+    `accepted`: how many of the tokens had been drafted.
     """
 
     tokens: list[int]
     drafted: int
     accepted: int
-    expected: float
 
 
 class Stepper(Protocol):
     """The device's half of decoding."""
+
+    def can_take(self, sequence: Sequence) -> bool:
+        """Whether the device knows all that decides a sequence's tokens."""
+        ...
 
     def admit(self, sequence: Sequence) -> None:
         """Take a sequence whose prompt is in the cache and whose first token is known."""
@@ -71,16 +75,38 @@ class _Ticket:
 
 
 class LaggedDecoder:
-    """Starts steps and reads them one late."""
+    """Starts steps and reads them one late.
 
-    def __init__(self, stepper: Stepper) -> None:
-        self._stepper = stepper
+    Args:
+        size: tokens a sequence of every step, the root included; 0: by the budget.
+    """
+
+    def __init__(self, stepper: Stepper, budget: Budget, *, size: int = 0) -> None:
+        self._stepper, self._budget, self._size = stepper, budget, size
         self._pending: _Ticket | None = None
         self._read_at = 0.0
 
-    def admit(self, sequence: Sequence) -> None:
-        """From the next step on, decode this sequence, too."""
+    def admit(self, sequence: Sequence) -> bool:
+        """Decode this sequence from the next step on, if it is one for the device."""
+        if not self._stepper.can_take(sequence):
+            return False
         self._stepper.admit(sequence)
+        return True
+
+    def run(self, members: ListLike[Sequence]) -> int:
+        """Start a step of these sequences and read the one before.
+
+        Returns:
+            How many tokens that one gave.
+        """
+        context = sum(len(s.tokens) for s in members) / max(1, len(members))
+        size = self._size or (self._budget.choose_size(len(members), context) if members else 1)
+        settled = self.step(members, size)
+        return self._account(settled) if settled is not None else 0
+
+    def drain(self) -> int:
+        """Read the step that is under way, if there is one. Returns how many tokens it gave."""
+        return self.run([])
 
     def step(self, members: ListLike[Sequence], size: int) -> Settled | None:
         """Start a step of these sequences, then read the one before, None if there is none.
@@ -100,9 +126,23 @@ class LaggedDecoder:
                 sequence.in_flight += 1
         return self._settle(before) if before is not None else None
 
-    def drain(self) -> Settled | None:
-        """Read the step that is under way, if there is one."""
-        return self.step([], 0)
+    def _account(self, settled: Settled) -> int:
+        """Write a step into its sequences' figures and the budget's. Returns its tokens."""
+        count, size = len(settled.members), settled.size
+        plain_s = self._budget.plain_seconds(count, settled.context)
+        given = alive = 0
+        for sequence, outcome in zip(settled.members, settled.outcomes, strict=True):
+            if outcome.tokens:
+                alive += 1
+                given += len(outcome.tokens)
+                sequence.figures.count_forward(
+                    tokens=len(outcome.tokens), accepted=outcome.accepted, drafted=outcome.drafted,
+                    seconds=settled.seconds, plain_s=plain_s,
+                )  # fmt: skip
+        self._budget.count(size * count, count, settled.context, settled.seconds)
+        if alive:
+            self._budget.count_tokens(size, given, alive)
+        return given
 
     def _settle(self, ticket: _Ticket) -> Settled:
         outcomes = self._stepper.read(ticket.handle)
@@ -117,9 +157,7 @@ class LaggedDecoder:
 
 def _taken(sequence: Sequence, outcome: Outcome) -> Outcome:
     """Append an outcome's tokens to its text; what comes after its end is thrown away."""
-    if sequence.finish_reason:
-        return Outcome([], 0, 0, 0.0)
+    if sequence.ended:
+        return Outcome([], 0, 0)
     count = sequence.take(outcome.tokens)
-    return Outcome(
-        outcome.tokens[:count], outcome.drafted, min(count, outcome.accepted), outcome.expected
-    )
+    return Outcome(outcome.tokens[:count], outcome.drafted, min(count, outcome.accepted))
