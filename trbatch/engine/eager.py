@@ -1,7 +1,6 @@
 """A decode step after which the host knows everything: draft → forward → verify → commit → learn.
 
-The path of CPUs, of rows whose next token the host has to choose, and of `--enforce-eager`. On a
-GPU it waits for the device several times a step; `lagged` does not.
+On a GPU it waits for the device several times a step; steps as `lagged` starts them will not.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.eager import EagerDecoder
-from trbatch.engine.lagged import LaggedDecoder
 from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
@@ -95,10 +94,9 @@ class Engine:
         fixed = self._most if config.tree_size or not config.speculate else 0
         costs = sizing.step_costs(self._model, loaded, self._most, self.capacity, fixed=fixed)
         self.budget = Budget(costs, most=self._most)
-        template = fixed_tree(config, tree)
         drafter = Drafter(
             self._matrix, self._calibration, self._paths, self.budget, config,
-            most=self._most, template=template,
+            most=self._most, template=fixed_tree(config, tree),
         )  # fmt: skip
         recycling = self._most > 1
         self._prefiller = Prefiller(
@@ -108,7 +106,6 @@ class Engine:
             self._model, self._matrix, self._tasks, self.budget, drafter, config,
             recycling=recycling,
         )  # fmt: skip
-        self._lagged: LaggedDecoder | None = None
 
     @property
     def unfinished(self) -> int:
@@ -165,10 +162,11 @@ class Engine:
         ):
             self._begin(self._scheduler.admit())
         if prefilling := self._scheduler.prefilling():
-            for sequence in self._prefiller.run(prefilling):
-                self._begin_decoding(sequence)
-        self._decode([s for s in self._scheduler.decoding() if not s.ended])
-        for sequence in [s for s in self._scheduler.running if s.ended and not s.in_flight]:
+            self._tokens += len(self._prefiller.run(prefilling))
+        if decoding := [s for s in self._scheduler.decoding() if not s.ended]:
+            self._forwards += 1
+            self._tokens += self._eager.run(decoding)
+        for sequence in [s for s in self._scheduler.running if s.ended]:
             self._retire(sequence)
         finished, self._finished = self._finished, []
         self._busy_s += time.perf_counter() - start
@@ -216,22 +214,6 @@ class Engine:
         alone = sequence.request.seed % _ALONE == _ALONE - 1
         sequence.reads = _NOBODY if alone else sequence.task
         self._matrix.clear_slot(sequence.slot)
-
-    def _begin_decoding(self, sequence: Sequence) -> None:
-        """Its prompt is in the cache, and its first token was taken."""
-        self._tokens += 1
-        if self._lagged is not None and not sequence.ended:
-            sequence.on_device = self._lagged.admit(sequence)
-
-    def _decode(self, batch: list[Sequence]) -> None:
-        """One step of all; those that the device takes from token to token by itself apart."""
-        if apart := [sequence for sequence in batch if not sequence.on_device]:
-            self._forwards += 1
-            self._tokens += self._eager.run(apart)
-        if self._lagged is not None:
-            given = self._lagged.run([sequence for sequence in batch if sequence.on_device])
-            self._forwards += given > 0
-            self._tokens += given
 
     def _retire(self, sequence: Sequence) -> None:
         self._scheduler.retire(sequence)

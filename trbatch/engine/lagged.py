@@ -8,7 +8,7 @@ While the host reads what step n gave, step n + 1 runs already. What the host le
   with it has been read, because that step may still write to them.
 
 Whoever takes a running sequence out, or moves pages, must `drain` first. The device's half is a
-`Stepper`: captured graphs (`graph_step`) or their slow twin (`slow_step`).
+`Stepper`. The engine does not decode this way yet: the host's half and its protocol are here.
 """
 
 from __future__ import annotations
