@@ -93,6 +93,8 @@ def test_names_and_folders_resolve_to_what_transformers_loads(
     monkeypatch.chdir(tmp_path)
     assert models.resolve("mine") == models.resolve("./mine") == str(tmp_path / "mine")
     assert models.resolve("organisation/model") == "organisation/model"
+    (tmp_path / "organisation" / "model").mkdir(parents=True)
+    assert models.resolve("organisation/model") == "organisation/model", "no model lies there"
     assert models.resolve(DEFAULT_MODEL) == str(small_model)
 
 

@@ -143,13 +143,24 @@ def test_filters_follow_their_definitions() -> None:
     assert reached(top_p=1e-6) == {0}
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 9.9e-6, 1e-5])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_tiny_temperature_takes_the_likeliest_token(
+    temperature: float, filters: dict[str, float]
+) -> None:
+    logits = torch.tensor([[-60.0, 80.0, 79.0, 0.0]] * 3)
+    params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+    choices = [Choice(params, noise) for noise in (0.0, 0.5, 1 - 2.0**-53)]
+    assert choose(logits, choices).tolist() == [1, 1, 1]
+
+
 def test_noise_just_below_one_never_picks_an_impossible_token() -> None:
     logits = torch.tensor([[0.0, 0.0, -math.inf]])
     chosen = choose(logits, [Choice(SamplingParams(temperature=1.0), 1 - 2**-53)])
     assert chosen.tolist() == [1]
 
 
-@pytest.mark.parametrize("top_k", [2**70, 2**63 - 1, tiny.VOCAB, -1, 0])
+@pytest.mark.parametrize("top_k", [2**31 - 1, tiny.VOCAB + 1, tiny.VOCAB, -1, 0])
 def test_a_top_k_beyond_the_vocabulary_is_no_limit(top_k: int) -> None:
     logits = torch.randn(1, tiny.VOCAB, generator=torch.Generator().manual_seed(1))
     params = [SamplingParams(temperature=1.0, top_p=0.9, top_k=k) for k in (top_k, 0)]

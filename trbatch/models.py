@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from trbatch.config import DEFAULT_MODEL, cache_folder, default_model
 from trbatch.errors import ModelError, WorkerError
+from trbatch.naming import is_local_path
 
 if TYPE_CHECKING:
     from trbatch.engine.model import LoadedModel
@@ -98,21 +100,21 @@ def resolve(model: str) -> str:
     """
     if model == DEFAULT_MODEL:
         return str(small_model())
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no GGUF file at {path}")
         return str(converted_gguf(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{path} is not a model folder: it has no config.json",
-                hint="give the folder that holds config.json and *.safetensors",
-            )
+    if (path / "config.json").is_file():
         return str(path.resolve())
-    if model.startswith(("/", "./", "../", "~")):
-        raise ModelError(f"no model folder at {path}")
-    return model
+    if not is_local_path(model):
+        return model
+    if path.is_dir():
+        raise ModelError(
+            f"{path} is not a model folder: it has no config.json",
+            hint="give the folder that holds config.json and *.safetensors",
+        )
+    raise ModelError(f"no model folder at {path}")
 
 
 def small_model() -> Path:

@@ -19,6 +19,7 @@ from functools import partial
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
+from trbatch.connection import reaching
 from trbatch.engine.sequence import Completion
 from trbatch.engine_thread import (
     Broken,
@@ -36,7 +37,7 @@ from trbatch.errors import JobFailed, ModelError, TrbatchError, WorkerError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
-from trbatch.queue import JobQueue, ModelKey, reaching
+from trbatch.queue import JobQueue, ModelKey
 from trbatch.sharing import Sharing
 from trbatch.stopping import signals_to
 

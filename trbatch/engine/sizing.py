@@ -172,7 +172,8 @@ def _costs_file(loaded: LoadedModel, sizes: list[int], capacity: int) -> Path:
 
 def _at_todays_pace(kept: CostTable, run: _StepTimer, sizes: list[int]) -> CostTable | None:
     """The table as fast as the machine is now; None if its steps no longer go by their ratios."""
-    tree, context = max(t for t in sizes if t <= 4), kept.context
+    # The table may have been timed with a longer cache than there is now.
+    tree, context = max(t for t in sizes if t <= 4), min(kept.context, run.longest)
     batches = sorted({1, max(batch for batch, _ in kept.timed)})
     cells = [(batch, size, context) for batch in batches for size in sorted({1, tree})]
     least = least_seconds(run, cells)
