@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import s3_server
 
 from trbatch import server
 
@@ -49,6 +51,23 @@ def full_disk(redis_url: str) -> Iterator[str]:
         while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
             pass
         yield redis_url
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S3Server]:
+    """A server of the S3 protocol for all tests; `bucket` is a place of one's own in it."""
+    with s3_server.running(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+@pytest.fixture
+def bucket(s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an empty bucket; this process and its children find the server by themselves."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{secrets.token_hex(4)}"
+    s3.make_bucket(name)
+    return name
 
 
 @pytest.fixture(scope="session")

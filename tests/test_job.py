@@ -579,7 +579,7 @@ def test_a_job_can_live_in_an_object_store(spec: JobSpec) -> None:
     out = f"memory://jobs-{time.time_ns()}"
     job = JobFolder.submit(changed(spec, out=out))
     assert job.path.startswith(out)
-    assert job.matrices is None
+    assert job.matrices == f"{out}/matrices"
     decode(job, 0, 2)
     again = JobFolder.submit(changed(spec, out=out))
     assert again.continued

@@ -15,7 +15,7 @@ from trbatch.cli_output import print_json, print_pairs, print_rows
 from trbatch.config import default_store
 from trbatch.engine.sequence import TaskKey
 from trbatch.errors import UsageError
-from trbatch.matrices import SavedMatrix
+from trbatch.matrices import Place, SavedMatrix
 from trbatch.matrix_stream import connect, forget
 from trbatch.naming import MATRICES, slug
 from trbatch.queue import JobQueue
@@ -143,10 +143,8 @@ def _alone(redis_url: str, model: str, task: TaskKey, *, force: bool) -> None:
         connection.close()
 
 
-def _folder(out: str) -> Path:
-    if "://" in out:
-        raise UsageError(f"an object store keeps no matrices: {out}", hint="give a local --store")
-    return Path(out or default_store()) / MATRICES
+def _folder(out: str) -> Place:
+    return matrices.below(out or default_store(), MATRICES)
 
 
 def _row(saved: SavedMatrix) -> dict[str, Any]:

@@ -238,9 +238,13 @@ def cache_folder() -> Path:
     return Path(base) / "trbatch"
 
 
-def default_store() -> Path:
-    """Where job folders go unless told: `TRBATCH_STORE`, else `jobs` in the state folder."""
-    return Path(os.environ.get("TRBATCH_STORE") or state_folder() / "jobs")
+def default_store() -> Path | str:
+    """Where job folders go unless told: `TRBATCH_STORE`, else `jobs` in the state folder.
+
+    A URL stays a text: a path would lose one of its slashes.
+    """
+    store = os.environ.get("TRBATCH_STORE", "")
+    return store if "://" in store else Path(store or state_folder() / "jobs")
 
 
 def refuse_unknown(keys: Iterable[str], names: Sequence[str], *, what: str = "setting") -> None:

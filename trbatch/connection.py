@@ -14,6 +14,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import redis
 
 from trbatch.errors import Unreachable, UsageError
+from trbatch.masking import mask_url
+
+__all__ = ["connect", "mask_url", "reaching"]
 
 _AWAY = (redis.ConnectionError, redis.TimeoutError)
 _REFUSING = (
@@ -25,8 +28,6 @@ _REFUSING = (
 # What a server that lives but cannot serve says first: its disk is full, it loads its data, its
 # replicas are away, a script runs. In a pipeline or a script more words stand before it.
 _REFUSALS = re.compile(r"(?:^|[\s:@-])(MISCONF|LOADING|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|BUSY)\b")
-_PARTS = re.compile(r"(?s)([A-Za-z][\w+.-]*://)?(?:(.*)(@))?(.*)")
-_PASSWORD = re.compile(r"(?is)(password=).*?(?=&\w+=|$)")
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
@@ -54,21 +55,6 @@ def connect(url: str, **options: Any) -> redis.Redis:
             hint="options are written in lower case, e.g. ?db=1&password=…",
         ) from None
     return client
-
-
-def mask_url(url: str) -> str:
-    """The URL with its password, if it has one, replaced by stars: fit for logs and messages.
-
-    Works on the raw text, because what is no URL may hold a password all the same.
-    """
-    parts = _PARTS.fullmatch(_PASSWORD.sub(r"\1***", url))
-    assert parts is not None, "the pattern fits every text"
-    scheme, who, at, place = parts.groups(default="")
-    user, colon, _ = who.partition(":")
-    if not re.fullmatch(r"[\w.-]*", user):
-        user, colon = "", ":"
-    who = f"{user}:***" if colon else user
-    return f"{scheme}{who}{at}{place}"
 
 
 @contextlib.contextmanager

@@ -105,11 +105,11 @@ class JobFolder:
         return self.manifest.spec
 
     @property
-    def matrices(self) -> Path | None:
-        """Where the store keeps the tasks' matrices; None in an object store."""
+    def matrices(self) -> Path | str:
+        """Where the store keeps the tasks' matrices; a URL's text in an object store."""
         if isinstance(self.folder, LocalFolder):
             return Path(self.path).parent / MATRICES
-        return None
+        return f"{self.path.rpartition('/')[0]}/{MATRICES}"
 
     @property
     def task_key(self) -> TaskKey:
@@ -118,8 +118,6 @@ class JobFolder:
         if self.spec.private_matrix:
             return TaskKey(manifest.matrix, apart=self.path)
         apart = manifest.id if self.spec.cold else ""
-        if folder is None:  # an object store's is not kept, and still no other store's
-            apart = f"{self.path.rpartition('/')[0]} {apart}"
         return TaskKey(manifest.matrix, folder, apart, self.spec.cold)
 
     def refresh(self) -> None:

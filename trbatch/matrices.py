@@ -24,7 +24,8 @@ from typing import Any, Self
 import orjson
 
 from trbatch.errors import InputError, UsageError
-from trbatch.storage import writing
+from trbatch.storage import folder as storage_folder
+from trbatch.storage import place, writing
 
 logger = logging.getLogger("trbatch")
 
@@ -32,6 +33,9 @@ METADATA = "trbatch_matrix"  # key of the facts in a file's header
 _LENGTH = struct.Struct("<Q")  # of the header, the first bytes of a safetensors file
 _LONGEST_HEADER = 16 << 20
 _MEMORY_TOKENS = 200_000.0  # after which what was counted of acceptance counts half
+
+# A file or a folder: a path on a disk, a URL's text in an object store.
+Place = Path | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +105,9 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class SavedMatrix:
-    """A matrix on disk."""
+    """A matrix in its file."""
 
-    file: Path
+    file: Place
     size: int  # bytes
     saved_at: float  # seconds since 1970
     facts: Facts
@@ -130,49 +134,74 @@ class SavedMatrix:
         }
 
 
-def matrix_file(folder: Path, model: str, task: str) -> Path:
+def matrix_file(folder: Place, model: str, task: str) -> Place:
     """Where the matrix of a task lies: readable name, and a digest so that no two names meet."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", task)[:60]
     digest = blake2b(task.encode(), digest_size=4).hexdigest()
-    return Path(folder) / model / f"{readable}-{digest}.safetensors"
+    return below(folder, f"{model}/{readable}-{digest}.safetensors")
+
+
+def below(folder: Place, name: str) -> Place:
+    """What lies in a folder under this name."""
+    if isinstance(folder, str) and "://" in folder:
+        return f"{folder.rstrip('/')}/{name}"
+    return Path(folder) / name
+
+
+def is_there(file: Place) -> bool:
+    """Whether there is such a file."""
+    parent, name = place(file)
+    return parent.exists(name)
 
 
 @contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Nobody else on this host writes this matrix meanwhile. Makes its folder."""
+def locked(file: Place) -> Iterator[None]:
+    """Nobody else on this host writes this matrix meanwhile. Makes its folder.
+
+    An object store has no locks: the last one to write wins. Workers of a task hold equal copies,
+    so that hardly anything is lost by it.
+    """
+    if isinstance(file, str):
+        yield
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def read(file: Path) -> SavedMatrix:
+def read(file: Place) -> SavedMatrix:
     """A saved matrix by its file.
 
     Raises:
         InputError: it cannot be read, or is none.
+        Unreachable: the object store does not answer.
     """
+    parent, name = place(file)
     try:
         header, _ = _header(file)
         facts = Facts.from_metadata(header["__metadata__"])
-        stat = file.stat()
+        stat = parent.stat(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no matrix that trbatch saved: {error}") from error
-    return SavedMatrix(file, stat.st_size, stat.st_mtime, facts)
+    return SavedMatrix(file, stat.size, stat.modified, facts)
 
 
-def all_in(folder: Path) -> list[SavedMatrix]:
+def all_in(folder: Place) -> list[SavedMatrix]:
     """The matrices in a folder, by task and model. What cannot be read is logged and left out."""
-    found = []
-    for file in sorted(folder.glob("*/*.safetensors")):
-        try:
-            found.append(read(file))
-        except InputError as error:
-            logger.warning("%s", error.message)
+    found, top = [], storage_folder(folder)
+    for model in top.folders(""):
+        for name in top.names(model):
+            if not name.endswith(".safetensors"):
+                continue
+            try:
+                found.append(read(below(folder, f"{model}/{name}")))
+            except InputError as error:
+                logger.warning("%s", error.message)
     return sorted(found, key=lambda saved: (saved.facts.task, saved.facts.model))
 
 
-def find(folder: Path, task: str, model: str = "") -> SavedMatrix:
+def find(folder: Place, task: str, model: str = "") -> SavedMatrix:
     """The matrix of a task.
 
     Args:
@@ -211,11 +240,12 @@ def export(saved: SavedMatrix, target: Path, *, force: bool = False) -> None:
     """
     if not force:
         _refuse_present(target)
+    parent, name = place(saved.file)
     with writing(target) as out:
-        out.write(saved.file.read_bytes())
+        out.write(parent.read(name))
 
 
-def import_file(source: Path, folder: Path, *, task: str = "", force: bool = False) -> Path:
+def import_file(source: Path, folder: Place, *, task: str = "", force: bool = False) -> Place:
     """Put an exported matrix into a store.
 
     Args:
@@ -248,8 +278,9 @@ def import_file(source: Path, folder: Path, *, task: str = "", force: bool = Fal
 
 def remove(saved: SavedMatrix) -> None:
     """Delete a saved matrix: the task's next run begins cold."""
+    parent, name = place(saved.file)
     with locked(saved.file):
-        saved.file.unlink(missing_ok=True)
+        parent.remove(name)
 
 
 def describe_age(seconds: float) -> str:
@@ -271,19 +302,22 @@ def _order(position: str) -> tuple[int, int]:
     return int(milliseconds), int(number)
 
 
-def _refuse_present(target: Path) -> None:
-    if target.exists():
+def _refuse_present(target: Place) -> None:
+    if is_there(target):
         raise UsageError(f"{target} is there already", hint="--force puts this in its place")
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
+def _header(file: Place) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its tensors begin."""
-    with file.open("rb") as stream:
+    parent, name = place(file)
+    with parent.open(name) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
         prefix = stream.read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:
             raise ValueError("it is too short")
         (length,) = _LENGTH.unpack(prefix)
-        if length > min(_LONGEST_HEADER, os.fstat(stream.fileno()).st_size):
+        if length > min(_LONGEST_HEADER, size):
             raise ValueError("it is not in the safetensors format")
         header = orjson.loads(stream.read(length))
     if not isinstance(header, dict):

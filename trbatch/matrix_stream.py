@@ -134,7 +134,9 @@ def stream_key(model: str, task: TaskKey) -> str:
 
     A store's path is part of it: stores share no matrices, and all workers read a job by one path.
     """
-    folder = os.path.abspath(task.folder) if task.folder is not None else ""
+    folder = os.fspath(task.folder) if task.folder is not None else ""
+    if folder and "://" not in folder:
+        folder = os.path.abspath(folder)
     return matrix_key(model, "\0".join((task.name, folder, task.apart)))
 
 

@@ -7,6 +7,8 @@ upload has ended. Nothing is ever appended to, and no caller needs a rename.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import secrets
@@ -15,10 +17,28 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
-from trbatch.errors import Unreachable, UsageError
+from trbatch.errors import TrbatchError, Unreachable, UsageError
+from trbatch.masking import mask_text, mask_url
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_PACKAGES = {
+    "s3": "pip install 'trbatch[s3]'",
+    "gs": "pip install gcsfs",
+    "gcs": "pip install gcsfs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What a file is: bytes, and when it was written (seconds since 1970; 0.0 if not known)."""
+
+    size: int
+    modified: float
 
 
 class Folder(ABC):
@@ -61,9 +81,18 @@ class Folder(ABC):
     def create(self, name: str, data: bytes) -> bool:
         """Write a small file whole unless there is one. Returns whether it was written.
 
-        Of several that do so at once on one local disk, one writes. An object store is asked first
-        and written to then.
+        Of several that do so at once, one writes: on a disk by a hard link, in S3 and Google Cloud
+        Storage by a put that the store refuses where there is an object. A store that knows no
+        such put is asked first and written to then.
         """
+
+    @abstractmethod
+    def stat(self, name: str) -> Stat:
+        """Size and time of a file. Raises FileNotFoundError when there is none."""
+
+    @abstractmethod
+    def folders(self, below: str) -> list[str]:
+        """Sorted names of the folders directly in the folder `below`; [] when there is none."""
 
     @abstractmethod
     def prune(self, below: str) -> None:
@@ -81,7 +110,18 @@ class Folder(ABC):
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not absent:
                 raise
-            raise Unreachable(f"cannot {verb} {self.join(name)}: {error}") from error
+            raise self._failure(verb, name, error) from error
+
+    def _failure(self, verb: str, name: str, error: Exception) -> Unreachable:
+        number = getattr(error, "errno", None)
+        hint = None
+        if number in _FULL:
+            hint = "make room there; what is written already stays, and a worker goes on by itself"
+        elif number in _CLOSED or isinstance(error, PermissionError):
+            right = "read" if verb in ("read", "list") else "write"
+            hint = f"this user must be allowed to {right} there; --store names another place"
+        words = mask_text(str(error)) or type(error).__name__
+        return Unreachable(f"cannot {verb} {mask_url(self.join(name))}: {words}", hint=hint)
 
 
 def folder(path: str | os.PathLike[str]) -> Folder:
@@ -92,14 +132,20 @@ def folder(path: str | os.PathLike[str]) -> Folder:
     return RemoteFolder(text) if "://" in text else LocalFolder(Path(text))
 
 
-@contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file at any path or URL that appears there only on success."""
+def place(path: str | os.PathLike[str]) -> tuple[Folder, str]:
+    """The folder and the name in it of a file by its path or URL."""
     text = os.fspath(path)
     parent, _, name = text.rpartition("/")
     if "://" not in text:
         parent, name = os.path.split(os.path.abspath(text))
-    with folder(parent).writing(name) as file:
+    return folder(parent), name
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file at any path or URL that appears there only on success."""
+    parent, name = place(path)
+    with parent.writing(name) as file:
         yield file
 
 
@@ -191,6 +237,19 @@ class LocalFolder(Folder):
     def exists(self, name: str) -> bool:
         return Path(self.path, name).is_file()
 
+    def stat(self, name: str) -> Stat:
+        with self._errors("read", name):
+            found = os.stat(os.path.join(self.path, name))
+            return Stat(found.st_size, found.st_mtime)
+
+    def folders(self, below: str) -> list[str]:
+        with self._errors("list", below):
+            try:
+                entries = list(os.scandir(os.path.join(self.path, below)))
+            except FileNotFoundError:
+                return []
+            return sorted(entry.name for entry in entries if entry.is_dir())
+
 
 class RemoteFolder(Folder):
     """A folder of an object store, through the fsspec filesystem of its URL."""
@@ -202,7 +261,21 @@ class RemoteFolder(Folder):
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise UsageError(f"cannot use {url}: {error}") from error
+            raise UsageError(
+                f"cannot use {mask_url(url)}: {error}",
+                hint=_PACKAGES.get(url.partition("://")[0]),
+            ) from error
+
+    @contextmanager
+    def _errors(self, verb: str, name: str, *, absent: bool = False) -> Iterator[None]:
+        """The same for what the library of a store raises, which need not be an OSError."""
+        try:
+            with super()._errors(verb, name, absent=absent):
+                yield
+        except (TrbatchError, FileNotFoundError):
+            raise
+        except Exception as error:
+            raise self._failure(verb, name, error) from error
 
     def read(self, name: str) -> bytes:
         with self._errors("read", name):
@@ -214,42 +287,68 @@ class RemoteFolder(Folder):
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
         # By way of a local file: some stores keep what was sent when an upload is cut short.
-        with self._errors("write", name), tempfile.NamedTemporaryFile() as file:
+        with self._scratch(name) as file:
             yield cast(BinaryIO, file)
-            file.flush()
+            with super()._errors("write", name, absent=True):
+                file.flush()
             with self._errors("write", name, absent=True):
                 self._files.put_file(file.name, self._at(name))
+
+    @contextmanager
+    def _scratch(self, name: str) -> Iterator[Any]:
+        """A local file that is gone afterwards; a full disk is told as such."""
+        with super()._errors("write", name), tempfile.NamedTemporaryFile() as file:
+            yield file
 
     def write(self, name: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         with self._errors("write", name, absent=True):
             self._files.pipe_file(self._at(name), bytes(data))
 
     def create(self, name: str, data: bytes) -> bool:
-        if self.exists(name):
-            return False
-        self.write(name, data)
+        with self._errors("write", name, absent=True):
+            try:
+                self._files.pipe_file(self._at(name), data, mode="create")
+            except FileExistsError:
+                # Ours, perhaps: where the answer to a put is lost, it is sent a second time.
+                return bool(self._files.cat_file(self._at(name)) == data)
         return True
 
     def prune(self, below: str) -> None:
         """Object stores have no folders."""
 
     def names(self, below: str) -> list[str]:
+        return self._entries(below, "file")
+
+    def folders(self, below: str) -> list[str]:
+        return self._entries(below, "directory")
+
+    def _entries(self, below: str, kind: str) -> list[str]:
         with self._errors("list", below):
             try:
                 entries = self._files.ls(self._at(below), detail=True)
             except FileNotFoundError:
                 return []
-            files = (entry["name"] for entry in entries if entry["type"] == "file")
-            return sorted(name.rpartition("/")[2] for name in files)
+            found = (entry["name"] for entry in entries if entry["type"] == kind)
+            return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
     def remove(self, name: str) -> None:
-        with self._errors("remove", name):
-            if self._files.exists(self._at(name)):
-                self._files.rm(self._at(name), recursive=True)
+        with self._errors("remove", name), contextlib.suppress(FileNotFoundError):
+            self._files.rm(self._at(name), recursive=True)
 
     def exists(self, name: str) -> bool:
+        # Not `isfile`: it takes every failure for an absence.
+        with self._errors("read", name), contextlib.suppress(FileNotFoundError):
+            return bool(self._files.info(self._at(name))["type"] == "file")
+        return False
+
+    def stat(self, name: str) -> Stat:
         with self._errors("read", name):
-            return bool(self._files.isfile(self._at(name)))
+            found = self._files.info(self._at(name))
+            try:
+                modified = self._files.modified(self._at(name)).timestamp()
+            except NotImplementedError:  # a store that keeps no times
+                modified = 0.0
+            return Stat(int(found["size"] or 0), modified)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from trbatch.errors import InputError, ModelError
-from trbatch.matrices import Facts, before, locked, read
+from trbatch.matrices import Facts, Place, before, is_there, locked, read
+from trbatch.storage import place
 
 
-def save(file: Path, tensors: dict[str, Tensor], facts: Facts, *, anew: bool = False) -> bool:
+def save(file: Place, tensors: dict[str, Tensor], facts: Facts, *, anew: bool = False) -> bool:
     """Write a matrix whole, unless another worker has saved a later state of it.
 
     Args:
@@ -22,7 +22,11 @@ def save(file: Path, tensors: dict[str, Tensor], facts: Facts, *, anew: bool = F
 
     Returns:
         Whether it was written.
+
+    Raises:
+        Unreachable: it cannot be written; what was there is there still.
     """
+    parent, name = place(file)
     with locked(file):
         kept = None if anew else _facts_of(file)
         if kept is not None:
@@ -30,23 +34,23 @@ def save(file: Path, tensors: dict[str, Tensor], facts: Facts, *, anew: bool = F
             if both and before(facts.position, kept.position):
                 return False
             facts = facts.after(kept)
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            scratch,
-            metadata=facts.to_metadata(),
-        )
-        scratch.replace(file)
+        # Not `save_file`: what it raises when a disk is full is no OSError, and half a file stays.
+        held = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        parent.write(name, save_bytes(held, metadata=facts.to_metadata()))
     return True
 
 
-def load(file: Path) -> dict[str, Tensor]:
+def load(file: Place) -> dict[str, Tensor]:
     """The tensors of a matrix by name.
 
     Raises:
         ModelError: it cannot be read.
+        Unreachable: the object store does not answer.
     """
     try:
+        if isinstance(file, str):
+            parent, name = place(file)
+            return load_bytes(parent.read(name))
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(
@@ -54,8 +58,8 @@ def load(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _facts_of(file: Path) -> Facts | None:
-    if not file.is_file():
+def _facts_of(file: Place) -> Facts | None:
+    if not is_there(file):
         return None
     try:
         return read(file).facts

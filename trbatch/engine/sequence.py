@@ -22,7 +22,7 @@ class TaskKey:
     """Which matrix rows read and write: equal keys, one matrix."""
 
     name: str
-    folder: Path | None = None  # where matrices are kept; None: this one in memory only
+    folder: Path | str | None = None  # where matrices are kept, a URL as text; None: in memory only
     apart: str = ""  # what else keeps it from others of this name, e.g. the job that began cold
     cold: bool = False  # begin with empty rows, whatever is kept
 

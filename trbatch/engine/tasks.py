@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -21,8 +20,8 @@ from trbatch.engine.calibration import Calibration
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import TaskKey
-from trbatch.errors import ModelError
-from trbatch.matrices import Acceptance, Facts, describe_age, matrix_file
+from trbatch.errors import ModelError, Unreachable
+from trbatch.matrices import Acceptance, Facts, Place, describe_age, is_there, matrix_file, read
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class Task:
 
     key: TaskKey
     index: int
-    file: Path | None  # None: it is not saved
+    file: Place | None  # None: it is not saved
     changed: bool = False
     used: float = 0.0
     age_s: float | None = None  # of the saved matrix that it began from
@@ -98,13 +97,13 @@ class Tasks:
         if task.anew:
             self._supersede(file)
         # What made room for others was saved and goes on, also if it began cold.
-        elif file is not None and file.is_file():
-            self._load(task, file)
+        elif file is not None:
+            self._load_if_there(task, file)
         self._tasks[key] = task
         self._known.add(key)
         return task
 
-    def _supersede(self, file: Path | None) -> None:
+    def _supersede(self, file: Place | None) -> None:
         """A cold matrix takes this file's place: whoever holds what it held is not saved again.
 
         What is no cold job's own is read from the file anew when it is opened the next time.
@@ -141,7 +140,7 @@ class Tasks:
             if task.changed and task.file is not None:
                 self._save(task, task.file)
 
-    def _save(self, task: Task, file: Path) -> None:
+    def _save(self, task: Task, file: Place) -> None:
         paths = self._paths[task.index]
         counts = {"calibration": self._calibration.of_task(task.index)} | paths.to_tensors()
         places = _places_of(self._matrix, task.index)
@@ -175,11 +174,23 @@ class Tasks:
         if not idle:
             raise ModelError("rows of too many tasks run at the same time")
         oldest = min(idle, key=lambda task: task.used)
-        self.save()
+        try:
+            self.save()
+        except (OSError, Unreachable) as error:
+            logger.warning("task %r makes room unsaved: %s", oldest.key.name, error)
         del self._tasks[oldest.key]
         return oldest.index
 
-    def _load(self, task: Task, file: Path) -> None:
+    def _load_if_there(self, task: Task, file: Place) -> None:
+        try:
+            if is_there(file):
+                self._load(task, file)
+        except Unreachable as error:
+            # Decoding goes on; saved over what cannot be read now, this would be its loss.
+            task.file = None
+            logger.warning("task %r begins empty and is not saved: %s", task.key.name, error)
+
+    def _load(self, task: Task, file: Place) -> None:
         kept = saved.load(file)
         places = _places_of(self._matrix, task.index)
         for name, place in places.items():
@@ -194,7 +205,7 @@ class Tasks:
             place.copy_(kept[name])
         self._calibration.restore(task.index, kept.get("calibration"))
         self._paths[task.index].restore(kept.get("paths"), kept.get("path_counts"))
-        task.rows, task.age_s = sum(_filled(places)), time.time() - file.stat().st_mtime
+        task.rows, task.age_s = sum(_filled(places)), read(file).age_s
 
 
 def _places_of(matrix: Matrix, index: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,32 @@
+"""Secrets kept out of messages and logs: the passwords in URLs, replaced by stars."""
+
+from __future__ import annotations
+
+import re
+
+_PARTS = re.compile(r"(?s)([A-Za-z][\w+.-]*://)?(?:(.*)(@))?(.*)")
+_PASSWORD = re.compile(r"(?is)(password=).*?(?=&\w+=|$)")
+# In running text: up to the last '@' before a space, since a password may hold one, too.
+_URL_IN_TEXT = re.compile(r"\b[A-Za-z][\w+.-]*://[^\s'\"]*@[^\s'\"]*")
+_OPTION_IN_TEXT = re.compile(r"(?i)([?&]\w*(?:password|secret|token)\w*=)[^&\s'\"]+")
+
+
+def mask_url(url: str) -> str:
+    """The URL with its password, if it has one, replaced by stars: fit for logs and messages.
+
+    Works on the raw text, because what is no URL may hold a password all the same.
+    """
+    parts = _PARTS.fullmatch(_PASSWORD.sub(r"\1***", url))
+    assert parts is not None, "the pattern fits every text"
+    scheme, who, at, place = parts.groups(default="")
+    user, colon, _ = who.partition(":")
+    if not re.fullmatch(r"[\w.-]*", user):
+        user, colon = "", ":"
+    who = f"{user}:***" if colon else user
+    return f"{scheme}{who}{at}{place}"
+
+
+def mask_text(text: str) -> str:
+    """The text with the password of every URL in it replaced by stars."""
+    text = _URL_IN_TEXT.sub(lambda found: mask_url(found.group()), text)
+    return _OPTION_IN_TEXT.sub(r"\1***", text)
