@@ -746,21 +746,6 @@ def test_a_storage_that_fails_for_a_moment_loses_nothing(
     assert "no space left" in caplog.text
 
 
-def test_a_storage_that_fails_for_long_ends_the_worker(
-    jobs: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = submit(jobs, tmp_path, 12)
-    monkeypatch.setattr("trbatch.publishing.PATIENCE_S", 0.3)
-
-    def never(self: JobFolder, *args: Any, **settings: Any) -> str:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(JobFolder, "publish", never)
-    with pytest.raises(Unreachable, match="no space left"):
-        run_worker(config(jobs.url), load=Loaded())
-    assert jobs.counts(job.id).finished == 0
-
-
 def test_matrices_that_cannot_be_saved_stop_nothing(
     jobs: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trbatch.backoff import Backoff
 from trbatch.engine.sequence import Completion
 from trbatch.errors import Unreachable
 
 logger = logging.getLogger("trbatch.worker")
 
 REPORT_S = 30.0
-PATIENCE_S = 120.0  # a storage that fails for longer ends the worker
 
 
 class Segments(Protocol):
@@ -38,6 +38,7 @@ class _Waiting:
     folder: Segments
     rows: list[dict[str, Any]]
     owners: list[Hashable]  # of each row: whom to tell
+    tries: Backoff = field(default_factory=Backoff)
 
 
 class Publisher:
@@ -56,8 +57,7 @@ class Publisher:
         self._published = published
         self._waiting: dict[str, _Waiting] = {}
         self._last = time.monotonic()
-        self._failing_since: float | None = None
-        self._failures = 0
+        self.failures = 0  # tries to publish that failed, since the start
 
     def add(self, path: str, folder: Segments, row: dict[str, Any], owner: Hashable) -> None:
         """Keep a finished row of the job at `path`."""
@@ -70,43 +70,44 @@ class Publisher:
         """Rows that no segment holds yet."""
         return sum(len(waiting.rows) for waiting in self._waiting.values())
 
-    def publish_if_due(self, *, hurry: bool = False) -> None:
-        """Publish when it is time, or at once when in a `hurry`. A failing storage gets breaks.
+    @property
+    def failing(self) -> bool:
+        """Whether a storage takes no rows at the moment: then no more should be decoded for it."""
+        return any(waiting.tries.failing for waiting in self._waiting.values())
 
-        Raises:
-            Unreachable: the storage has failed for longer than two minutes.
-        """
-        break_s = min(0.5 * 2**self._failures, 15.0) if self._failing_since is not None else 0.0
-        wait_s = max(0.0 if hurry else self._every_s, break_s)
-        if self._waiting and time.monotonic() - self._last >= wait_s:
-            self.publish()
+    def publish_if_due(self, *, hurry: bool = False) -> None:
+        """Publish when it is time, or at once when in a `hurry`. A failing storage gets breaks."""
+        if not self._waiting or (time.monotonic() - self._last < self._every_s and not hurry):
+            return
+        self._publish(path for path, one in self._waiting.items() if not one.tries.resting)
 
     def publish(self) -> None:
-        """Publish every row. What cannot be written is kept for the next time.
+        """Publish every row now. What cannot be written is kept for the next time."""
+        self._publish(self._waiting)
 
-        Raises:
-            Unreachable: the storage has failed for longer than two minutes.
-        """
-        for path, waiting in list(self._waiting.items()):
+    def _publish(self, paths: Iterable[str]) -> None:
+        for path in list(paths):
+            waiting = self._waiting[path]
+            self._last = time.monotonic()
             try:
                 waiting.folder.publish(self._worker, waiting.rows, facts=self.facts)
             except (OSError, Unreachable) as error:
-                self._failed(path, error)
+                self._failed(path, waiting, error)
                 continue
-            finally:
-                self._last = time.monotonic()
+            if waiting.tries.failing:
+                logger.info("%s: can be written again", path)
             del self._waiting[path]
             for owner in waiting.owners:
                 self._published(owner)
-            self._failing_since, self._failures = None, 0
 
-    def _failed(self, path: str, error: Exception) -> None:
-        now = time.monotonic()
-        self._failing_since = now if self._failing_since is None else self._failing_since
-        self._failures += 1
-        logger.warning("%s: rows could not be published, trying again: %s", path, error)
-        if now - self._failing_since > PATIENCE_S:
-            raise Unreachable(f"{path}: the storage keeps failing: {error}") from error
+    def _failed(self, path: str, waiting: _Waiting, error: Exception) -> None:
+        """Keep the rows. A full disk gets room sooner or later, and nothing is lost by waiting."""
+        self.failures += 1
+        pause = waiting.tries.failed()
+        logger.warning(
+            "%s: %d rows could not be published, trying again in %.1f s: %s",
+            path, len(waiting.rows), pause, error,
+        )  # fmt: skip
 
 
 class Report:

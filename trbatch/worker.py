@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Hashable
 from functools import partial
 
+from trbatch.backoff import Backoff
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
@@ -33,7 +34,7 @@ from trbatch.engine_thread import (
     Ready,
     Whole,
 )
-from trbatch.errors import JobFailed, ModelError, TrbatchError, WorkerError
+from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
@@ -66,7 +67,7 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
         ModelError: the configured model cannot be loaded.
         WorkerError: nor can a job's, but for this machine's or its options' fault; nothing failed.
         TrbatchError: the engine failed; its chunks are back in the queue.
-        Unreachable: the queue or the storage was away for minutes.
+        Unreachable: the queue was away for minutes. A storage that is away is waited for.
     """
     with JobQueue.connect(config.redis_url, patient=True) as jobs, reaching(jobs.url):
         worker = BatchWorker(config, jobs, load or partial(load_engine, config))
@@ -113,6 +114,7 @@ class BatchWorker:
         self.stops = 0  # how often we were asked to stop
         self.exit_code = 0
         self._folders = Folders(config.roots)
+        self._reading = Backoff()  # job folders
         self._engine = EngineThread(load)
         self._sharing = Sharing(self._engine, jobs)
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
@@ -233,7 +235,12 @@ class BatchWorker:
         return True
 
     def _room(self) -> bool:
-        """Whether to take another chunk: the engine should never see the end of what it has."""
+        """Whether to take another chunk: the engine should never see the end of what it has.
+
+        While a storage is away or full nothing more is taken.
+        """
+        if self._publisher.failing or self._reading.resting:
+            return False
         if self.config.chunks_in_flight:
             return len(self.chunks) < self.config.chunks_in_flight
         return self._owed_rows() < 2 * self.capacity
@@ -250,10 +257,16 @@ class BatchWorker:
             logger.error("chunk %d refused: %s", lease.chunk, error)
             self._leases.fail(lease, error, final=True)
             return
+        except Unreachable as error:  # the storage's fault, not the chunk's: it costs no retry
+            pause = self._reading.failed()
+            self._leases.hand_back(lease)
+            logger.warning("no chunk is taken for %.1f s: %s", pause, error)
+            return
         except Exception as error:  # noqa: BLE001  whatever it is, it is this chunk's failure
             logger.error("chunk %d of %s cannot be read: %s", lease.chunk, lease.folder, error)
             self._leases.fail(lease, error)
             return
+        self._reading.worked()
         self.chunks[lease.id] = work
 
     def _feed_engine(self) -> None:
@@ -353,6 +366,8 @@ class BatchWorker:
         try:
             self._hear_last()
             self._publisher.publish()
+            if lost := self._publisher.rows:
+                logger.warning("%d finished rows could not be published and are given up", lost)
             if self.stops <= 2:
                 self._finish_chunks()
                 self._hand_back_all()
