@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -281,6 +282,28 @@ def test_stop_ends_a_server_that_hangs(home: Path, impatient: None) -> None:
     with stopped(status.pid):
         assert server.stop()
         assert not server._alive(status.pid)
+    assert server.status().state == "not running"
+    with client(server.ensure()) as connection:
+        assert connection.get("key") == b"value"
+
+
+def test_stop_kills_a_server_that_heeds_no_request(
+    home: Path, impatient: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that runs an endless script looks neither at its signals nor at its clients."""
+    monkeypatch.setattr(server, "STOP_LIMIT_S", 0.5)
+    status = server.start()
+    with client(status.url) as connection:
+        connection.set("key", "value")
+    busy = socket.socket(socket.AF_UNIX)
+    with busy:
+        busy.connect(status.url.removeprefix("unix://"))
+        busy.sendall(b"EVAL 'while true do end' 0\r\n")
+        while server.status().answering:
+            pass
+        assert server.stop()
+    assert not server._alive(status.pid)
+    assert "does not heed SIGTERM and is killed" in caplog.text
     assert server.status().state == "not running"
     with client(server.ensure()) as connection:
         assert connection.get("key") == b"value"

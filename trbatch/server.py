@@ -31,6 +31,7 @@ logger = logging.getLogger("trbatch.server")
 
 START_LIMIT_S = 60.0  # a large append-only file takes seconds to load
 STOP_LIMIT_S = 20.0
+KILL_LIMIT_S = 5.0
 ANSWER_LIMIT_S = 5.0
 POLL_S = 0.02
 AOF_NAMES = ("appendonlydir", "appendonly.aof")  # a folder since Redis 7, before that one file
@@ -103,6 +104,8 @@ def start() -> ServerStatus:
 def stop() -> bool:
     """Stop the embedded server after a last write of its log. True if it ran.
 
+    One that does not heed the request is killed: its log lacks at most the last second.
+
     Raises:
         Unreachable: it did not stop in time.
     """
@@ -114,15 +117,32 @@ def stop() -> bool:
             return False
         if answer is not _Answer.READY or not _shut_down(url):
             _signal(pid)
-        deadline = time.monotonic() + STOP_LIMIT_S
-        while _alive(pid) or _answer(url) is not _Answer.NOBODY:
-            if time.monotonic() > deadline:
-                raise Unreachable(
-                    f"the queue server (process {pid or 'unknown'}) did not stop in time",
-                    hint=f"kill -9 {pid}" if pid else f"what listens at {url} is to be ended",
-                )
-            time.sleep(POLL_S)
+        if not _gone_within(STOP_LIMIT_S, url, pid) and not _killed(folder, url):
+            raise Unreachable(
+                f"the queue server (process {pid or 'unknown'}) did not stop in time",
+                hint=f"kill -9 {pid}" if pid else f"what listens at {url} is to be ended",
+            )
     return True
+
+
+def _gone_within(limit_s: float, url: str, pid: int) -> bool:
+    deadline = time.monotonic() + limit_s
+    while _alive(pid) or _answer(url) is not _Answer.NOBODY:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _killed(folder: Path, url: str) -> bool:
+    """End a server that hangs for good. False if it is not known which process it is."""
+    pid = _live_pid(folder)  # looked up again: its number may be another process's by now
+    if not pid:
+        return False
+    logger.warning("the queue server (process %d) does not heed SIGTERM and is killed", pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return _gone_within(KILL_LIMIT_S, url, pid)
 
 
 def status() -> ServerStatus:

@@ -25,6 +25,7 @@ from trbatch.engine.attention import Span
 from trbatch.engine.likeliest import blocks_of, topk
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.text import opening_ids
+from trbatch.errors import Unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ def rows_of(model: CausalModel, *, candidates: int) -> Tensor | None:
     if rows is None:
         logger.info("asking the model what follows each of %d tokens (once) …", count)
         rows = make(model, opening, candidates=candidates, count=count)
-        storage.folder(file.parent).write(file.name, save({"rows": rows}))
+        try:
+            storage.folder(file.parent).write(file.name, save({"rows": rows}))
+        except (OSError, Unreachable) as error:  # it costs the next start some seconds
+            logger.warning("what follows each token is not kept: %s", error)
     return rows
 
 

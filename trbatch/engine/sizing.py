@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from trbatch import storage
 from trbatch.config import EngineConfig, cache_folder
 from trbatch.engine.attention import Span
 from trbatch.engine.costs import TIMED_SIZES, CostTable, least_seconds, time_steps
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.model import CausalModel, LoadedModel
-from trbatch.errors import WorkerError
+from trbatch.errors import Unreachable, WorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def _keep_costs(file: Path, costs: CostTable) -> None:
         "context": costs.context,
         "per_context": costs.per_context,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(kept), encoding="utf-8")
-    scratch.replace(file)
+    try:
+        storage.folder(file.parent).write(file.name, json.dumps(kept).encode())
+    except (OSError, Unreachable) as error:  # it costs the next start some seconds
+        logger.warning("what steps cost is not kept: %s", error)
