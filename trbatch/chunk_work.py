@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Self
 
 from trbatch.chunks import ChunkRow
+from trbatch.confinement import Confinement
 from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease
+from trbatch.queue import ModelKey
 from trbatch.results import result_row
 
 FOLDERS_KEPT = 4  # open job folders without work; each remembers which rows are done
@@ -31,9 +32,18 @@ class ChunkWork:
 
     @classmethod
     def begin(cls, lease: Lease, folder: JobFolder) -> Self:
-        """The chunk with what its job still lacks; nothing if the job has moved on."""
-        if folder.manifest.generation != lease.generation:
+        """The chunk with what its job still lacks; nothing if the job has moved on.
+
+        Raises:
+            BadChunk: the job has no such chunk, or not for this model's queue.
+        """
+        manifest = folder.manifest
+        if manifest.generation != lease.generation:
             return cls(lease, folder, [])
+        if lease.chunk >= manifest.chunks:
+            raise BadChunk(f"job {folder.id} has {manifest.chunks} chunks, none {lease.chunk}")
+        if ModelKey(manifest.model, manifest.revision).queue_name != lease.queue.name:
+            raise BadChunk(f"job {folder.id} is for {manifest.model}, not for this queue")
         rows = folder.missing(lease.chunk, None)
         return cls(lease, folder, rows, owed=set(range(len(rows))))
 
@@ -95,11 +105,11 @@ class Folders:
     """The job folders that this worker has open, each opened once.
 
     Args:
-        roots: folders or URLs that job folders must lie below; () allows any.
+        confinement: where job folders may lie.
     """
 
-    def __init__(self, roots: tuple[str, ...]) -> None:
-        self._roots = roots
+    def __init__(self, confinement: Confinement) -> None:
+        self._confinement = confinement
         self._open: dict[str, JobFolder] = {}
 
     def open(self, lease: Lease) -> JobFolder:
@@ -110,7 +120,7 @@ class Folders:
         """
         folder = self._open.pop(lease.folder, None)
         if folder is None or folder.manifest.generation != lease.generation:
-            _check_root(lease.folder, self._roots)
+            self._confinement.check_folder(lease.folder)
             folder = JobFolder.open(lease.folder)
         self._open[lease.folder] = folder  # behind the others: the order is by last use
         return folder
@@ -125,21 +135,3 @@ class Folders:
 def _place(path: str, line: int) -> str:
     """A row's place, spelled as in the errors of `prompts.read_batches`."""
     return f"{path}, row {line}" if path.lower().endswith(".parquet") else f"{path}:{line}"
-
-
-def _check_root(folder: str, roots: tuple[str, ...]) -> None:
-    """Refuse a job folder outside the allowed ones: paths come out of Redis.
-
-    Raises:
-        BadChunk: it is none of them.
-    """
-    if not roots:
-        return
-    for root in roots:
-        if "://" in folder or "://" in root:
-            inside = folder.startswith(root.rstrip("/") + "/") and ".." not in folder.split("/")
-        else:
-            inside = Path(folder).resolve().is_relative_to(Path(root).resolve())
-        if inside:
-            return
-    raise BadChunk(f"the job folder {folder} lies outside what this worker may read")

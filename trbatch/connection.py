@@ -6,7 +6,9 @@ Knows no key and no job; `trbatch.queue` owns those.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -16,7 +18,11 @@ import redis
 from trbatch.errors import Unreachable, UsageError
 from trbatch.masking import mask_url
 
-__all__ = ["connect", "mask_url", "reaching"]
+__all__ = ["connect", "mask_url", "reaching", "undisturbed"]
+
+logger = logging.getLogger("trbatch.queue")
+
+DISTURBED_S = 1.0
 
 _AWAY = (redis.ConnectionError, redis.TimeoutError)
 _REFUSING = (
@@ -68,12 +74,31 @@ def reaching(url: str) -> Iterator[None]:
             hint="start it, or name another with --redis-url or TRBATCH_REDIS_URL",
         ) from error
     except redis.ResponseError as error:
-        if not isinstance(error, _REFUSING) and not _REFUSALS.search(str(error)):
+        if not _refuses(error):
             raise
         raise Unreachable(
             f"the queue at {mask_url(url)} cannot be used: {_words(error, url)}",
             hint="its own log says more; after MISCONF look for a full disk",
         ) from error
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Go on after an answer that only a key of another kind can give: somebody wrote over ours.
+
+    It is logged, and a second goes by, so that a worker neither ends nor spins.
+    """
+    try:
+        yield
+    except redis.ResponseError as error:
+        if _refuses(error):
+            raise
+        logger.error("the queue holds what is not ours, going on: %s", error)
+        time.sleep(DISTURBED_S)
+
+
+def _refuses(error: redis.ResponseError) -> bool:
+    return isinstance(error, _REFUSING) or bool(_REFUSALS.search(str(error)))
 
 
 def _words(error: redis.RedisError, url: str) -> str:

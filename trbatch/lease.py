@@ -134,10 +134,9 @@ class LeaseWorker(SimpleWorker):
                     job_class=ChunkJob,
                     serializer=JSONSerializer,
                 )
-            except redis.RedisError:
-                raise
-            except Exception as error:  # noqa: BLE001  whatever a strange hash makes rq raise
-                self._discard(queue, str(getattr(error, "job_id", "")), error)
+            except UnicodeDecodeError as error:
+                # It stays where popped ids wait, and is removed there by the next clean-up.
+                logger.error("queue %s: an id is no text and was removed: %s", queue.name, error)
                 continue
             if found is None:
                 return None
@@ -160,6 +159,7 @@ class LeaseWorker(SimpleWorker):
 
     def _lease(self, job: Job, queue: ChunkQueue) -> Lease | None:
         job.redis_server_version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
+        job.retries_left = min(job.retries_left or 0, RETRIES)  # Redis may promise a million
         execution = self.prepare_execution(job)
         try:
             self.prepare_job_execution(job, remove_from_intermediate_queue=True)
@@ -234,8 +234,17 @@ class LeaseWorker(SimpleWorker):
             self.drop(lease)
         self._announce()
         if now >= self._no_reaping_until:
-            self.clean_registries()  # type: ignore[no-untyped-call]
+            self._clean()
         return lost
+
+    def _clean(self) -> None:
+        """Bring back what dead workers left, whatever else lies in the registries."""
+        try:
+            self.clean_registries()  # type: ignore[no-untyped-call]
+        except (redis.ConnectionError, redis.TimeoutError):
+            raise
+        except Exception as error:  # noqa: BLE001  whatever strange entries make rq raise
+            logger.error("the queues could not be cleaned: %s: %s", type(error).__name__, error)
 
     def stopped(self) -> list[Lease]:
         """The leases whose chunk somebody asked to stop since the last call."""
@@ -258,7 +267,13 @@ class LeaseWorker(SimpleWorker):
 
     def handle_payload(self, message: dict[Any, Any]) -> None:
         """Take a command from rq's channel; called in rq's own thread, so only put aside."""
-        command = parse_payload(message)
+        try:
+            command = parse_payload(message)
+        except (ValueError, TypeError, RecursionError):
+            command = None
+        if not isinstance(command, dict):
+            logger.error("a command that is none was ignored")
+            return
         if command.get("command") == "shutdown":
             self.shutdown_asked = True
         elif command.get("command") in ("stop-job", "stop-execution"):
@@ -302,11 +317,6 @@ class LeaseWorker(SimpleWorker):
         self.leases.pop(lease.id, None)
         if not self.leases:
             self.set_state(WorkerStatus.IDLE)
-
-    def _discard(self, queue: ChunkQueue, rq_id: str, error: Exception) -> None:
-        logger.error("queue %s: entry %r is not readable and was removed: %s", queue, rq_id, error)
-        queue.intermediate_queue.remove(rq_id)
-        self.connection.delete(ChunkJob.key_for(rq_id))
 
     @staticmethod
     def _status(job: Job) -> JobStatus | None:

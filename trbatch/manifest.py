@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from trbatch.config import JobSpec
 from trbatch.errors import InputError, UsageError
 
 FORMAT = 1  # of the job folder
+_CHUNK_FOLDER = re.compile(r"chunks/[\w-]+")  # inside the job folder, whoever wrote the manifest
 
 # Settings that change neither the rows nor how they are decoded.
 _FREE_SETTINGS = ("input", "out", "output", "name", "resume", "chunk_size")
@@ -107,7 +109,9 @@ class Manifest:
                 )
             values["spec"] = JobSpec.from_dict(values["spec"])
             values["input"] = InputState(**values["input"])
-            values["chunk_samples"] = tuple(values["chunk_samples"])
+            values["chunk_samples"] = tuple(map(int, values["chunk_samples"]))
+            if not _CHUNK_FOLDER.fullmatch(values["chunk_folder"]):
+                raise TypeError(f"chunks cannot lie in {values['chunk_folder']!r}")
             return cls(**values)
         except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{path} is damaged: {error}") from error

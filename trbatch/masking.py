@@ -1,4 +1,4 @@
-"""Secrets kept out of messages and logs: the passwords in URLs, replaced by stars."""
+"""What messages and logs must not hold: passwords of URLs, and what a terminal would obey."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def mask_text(text: str) -> str:
     """The text with the password of every URL in it replaced by stars."""
     text = _URL_IN_TEXT.sub(lambda found: mask_url(found.group()), text)
     return _OPTION_IN_TEXT.sub(r"\1***", text)
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out, so that it stays one line of letters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

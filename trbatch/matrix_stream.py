@@ -28,6 +28,7 @@ _KEEP_S = 24 * 3600
 _TURN_S = 30
 _MOST_ENTRIES = 1024  # if nobody manages to write a snapshot
 _TIMEOUT_S = 5.0
+_LARGEST = 512 << 20  # bytes of a snapshot; one of 256,000 tokens has some 10 million
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class MatrixStream:
                 pipeline.xadd(self._key, {"d": delta}, maxlen=_MOST_ENTRIES, approximate=True)
                 pipeline.expire(self._key, _KEEP_S)
                 pipeline.expire(f"{self._key}:snapshot", _KEEP_S)
-            pipeline.xrange(self._key, min=f"({self.position}")
+            pipeline.xrange(self._key, min=f"({self.position}", count=2 * _MOST_ENTRIES)
             pipeline.getrange(f"{self._key}:snapshot", 0, 63)
             answers = pipeline.execute()
         entries, head = answers[-2], answers[-1]
@@ -111,7 +112,11 @@ class MatrixStream:
             pipeline.execute()
 
     def _snapshot(self) -> bytes | None:
-        found = self._redis.get(f"{self._key}:snapshot")
+        key = f"{self._key}:snapshot"
+        if int(self._redis.strlen(key)) > _LARGEST:
+            self._redis.delete(key)  # no matrix is as large: it is nobody's
+            return None
+        found = self._redis.get(key)
         if found is None:
             return None
         assert isinstance(found, bytes)

@@ -20,17 +20,18 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry as ConnectionRetry
 from rq import Queue, Retry
-from rq.job import Job, JobStatus
+from rq.job import JobStatus
 from rq.queue import EnqueueData
 from rq.serializers import JSONSerializer
-from rq.utils import as_text, get_version
-from rq.worker_registration import get_keys
+from rq.utils import get_version
+from rq.worker_registration import REDIS_WORKER_KEYS, get_keys
 
 from trbatch import server
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.connection import connect, mask_url, reaching
 from trbatch.errors import UsageError
 from trbatch.naming import model_name
+from trbatch.untrusted import answers_of, failure_of, number_of, text_of
 
 PREFIX = "trbatch:"  # of every key that rq does not make itself
 MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
@@ -40,6 +41,7 @@ BATCH = 64  # rq jobs a pipeline
 RESULT_TTL_S = 24 * 3600
 FAILURE_TTL_S = 30 * 24 * 3600
 MINIMUM_SERVER = (6, 2, 0)
+_STATUSES = {status.value.encode(): status for status in JobStatus}
 WAITING = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.DEFERRED})
 
 
@@ -197,7 +199,7 @@ class JobQueue:
         """Count no chunk of an earlier generation any more that has come to its end."""
         ours = chunk_id(job, 0).rpartition("-")[0]  # of this generation
         store = ours.rpartition("-")[0]  # of this job folder
-        ids = [as_text(rq_id) for rq_id in self.connection.smembers(_index_key(job.id))]
+        ids = [text_of(rq_id) for rq_id in self.connection.smembers(_index_key(job.id))]
         older = [i for i in ids if i.startswith(f"{store}-") and not i.startswith(f"{ours}-")]
         over = [i for i, status in self._statuses(older).items() if not _is_open(status)]
         if over:
@@ -225,7 +227,7 @@ class JobQueue:
     def counts(self, job_id: str) -> Counts:
         """Chunks of a job by where they are. A job that was never enqueued has none anywhere."""
         with reaching(self.url):
-            ids = [as_text(rq_id) for rq_id in self.connection.smembers(_index_key(job_id))]
+            ids = [text_of(rq_id) for rq_id in self.connection.smembers(_index_key(job_id))]
             found = list(self._statuses(ids).values())
         queued = sum(status in WAITING for status in found)
         failed = found.count(JobStatus.FAILED) + found.count(JobStatus.STOPPED)
@@ -236,31 +238,35 @@ class JobQueue:
     def failures(self, job_id: str) -> dict[int, str]:
         """Of each failed chunk of a job, the last line of what went wrong."""
         with reaching(self.url):
-            ids = [as_text(rq_id) for rq_id in self.connection.smembers(_index_key(job_id))]
+            ids = [text_of(rq_id) for rq_id in self.connection.smembers(_index_key(job_id))]
             statuses = self._statuses(ids)
             failed = [rq_id for rq_id in ids if statuses[rq_id] == JobStatus.FAILED]
-            jobs = ChunkJob.fetch_many(failed, self.connection, serializer=JSONSerializer)
-            reasons = {int(job.args[1]): _reason(job) for job in jobs if job is not None}
-        return dict(sorted(reasons.items()))
+            found = [failure_of(rq_id, self.connection) for rq_id in failed]
+        return dict(sorted(one for one in found if one is not None))
 
     def models(self) -> dict[str, ModelKey]:
         """Every queue that was ever filled, by name, and its model."""
         with reaching(self.url):
             found: dict[bytes, bytes] = self.connection.hgetall(MODELS_KEY)  # type: ignore[assignment]
-        return {as_text(name): ModelKey(*json.loads(model)) for name, model in found.items()}
+        known = [_model(name, model) for name, model in found.items()]
+        return {model.queue_name: model for model in known if model is not None}
 
     def longest_waiting(self) -> ModelKey | None:
         """The model whose next chunk was enqueued first; None if nothing waits."""
-        heads: list[tuple[str, str]] = []
         models = self.models()
-        with reaching(self.url):
+        with reaching(self.url), self.connection.pipeline(transaction=False) as pipeline:
             for name in models:
-                rq_id = self.connection.lindex(self.queue(name).key, 0)
-                if rq_id is not None:
-                    key = ChunkJob.key_for(as_text(rq_id))
-                    since = self.connection.hget(key, "enqueued_at")
-                    heads.append((as_text(since) if since else "", name))
-        return models[min(heads)[1]] if heads else None
+                pipeline.lindex(self.queue(name).key, 0)
+            heads = [
+                (name, text_of(rq_id))
+                for name, rq_id in zip(models, answers_of(pipeline), strict=True)
+                if rq_id is not None
+            ]
+            for _, rq_id in heads:
+                pipeline.hget(ChunkJob.key_for(rq_id), "enqueued_at")
+            since = [text_of(answer or b"") for answer in answers_of(pipeline)]
+        found = zip(since, (name for name, _ in heads), strict=True)
+        return models[min(found)[1]] if heads else None
 
     def waiting(self, model: ModelKey) -> int:
         """Chunks of this model that nobody has taken yet."""
@@ -286,14 +292,15 @@ class JobQueue:
     def workers(self) -> list[WorkerInfo]:
         """The workers that live, by name."""
         with reaching(self.url):
-            keys = sorted(get_keys(connection=self.connection))
+            members = self.connection.smembers(REDIS_WORKER_KEYS)
+            keys = sorted(text_of(key) for key in members)
             with self.connection.pipeline() as pipeline:
                 for key in keys:
                     pipeline.hgetall(key)
                     pipeline.scard(f"{key}:executions")
-                answers = pipeline.execute()
+                answers = answers_of(pipeline)
         found = zip(keys, answers[::2], answers[1::2], strict=True)
-        return [_worker_info(key, data, chunks) for key, data, chunks in found if data]
+        return [_worker_info(key, data, chunks or 0) for key, data, chunks in found if data]
 
     def _statuses(self, ids: Sequence[str]) -> dict[str, JobStatus | None]:
         """Where each rq job is; None if there is none of this id."""
@@ -303,8 +310,8 @@ class JobQueue:
             with self.connection.pipeline(transaction=False) as pipeline:
                 for rq_id in some:
                     pipeline.hget(ChunkJob.key_for(rq_id), "status")
-                for rq_id, status in zip(some, pipeline.execute(), strict=True):
-                    found[rq_id] = JobStatus(as_text(status)) if status else None
+                for rq_id, status in zip(some, answers_of(pipeline), strict=True):
+                    found[rq_id] = _STATUSES.get(status)
         return found
 
 
@@ -334,18 +341,18 @@ def _job_data(job: Folder, chunk: int, rq_id: str) -> EnqueueData:
 
 
 def _worker_info(key: str, data: dict[bytes, bytes], chunks: int) -> WorkerInfo:
-    text = {as_text(name): as_text(value) for name, value in data.items()}
+    text = {text_of(name): text_of(value) for name, value in data.items()}
     return WorkerInfo(
         name=key.partition(":worker:")[2],
         state=text.get("state", "?"),
         model=text.get("trbatch_model", ""),
         host=text.get("hostname", ""),
-        pid=int(text.get("pid") or 0),
+        pid=number_of(text.get("pid")),
         born=text.get("birth", ""),
         last_heartbeat=text.get("last_heartbeat", ""),
         chunks=chunks,
-        finished=int(text.get("successful_job_count") or 0),
-        failed=int(text.get("failed_job_count") or 0),
+        finished=number_of(text.get("successful_job_count")),
+        failed=number_of(text.get("failed_job_count")),
     )
 
 
@@ -354,10 +361,16 @@ def _is_open(status: JobStatus | None) -> bool:
     return status in WAITING or status == JobStatus.STARTED
 
 
-def _reason(job: Job) -> str:
-    result = job.latest_result()
-    words = (result.exc_string if result is not None else "") or "no reason given"
-    return words.strip().splitlines()[-1]
+def _model(name: bytes, value: bytes) -> ModelKey | None:
+    """A queue's model, unless what Redis says of it is not what was written."""
+    try:
+        model, revision = json.loads(value)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if not isinstance(model, str) or not isinstance(revision, str):
+        return None
+    found = ModelKey(model, revision)
+    return found if found.queue_name.encode() == name else None
 
 
 def matrix_key(model: str, task: str) -> str:

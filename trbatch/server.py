@@ -79,6 +79,11 @@ def ensure() -> str:
     return url if _answers(url) else start().url
 
 
+def own_url() -> str:
+    """The URL of this user's embedded server on this host, whether it runs or not."""
+    return _url()
+
+
 def start() -> ServerStatus:
     """Start the embedded server unless it runs; the lock makes two starters start one.
 

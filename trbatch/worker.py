@@ -16,11 +16,13 @@ import uuid
 from collections.abc import Hashable
 from functools import partial
 
+from trbatch import server
 from trbatch.backoff import Backoff
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
-from trbatch.connection import reaching
+from trbatch.confinement import Confinement
+from trbatch.connection import reaching, undisturbed
 from trbatch.engine.sequence import Completion
 from trbatch.engine_thread import (
     Broken,
@@ -113,7 +115,9 @@ class BatchWorker:
         self.refused = 0
         self.stops = 0  # how often we were asked to stop
         self.exit_code = 0
-        self._folders = Folders(config.roots)
+        own = jobs.url == server.own_url()
+        self._confinement = Confinement(config.roots, anywhere=own)
+        self._folders = Folders(self._confinement)
         self._reading = Backoff()  # job folders
         self._engine = EngineThread(load)
         self._sharing = Sharing(self._engine, jobs)
@@ -129,13 +133,15 @@ class BatchWorker:
         self._engine.start()
         try:
             while not self._may_stop():
-                self._beat()
-                self._choose_model()
-                self._take_chunks()
+                with undisturbed():
+                    self._beat()
+                    self._choose_model()
+                    self._take_chunks()
                 self._feed_engine()
                 self._hear_engine()
                 self._publisher.publish_if_due(hurry=not self._owed_rows())
-                self._finish_chunks()
+                with undisturbed():
+                    self._finish_chunks()
         finally:
             self._wind_up()
         return self.exit_code or (JobFailed.exit_code if self.refused else 0)
@@ -203,6 +209,12 @@ class BatchWorker:
             self._load(wanted)
 
     def _load(self, model: ModelKey) -> None:
+        if self.fixed is None:  # then its name is Redis's
+            try:
+                self._confinement.check_model(model.name)
+            except BadChunk as error:
+                self._refuse(model, ModelError(error.message))
+                return
         logger.info("loading %s", model)
         self.model, self.loading = None, model
         self._leases.say("loading", str(model))

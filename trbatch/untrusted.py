@@ -1,0 +1,53 @@
+"""What Redis says, taken for what it is: bytes that anybody may have written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from redis.client import Pipeline
+from rq.exceptions import DeserializationError, NoSuchJobError
+from rq.serializers import JSONSerializer
+
+from trbatch.chunk_job import ChunkJob
+from trbatch.masking import printable
+
+
+def text_of(value: bytes | str) -> str:
+    """A value as text that a terminal shows and does not obey."""
+    return printable(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
+
+
+def number_of(text: str | None) -> int:
+    """A count; 0 for what is none."""
+    return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 18 else 0
+
+
+def answers_of(pipeline: Pipeline) -> list[Any]:
+    """What a pipeline's commands gave; None for a key that is of another kind than ours.
+
+    Raises:
+        redis.RedisError: anything else is wrong.
+    """
+    answers: list[Any] = pipeline.execute(raise_on_error=False)
+    for place, answer in enumerate(answers):
+        if isinstance(answer, redis.ResponseError) and "WRONGTYPE" in str(answer):
+            answers[place] = None
+        elif isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def failure_of(rq_id: str, connection: redis.Redis) -> tuple[int, str] | None:
+    """Number of a failed chunk and the last line of why; None if the entry is none of ours."""
+    try:
+        job = ChunkJob.fetch(rq_id, connection, JSONSerializer)
+        arguments = job.args
+    except (NoSuchJobError, DeserializationError):
+        return None
+    match arguments:
+        case [str(), int(chunk), *_]:
+            assert isinstance(job, ChunkJob)
+            words = job.failure_text().strip() or "no reason given"
+            return chunk, printable(words.splitlines()[-1])
+    return None
