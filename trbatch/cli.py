@@ -16,7 +16,6 @@ from trbatch import cli_options as options
 from trbatch.cli_bench import bench_group
 from trbatch.cli_matrix import matrix_group
 from trbatch.cli_output import (
-    log_to_stderr,
     print_error,
     print_json,
     print_queue,
@@ -26,6 +25,7 @@ from trbatch.cli_output import (
 )
 from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, TrbatchError
 from trbatch.figures import Progress
+from trbatch.logs import log_to_stderr
 from trbatch.outputs import check_output
 from trbatch.progress import Reporter, reporter
 
@@ -61,7 +61,7 @@ def commands() -> None:
     failed, 5 cancelled, 6 timed out, 7 resume refused, 75 Redis or storage unreachable, 130 and
     143 stopped by a signal.
     """
-    log_to_stderr("WARNING")
+    log_to_stderr("WARNING", "text")
 
 
 def main() -> None:
@@ -81,12 +81,14 @@ def main() -> None:
 @options.job_options
 @options.engine_options
 @options.redis_option
+@options.log_format_option
 @options.json_option
 @click.pass_context
 def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     """Submit INPUT, decode it here, and collect it."""
     from trbatch.local import run
 
+    log_to_stderr("WARNING", settings["log_format"])
     spec = options.job_spec(input, settings)
     engine = options.engine_config(settings)  # wrong values are told before anything is enqueued
     check_output(settings["output"], os.path.abspath(input), settings["format"])
@@ -99,6 +101,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
             "revision": manifest.revision,
             "trust_remote_code": spec.trust_remote_code,
             "burst": True,
+            "log_format": settings["log_format"],
         }
         arguments = options.arguments_for(worker_command, worker)
         status = run(job, arguments, report=show.update, on_line=show.log)
@@ -114,12 +117,14 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
 @options.sampling_options
 @options.job_options
 @options.redis_option
+@options.log_format_option
 def submit_command(input: str, **settings: Any) -> None:
     """Check INPUT and enqueue it. Prints the job's id alone on stdout.
 
     INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages'. The same
     command again continues the same job.
     """
+    log_to_stderr("WARNING", settings["log_format"])
     job = api.submit(options.job_spec(input, settings), redis_url=settings["redis_url"])
     with reporter() as show:
         _say_submitted(job, show)
@@ -131,6 +136,7 @@ def submit_command(input: str, **settings: Any) -> None:
 @options.engine_options
 @options.worker_options
 @options.redis_option
+@options.log_format_option
 @click.pass_context
 def worker_command(context: click.Context, /, **settings: Any) -> None:
     """Decode what is queued, until stopped.
@@ -138,7 +144,7 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     With --model it takes only that model's chunks; without, it loads what the next chunk needs.
     The first Ctrl-C (or SIGTERM) finishes what was taken, the second hands it back.
     """
-    log_to_stderr("INFO")
+    log_to_stderr("INFO", settings["log_format"])
     context.exit(api.work(options.worker_config(settings)))
 
 
@@ -264,9 +270,13 @@ def _say_submitted(job: api.Job, show: Reporter) -> None:
     manifest = job.folder.manifest
     bad = f", {manifest.rows_failed:,} of them unusable" if manifest.rows_failed else ""
     verb = "continues" if job.folder.continued else "submitted"
+    fields = {"job": job.id, "folder": job.path, "rows": manifest.rows}
     show.log(
         f"{verb} job {job.id}: {manifest.rows:,} rows{bad}, model {manifest.model}, "
-        f"task {manifest.task}\n  in {job.path}"
+        f"task {manifest.task}\n  in {job.path}",
+        event=verb,
+        rows_unusable=manifest.rows_failed,
+        **fields,
     )
 
 

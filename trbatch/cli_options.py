@@ -10,6 +10,7 @@ import click
 
 from trbatch.config import EngineConfig, JobSpec, SamplingParams, WorkerConfig
 from trbatch.errors import UsageError
+from trbatch.logs import FORMATS
 
 Decorator = Callable[[Any], Any]  # of a function that is to become a command
 
@@ -158,6 +159,17 @@ worker_options = grouped(
     ),
     _setting(WorkerConfig, "publish_s", "Seconds between segments.", "--publish-seconds"),
     _setting(WorkerConfig, "chunks_in_flight", "Most chunks at once; 0: by the batch."),
+    _setting(WorkerConfig, "metrics_port", "Serve metrics to Prometheus at this port; 0: none."),
+    _setting(WorkerConfig, "metrics_host", "Address to serve them at; 0.0.0.0: to every host."),
+)
+
+log_format_option = click.option(
+    "log_format",
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default=FORMATS[0],
+    show_default=True,
+    help="Of what is written to stderr: for people, or a line of JSON for each event.",
 )
 
 redis_option = _setting(

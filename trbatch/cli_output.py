@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from trbatch import logs
 from trbatch.api import JobStatus
 from trbatch.connection import mask_url
 from trbatch.errors import TrbatchError
@@ -23,27 +23,20 @@ from trbatch.queue import JobQueue
 from trbatch.results import Receipt
 from trbatch.server import ServerStatus
 
-LOGGER = "trbatch"
+logger = logging.getLogger("trbatch")
+
 WIDTH_OF_A_FILE = 200  # columns, where stdout is no terminal
 
 
 def print_error(error: TrbatchError) -> None:
     """The message, and the hint on a line of its own, on stderr."""
+    if logs.as_json():
+        fields = {"event": "error", "hint": error.hint, "exit_code": error.exit_code}
+        logger.error("%s", error.message, extra=fields)
+        return
     click.echo(f"error: {error.message}", err=True)
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)
-
-
-def log_to_stderr(level: str) -> None:
-    """Send the package's log to stderr, with times where the log is the point (INFO)."""
-    logger = logging.getLogger(LOGGER)
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
-    pattern = "%(asctime)s %(message)s" if level == "INFO" else "%(levelname)s: %(message)s"
-    handler.setFormatter(logging.Formatter(pattern, datefmt="%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(level)
 
 
 def print_json(values: Any) -> None:

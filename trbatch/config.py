@@ -191,6 +191,8 @@ class WorkerConfig(_Config):
     chunks_in_flight: int = 0  # 0: enough that the batch never drains at a chunk's end
     roots: tuple[str, ...] = ()  # job folders must lie below one of these; (): anywhere
     trust_remote_code: bool = False
+    metrics_port: int = 0  # for Prometheus; 0: none
+    metrics_host: str = "127.0.0.1"  # whom it is served to: this host alone
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -199,6 +201,7 @@ class WorkerConfig(_Config):
         object.__setattr__(self, "roots", tuple(self.roots))
         _number("publish_s", self.publish_s, 0.0, 3600.0)
         _integer("chunks_in_flight", self.chunks_in_flight, 0)
+        _integer("metrics_port", self.metrics_port, 0, 65_535)
 
 
 def default_model(folder: Path | None = None) -> str:

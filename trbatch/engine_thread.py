@@ -23,6 +23,7 @@ from trbatch.queue import ModelKey
 logger = logging.getLogger("trbatch.worker")
 
 SAVE_S = 60.0  # between savings of the matrices
+STATS_S = 1.0  # between looks at the engine's figures
 
 
 class Copies(Protocol):
@@ -150,12 +151,14 @@ class EngineThread:
 
     def __init__(self, load: Loader, *, save_s: float = SAVE_S) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.stats: dict[str, Any] = {}  # the engine's figures, a second old at most
         self._load_engine = load
         self._save_s = save_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._engine: Engine | None = None
         self._stopping = False
         self._saved_at = time.monotonic()
+        self._looked_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -244,6 +247,8 @@ class EngineThread:
             return
         if completions := self._engine.step():
             self.events.put(Finished(completions))
+        if not self._busy() or time.monotonic() - self._looked_at > STATS_S:
+            self.stats, self._looked_at = self._engine.stats(), time.monotonic()
         if time.monotonic() - self._saved_at > self._save_s:
             self._save()
 

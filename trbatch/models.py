@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from trbatch.config import DEFAULT_MODEL, cache_folder, default_model
 from trbatch.digests import file_digests, sha256_of
 from trbatch.errors import ModelError, WorkerError
+from trbatch.logs import note
 from trbatch.naming import is_local_path
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def load_model(
     model = model or default_model()
     pick_device(device)  # first: what cannot run here need not be fetched
     if model == DEFAULT_MODEL:
-        print(SMALL_MODEL_NOTICE, file=sys.stderr, flush=True)
+        note(SMALL_MODEL_NOTICE)
     with loading(model):
         return load_pretrained(
             source=resolve(model),
@@ -240,4 +241,4 @@ def weights_digest(folder: Path) -> str:
 
 
 def _note(text: str) -> None:
-    print(f"trbatch: {text}", file=sys.stderr, flush=True)
+    note(f"trbatch: {text}")

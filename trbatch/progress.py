@@ -5,14 +5,16 @@ Everything goes to stderr: stdout is for data.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from trbatch import logs
 from trbatch.api import JobStatus
 
 LINE_S = 30.0  # between lines where there is no terminal
@@ -24,13 +26,16 @@ class Reporter(Protocol):
     def update(self, status: JobStatus) -> None:
         """Show a status; cheap enough to be called at every look."""
 
-    def log(self, line: str) -> None:
-        """Show a line of text that does not disturb the display."""
+    def log(self, line: str, **fields: Any) -> None:
+        """Show a line of text that does not disturb the display; JSON has the fields, too."""
 
 
 @contextmanager
 def reporter(console: Console | None = None) -> Iterator[Reporter]:
     """The reporter that fits where stderr goes. Its last word is said when the context ends."""
+    if logs.as_json():
+        yield _Events()
+        return
     console = console or Console(stderr=True, highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
         with _LiveLine.shown(console) as live:
@@ -102,7 +107,7 @@ class _LiveLine:
             details=_details(status),
         )
 
-    def log(self, line: str) -> None:
+    def log(self, line: str, **fields: Any) -> None:
         self._display.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -118,7 +123,7 @@ class _Lines:
         if time.monotonic() - self._shown_at >= LINE_S:
             self._show(status)
 
-    def log(self, line: str) -> None:
+    def log(self, line: str, **fields: Any) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -129,3 +134,27 @@ class _Lines:
         self._shown_at = time.monotonic()
         self._shown = describe(status)
         self.log(f"{status.id}: {self._shown}")
+
+
+class _Events:
+    """A line of JSON each time, for `--log-format json`."""
+
+    def __init__(self) -> None:
+        self._shown_at = float("-inf")
+
+    def update(self, status: JobStatus) -> None:
+        if status.finished or time.monotonic() - self._shown_at >= LINE_S:
+            self._shown_at = time.monotonic()
+            self.log(
+                f"{status.id}: {describe(status)}",
+                event="progress",
+                job=status.id,
+                state=status.state,
+                **status.progress.to_dict(),
+            )
+
+    def log(self, line: str, **fields: Any) -> None:
+        if line.startswith("{") and line.endswith("}"):
+            print(line, file=sys.stderr, flush=True)  # a worker's own event
+        else:
+            logs.note(line, **fields)

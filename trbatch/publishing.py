@@ -107,6 +107,7 @@ class Publisher:
         logger.warning(
             "%s: %d rows could not be published, trying again in %.1f s: %s",
             path, len(waiting.rows), pause, error,
+            extra={"event": "publish_failed", "folder": path, "rows": len(waiting.rows)},
         )  # fmt: skip
 
 
@@ -135,9 +136,15 @@ class Report:
             logger.info(
                 "%d rows done, %d in %d chunks in flight, %.0f tokens/s",
                 self.rows, owed, chunks, rate,
+                extra={"event": "progress", "rows": self.rows, "rows_in_flight": owed,
+                       "chunks_in_flight": chunks, "tokens_per_s": round(rate, 1)},
             )  # fmt: skip
 
     def last(self, name: str) -> None:
         """Write the last line."""
         seconds = time.monotonic() - self._begin
-        logger.info("%s: %d rows, %d tokens in %.1f s", name, self.rows, self.tokens, seconds)
+        logger.info(
+            "%s: %d rows, %d tokens in %.1f s", name, self.rows, self.tokens, seconds,
+            extra={"event": "worker_ended", "worker": name, "rows": self.rows,
+                   "tokens": self.tokens, "seconds": round(seconds, 1)},
+        )  # fmt: skip

@@ -39,10 +39,12 @@ from trbatch.engine_thread import (
 from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
-from trbatch.publishing import Publisher, Report
+from trbatch.metrics import Metrics, Moment, metrics_on
+from trbatch.publishing import Publisher
 from trbatch.queue import JobQueue, ModelKey
 from trbatch.sharing import Sharing
 from trbatch.stopping import signals_to
+from trbatch.telling import Telling
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -71,8 +73,12 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
         TrbatchError: the engine failed; its chunks are back in the queue.
         Unreachable: the queue was away for minutes. A storage that is away is waited for.
     """
-    with JobQueue.connect(config.redis_url, patient=True) as jobs, reaching(jobs.url):
-        worker = BatchWorker(config, jobs, load or partial(load_engine, config))
+    with (
+        metrics_on(config.metrics_port, config.metrics_host) as metrics,
+        JobQueue.connect(config.redis_url, patient=True) as jobs,
+        reaching(jobs.url),
+    ):
+        worker = BatchWorker(config, jobs, load or partial(load_engine, config), metrics)
         with signals_to(worker.request_stop):
             return worker.run()
 
@@ -101,9 +107,12 @@ class BatchWorker:
         config: see `WorkerConfig`.
         jobs: the queue, on a patient connection.
         load: makes the engine of a model, in the engine's thread.
+        metrics: what to count; None counts nothing.
     """
 
-    def __init__(self, config: WorkerConfig, jobs: JobQueue, load: Loader) -> None:
+    def __init__(
+        self, config: WorkerConfig, jobs: JobQueue, load: Loader, metrics: Metrics | None = None
+    ) -> None:
         self.config = config
         self.jobs = jobs
         self.name = _worker_name(config)
@@ -123,7 +132,7 @@ class BatchWorker:
         self._sharing = Sharing(self._engine, jobs)
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
         self._leases = LeaseWorker(jobs.connection, self.name, self._watched())
-        self._report = Report()
+        self._tell = Telling(self.name, metrics or Metrics())
         self._asked_at = 0.0
         self._looked_at = 0.0
 
@@ -176,14 +185,16 @@ class BatchWorker:
 
     def _beat(self) -> None:
         for lease in self._leases.beat():
-            logger.warning("chunk %d of %s: its lease was lost", lease.chunk, lease.folder)
+            self._tell.lease_lost(lease)
             self._abandon(lease)
         for lease in self._leases.stopped():
             logger.info("chunk %d of %s: stopped on request", lease.chunk, lease.folder)
             self._leases.stop_chunk(lease)
             self._abandon(lease)
         self._sharing.tick()
-        self._report.tick(len(self.chunks), self._owed_rows())
+        waiting, failures = self._publisher.rows, self._publisher.failures
+        now = Moment(len(self.chunks), self._owed_rows(), waiting, failures, self._engine.stats)
+        self._tell.moment(now, self.jobs)
 
     def _abandon(self, lease: Lease) -> None:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
@@ -279,6 +290,7 @@ class BatchWorker:
             self._leases.fail(lease, error)
             return
         self._reading.worked()
+        self._tell.chunk_taken(lease)
         self.chunks[lease.id] = work
 
     def _feed_engine(self) -> None:
@@ -316,7 +328,7 @@ class BatchWorker:
                 self._looked_at = 0.0
                 self._publisher.facts = facts
                 self._leases.say("idle", str(model))
-                logger.info("%s is ready after %.1f s, batch %d", model, seconds, capacity)
+                self._tell.model_ready(model, capacity, seconds, facts)
             case LoadFailed(model, error):
                 self.loading = None
                 self._refuse(model, error)
@@ -334,7 +346,7 @@ class BatchWorker:
         work.unpublished += 1
         work.failed_rows += completion.finish_reason == "error"
         self._publisher.add(work.lease.folder, work.folder, result, work)
-        self._report.count(completion)
+        self._tell.row(completion)
 
     def _was_published(self, owner: Hashable) -> None:
         assert isinstance(owner, ChunkWork)
@@ -345,7 +357,7 @@ class BatchWorker:
             del self.chunks[work.lease.id]
             result = {"rows": len(work.rows), "failed": work.failed_rows}
             self._leases.finish(work.lease, result)
-            logger.debug("chunk %d of %s is done", work.lease.chunk, work.folder.id)
+            self._tell.chunk_done(work.lease, result)
             if all(other.folder is not work.folder for other in self.chunks.values()):
                 self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
@@ -388,7 +400,7 @@ class BatchWorker:
             patient = self.stops <= 2  # else somebody is tired of waiting, perhaps for the queue
             if not self._engine.stop(ENGINE_STOP_S if patient else LEAVE_S):
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
-            self._report.last(self.name)
+            self._tell.last()
             if patient:
                 self._leases.close()
 

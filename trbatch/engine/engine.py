@@ -187,6 +187,8 @@ class Engine:
             "forwards": self._forwards,
             "busy_s": self._busy_s,
             "tree_sizes": dict(sorted(self.budget.chosen.items())),
+            "kv_pages": self._cache.pool.pages,
+            "kv_pages_used": self._cache.pool.pages - self._cache.pool.free,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
             "device": sizing.machine_name(self.loaded.device),
             "model_fingerprint": self.loaded.fingerprint,
