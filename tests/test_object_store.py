@@ -240,7 +240,7 @@ def test_a_server_that_is_away_is_unreachable(bucket: str, monkeypatch: pytest.M
     for ask in (here.exists, here.read, here.names, here.remove, here.stat):
         with pytest.raises(Unreachable, match=f"s3://{bucket}/job/x: .*127.0.0.1:1"):
             ask("x")
-    with pytest.raises(Unreachable, match="cannot write"):
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.1:1"):
         here.create("x", b"")
 
 
