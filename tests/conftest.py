@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 import redis
 import s3_server
+from job_tools import prompts, write_lines
+from queue_tools import open_worker
 
 from trbatch import server
+from trbatch.config import JobSpec
+from trbatch.lease import LeaseWorker
+from trbatch.queue import JobQueue
 
 if not Path("/dev/nvidiactl").exists():
     # The kernels run in Triton's interpreter, which must be known before anyone imports Triton.
@@ -41,6 +46,24 @@ def redis_url(home: Path) -> str:
 
 
 @pytest.fixture
+def jobs(redis_url: str) -> Iterator[JobQueue]:
+    """A connection to that server's queue."""
+    with JobQueue.connect(redis_url) as found:
+        yield found
+
+
+@pytest.fixture
+def worker(jobs: JobQueue) -> Iterator[LeaseWorker]:
+    """What a worker says to the queue, without its loop; `other` is a second one."""
+    yield from open_worker(jobs, "worker")
+
+
+@pytest.fixture
+def other(jobs: JobQueue) -> Iterator[LeaseWorker]:
+    yield from open_worker(jobs, "other")
+
+
+@pytest.fixture
 def full_disk(redis_url: str) -> Iterator[str]:
     """A server that could not save, and refuses what writes as it does when its disk is full."""
     in_the_way = server.status().folder / "dump.rdb"
@@ -51,6 +74,13 @@ def full_disk(redis_url: str) -> Iterator[str]:
         while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
             pass
         yield redis_url
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> JobSpec:
+    """A job of 10 rows in chunks of 4."""
+    path = write_lines(tmp_path / "in.jsonl", *prompts(10))
+    return JobSpec(input=str(path), out=str(tmp_path / "store"), model="m", chunk_size=4)
 
 
 @pytest.fixture(scope="session")

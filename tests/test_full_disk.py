@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from disks import FAILURES, Disk, small_disk
 from test_matrix_store import learned
-from test_worker import (
+from worker_tools import (
     Background,
     EchoEngine,
     Loaded,

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from test_sharing import LoadedTiny, prompts
 from test_tasks import Room
-from test_worker import config, submit
+from worker_tools import config, submit
 
 from trbatch import cli, matrices, storage
 from trbatch.engine.sequence import TaskKey

@@ -15,7 +15,7 @@ import trustme
 from click.testing import CliRunner, Result
 from redis_server import Terminator, redis_server
 from test_sharing import LoadedTiny, prompts
-from test_worker import Background, wait_for
+from worker_tools import Background, wait_for
 
 from trbatch import api, cli
 from trbatch.config import WorkerConfig

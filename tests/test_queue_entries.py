@@ -1,0 +1,103 @@
+"""What Redis says of a chunk is not believed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from queue_tools import MODEL, FakeFolder, counts, queue, take, take_all
+from rq import Queue
+from rq.job import JobStatus
+from rq.serializers import JSONSerializer
+
+from trbatch.chunk_job import ChunkJob
+from trbatch.lease import BadChunk, LeaseWorker
+from trbatch.queue import FUNCTION, JobQueue, chunk_id
+
+
+def push(jobs: JobQueue, job: ChunkJob) -> None:
+    found = queue(jobs)
+    found.enqueue_job(job)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("os.system", ["touch {file}"]),
+        ("os.system", ["/store/job", 0, 0]),
+        (FUNCTION, ["touch {file}"]),
+        (FUNCTION, ["/store/job", "0", 0]),
+        (FUNCTION, ["/store/job", -1, 0]),
+        (FUNCTION, []),
+    ],
+)
+def test_an_entry_that_is_no_chunk_fails_and_runs_nothing(
+    jobs: JobQueue, worker: LeaseWorker, tmp_path: Path, function: str, arguments: list[Any]
+) -> None:
+    marker = tmp_path / "marker"
+    arguments = [str(a).format(file=marker) if isinstance(a, str) else a for a in arguments]
+    plain = Queue(MODEL.queue_name, connection=jobs.connection, serializer=JSONSerializer)
+    job = plain.enqueue(function, args=arguments, retry=None)
+    jobs.enqueue(FakeFolder(), [0])
+    assert take(jobs, worker).chunk == 0, "the chunk behind it is handed out"
+    assert job.get_status() == JobStatus.FAILED
+    assert not marker.exists()
+
+
+class _Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("where", ["data", "meta", "status", "no hash"])
+def test_a_poisoned_entry_runs_nothing_and_stops_nothing(
+    jobs: JobQueue, worker: LeaseWorker, tmp_path: Path, where: str
+) -> None:
+    marker = tmp_path / "marker"
+    folder = FakeFolder()
+    jobs.enqueue(folder, [0, 1])
+    key = ChunkJob.key_for(chunk_id(folder, 0))
+    if where == "no hash":
+        jobs.connection.delete(key)
+    else:
+        jobs.connection.hset(key, where, pickle.dumps(_Bomb(marker)))
+    assert 1 in take_all(jobs, worker)
+    assert not marker.exists()
+
+
+def test_callbacks_and_webhooks_of_an_entry_are_ignored(
+    jobs: JobQueue, worker: LeaseWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq.webhook.Webhook.send", lambda *a, **k: pytest.fail("a webhook"))
+    folder = FakeFolder()
+    jobs.enqueue(folder, [0, 1])
+    hooks = [
+        {"url": "http://localhost:1/", "job_status": status} for status in ("finished", "failed")
+    ]
+    for chunk in (0, 1):
+        key = ChunkJob.key_for(chunk_id(folder, chunk))
+        jobs.connection.hset(
+            key,
+            mapping={
+                "success_callback_name": "builtins.exit",
+                "failure_callback_name": "builtins.exit",
+                "stopped_callback_name": "builtins.exit",
+                "webhooks": json.dumps(hooks),
+            },
+        )
+    assert worker.finish(take(jobs, worker), {})
+    assert worker.fail(take(jobs, worker), BadChunk("no"), final=True)
+    assert counts(jobs) == (0, 0, 1, 1)
+
+
+def test_the_function_of_a_chunk_cannot_be_had(jobs: JobQueue) -> None:
+    jobs.enqueue(FakeFolder(), [0])
+    job = ChunkJob.fetch(chunk_id(FakeFolder(), 0), jobs.connection, JSONSerializer)
+    with pytest.raises(PermissionError):
+        job.perform()

@@ -1,0 +1,111 @@
+"""A worker that is asked to stop, or killed: what it took is finished, handed back or redone."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from worker_tools import (
+    MODEL,
+    Background,
+    EchoEngine,
+    Loaded,
+    config,
+    expected,
+    rows_of,
+    start_process,
+    submit,
+    texts_of,
+    wait_for,
+)
+
+from trbatch.job import JobFolder
+from trbatch.queue import JobQueue, ModelKey
+from trbatch.worker import BatchWorker, run_worker
+
+
+def test_one_signal_finishes_what_was_taken_and_leaves_the_rest(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    job = submit(jobs, tmp_path, 60, chunk_size=4)
+    worker = Background(jobs.url, Loaded(lambda: EchoEngine(capacity=4, step_s=0.02)))
+    wait_for(lambda: jobs.counts(job.id).finished >= 1)
+    assert worker.stop() == 128 + signal.SIGTERM
+    counts = jobs.counts(job.id)
+    assert counts.started == counts.failed == 0
+    assert counts.queued > 0
+    assert len(texts_of(job)) == 4 * counts.finished
+    assert jobs.workers() == []
+
+
+def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    job = submit(jobs, tmp_path, 40, chunk_size=20)
+    load = Loaded(lambda: EchoEngine(capacity=2, step_s=0.05))
+    worker = Background(jobs.url, load, publish_s=60.0)
+    wait_for(lambda: worker.worker._publisher.rows >= 2)
+    begin = time.monotonic()
+    assert worker.stop(times=2) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 2.0
+    counts = jobs.counts(job.id)
+    assert (counts.queued, counts.started, counts.failed) == (2, 0, 0)
+    assert 2 <= len(texts_of(job)) < 40
+    assert load.engine.saved == 1
+    run_worker(config(jobs.url), load=Loaded())
+    assert texts_of(job) == expected(40)
+    assert {row["attempts"] for row in rows_of(job)} == {1}
+
+
+def test_the_third_signal_waits_for_no_step(jobs: JobQueue, tmp_path: Path) -> None:
+    job = submit(jobs, tmp_path, 4)
+    worker = Background(jobs.url, Loaded(lambda: EchoEngine(step_s=6.0)))
+    wait_for(lambda: jobs.counts(job.id).started)
+    begin = time.monotonic()
+    worker.worker.stops = 3
+    worker.thread.join(20)
+    assert time.monotonic() - begin < 3.0
+    worker.worker._leases.close()  # which is left to the end of the process
+    worker.jobs.close()
+
+
+def test_the_same_signal_passed_on_twice_counts_once(jobs: JobQueue) -> None:
+    worker = BatchWorker(config(jobs.url), jobs, Loaded())
+    worker.request_stop(signal.SIGINT)
+    worker.request_stop(signal.SIGINT)
+    assert worker.stops == 1
+    assert worker.exit_code == 130
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_process_stops_cleanly_on_a_signal(
+    jobs: JobQueue, tmp_path: Path, number: int, code: int
+) -> None:
+    job = submit(jobs, tmp_path, 60, chunk_size=4)
+    with start_process(jobs) as process:
+        wait_for(lambda: jobs.counts(job.id).finished)
+        process.send_signal(number)
+        assert process.wait(20) == code
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    assert jobs.counts(job.id).started == 0
+    assert len(texts_of(job)) == 4 * jobs.counts(job.id).finished
+
+
+def test_what_a_killed_worker_held_is_decoded_by_the_next(
+    jobs: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(jobs, tmp_path, 24, chunk_size=12)
+    with start_process(jobs) as process:
+        wait_for(lambda: JobFolder.open(job.path).progress().rows_ok >= 2)
+        process.kill()
+    assert jobs.counts(job.id).started >= 1
+    wip = jobs.queue(ModelKey(MODEL).queue_name).started_job_registry.key
+    for member in jobs.connection.zrange(wip, 0, -1):
+        jobs.connection.zadd(wip, {member: time.time() - 1})  # half a minute goes by
+    worker = Background(jobs.url, Loaded())
+    wait_for(lambda: jobs.counts(job.id).finished == 2)
+    worker.stop()
+    assert texts_of(job) == expected(24)
