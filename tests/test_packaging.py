@@ -163,7 +163,7 @@ def test_the_systemd_unit_runs_a_command_that_the_command_line_understands() -> 
     assert (Path(program).name, name) == ("trbatch", "worker")
     above = click.Context(cli.commands, **cli.commands.context_settings)
     context = cli.worker_command.make_context("worker", arguments, parent=above)
-    assert context.params["gpu"] == 0
+    assert context.params["gpu"] == "0"
     assert service["SuccessExitStatus"] == str(cli.TERMINATED)
     assert service["KillSignal"] == "SIGTERM"
     assert set(unit.sections()) == {"Unit", "Service", "Install"}

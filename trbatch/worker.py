@@ -8,14 +8,13 @@ rows of the last seconds. Torch is imported where an engine is made and nowhere 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import time
-import uuid
 from collections.abc import Hashable
 from functools import partial
 
+from trbatch.aftermath import settle_leases
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
@@ -33,13 +32,16 @@ from trbatch.engine_thread import (
     Ready,
     Whole,
 )
-from trbatch.errors import JobFailed, ModelError, TrbatchError, WorkerError
+from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
+from trbatch.flight import FlightRecord
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
+from trbatch.naming import worker_name
+from trbatch.patience import Patience
 from trbatch.publishing import Publisher, Report
 from trbatch.queue import JobQueue, ModelKey
 from trbatch.sharing import Sharing
-from trbatch.stopping import signals_to
+from trbatch.stopping import Stops, signals_to
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -48,15 +50,17 @@ BUSY_S = 0.05  # the longest wait for the engine while it works
 ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
 LEAVE_S = 0.5  # the same when somebody is tired of waiting
 AHEAD = 1024  # requests in the engine, at least: a row may ask for a thousand samples
-SAME_SIGNAL_S = 0.5  # a terminal and a parent may both pass on the same Ctrl-C
 
 
-def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
-    """Work until stopped by a signal or, with `config.burst`, until the queue is empty.
+def run_worker(
+    config: WorkerConfig, *, load: Loader | None = None, flight: FlightRecord | None = None
+) -> int:
+    """Work until stopped by a signal, at an hour, or with `config.burst` by an empty queue.
 
     Args:
         config: which model, which queue, how to decode.
         load: makes the engine of a model; the default loads it with torch.
+        flight: its supervisor's record of it, if it has a supervisor.
 
     Returns:
         0; 4 if chunks were refused because their model could not be loaded; 128 plus the signal's
@@ -69,8 +73,8 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
         Unreachable: the queue or the storage was away for minutes.
     """
     with JobQueue.connect(config.redis_url, patient=True) as jobs, reaching(jobs.url):
-        worker = BatchWorker(config, jobs, load or partial(load_engine, config))
-        with signals_to(worker.request_stop):
+        worker = BatchWorker(config, jobs, load or partial(load_engine, config), flight)
+        with signals_to(worker.stop.ask):
             return worker.run()
 
 
@@ -98,27 +102,34 @@ class BatchWorker:
         config: see `WorkerConfig`.
         jobs: the queue, on a patient connection.
         load: makes the engine of a model, in the engine's thread.
+        flight: what is known of this worker should it die; None: nobody reads it.
     """
 
-    def __init__(self, config: WorkerConfig, jobs: JobQueue, load: Loader) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        jobs: JobQueue,
+        load: Loader,
+        flight: FlightRecord | None = None,
+    ) -> None:
         self.config = config
         self.jobs = jobs
-        self.name = _worker_name(config)
+        self.name = worker_name(config.name or f"{socket.gethostname()}-{config.engine.device}")
         self.fixed = _fixed_model(config)
         self.model: ModelKey | None = None  # that the engine holds
         self.loading: ModelKey | None = None
         self.capacity = 0
         self.chunks: dict[str, ChunkWork] = {}
         self.refused = 0
-        self.stops = 0  # how often we were asked to stop
-        self.exit_code = 0
+        self.stop = Stops(config.grace_s, config.until)
+        self._flight = flight or FlightRecord.create()
         self._folders = Folders(config.roots)
-        self._engine = EngineThread(load)
+        self._reading = Patience("reading chunks")
+        self._engine = EngineThread(load, flight=self._flight)
         self._sharing = Sharing(self._engine, jobs)
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
-        self._leases = LeaseWorker(jobs.connection, self.name, self._watched())
+        self._leases = LeaseWorker(jobs.connection, self.name, self._watched(), self._flight)
         self._report = Report()
-        self._asked_at = 0.0
         self._looked_at = 0.0
 
     def run(self) -> int:
@@ -132,34 +143,20 @@ class BatchWorker:
                 self._take_chunks()
                 self._feed_engine()
                 self._hear_engine()
-                self._publisher.publish_if_due(hurry=not self._owed_rows())
+                self._publisher.publish_if_due(hurry=self._waits_for_publication())
                 self._finish_chunks()
         finally:
             self._wind_up()
-        return self.exit_code or (JobFailed.exit_code if self.refused else 0)
-
-    def request_stop(self, number: int) -> None:
-        """Stop: the first time finish what was taken, the second time hand it back.
-
-        The third time leave at once; leases run out by themselves. `number` is the signal's.
-        """
-        now = time.monotonic()
-        if now - self._asked_at < SAME_SIGNAL_S:
-            return
-        self._asked_at = now
-        self.stops += 1
-        self.exit_code = 128 + number
-        if self.stops > 2:
-            raise KeyboardInterrupt
+        return self.stop.exit_code or (JobFailed.exit_code if self.refused else 0)
 
     def _may_stop(self) -> bool:
-        if self._leases.shutdown_asked and not self.stops:
-            self.request_stop(signal.SIGINT)
-        if self.stops > 1:
+        if self._leases.shutdown_asked and not self.stop.count:
+            self.stop.ask(signal.SIGINT)
+        if self.stop.look() > 1:
             return True
         if self.chunks:
             return False
-        return self.stops > 0 or (self.config.burst and self._nothing_waits())
+        return self.stop.count > 0 or (self.config.burst and self._nothing_waits())
 
     def _nothing_waits(self) -> bool:
         if self.fixed is not None:
@@ -181,11 +178,11 @@ class BatchWorker:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
         work = self.chunks.pop(lease.id, None)
         if work is not None:
-            self._engine.abort([(lease.id, place) for place in work.owed if place < work.given])
+            self._engine.abort([(lease.id, place) for place in work.given])
 
     def _choose_model(self) -> None:
         """See to it that the engine holds the model that the next chunk needs."""
-        if self.stops or self.loading or self.chunks:
+        if self.stop.count or self.loading or self.chunks:
             return
         if self.fixed is not None:
             wanted: ModelKey | None = self.fixed
@@ -211,12 +208,12 @@ class BatchWorker:
         return [self.jobs.queue(name) for name in names]
 
     def _take_chunks(self) -> None:
-        if self.stops or self.model is None or not self._room():
+        if self.stop.count or self.model is None or not self._room():
             return
         if self._looked_at and not self._look_again():
             return
         queue = self.jobs.queue(self.model.queue_name)
-        while self._room() and not self.stops:
+        while self._room() and not self.stop.count:
             lease = self._leases.take(queue)
             if lease is None:
                 self._looked_at = time.monotonic()
@@ -234,12 +231,20 @@ class BatchWorker:
 
     def _room(self) -> bool:
         """Whether to take another chunk: the engine should never see the end of what it has."""
+        if any(work.quarantined for work in self.chunks.values()):
+            return False
+        if self._publisher.failing or not self._reading.due:
+            return False
         if self.config.chunks_in_flight:
             return len(self.chunks) < self.config.chunks_in_flight
         return self._owed_rows() < 2 * self.capacity
 
     def _owed_rows(self) -> int:
         return sum(len(work.owed) for work in self.chunks.values())
+
+    def _waits_for_publication(self) -> bool:
+        """Whether nothing goes on before the finished rows are published."""
+        return not self._owed_rows() or any(work.held_up for work in self.chunks.values())
 
     def _begin(self, lease: Lease) -> None:
         """Take a chunk's missing rows on."""
@@ -250,16 +255,24 @@ class BatchWorker:
             logger.error("chunk %d refused: %s", lease.chunk, error)
             self._leases.fail(lease, error, final=True)
             return
+        except Unreachable as error:  # the storage's fault: the chunk waits, behind the others
+            logger.warning("chunk %d of %s goes back: %s", lease.chunk, lease.folder, error)
+            self._leases.hand_back(lease, front=False)
+            self._reading.failed(error)
+            return
         except Exception as error:  # noqa: BLE001  whatever it is, it is this chunk's failure
             logger.error("chunk %d of %s cannot be read: %s", lease.chunk, lease.folder, error)
             self._leases.fail(lease, error)
             return
+        self._reading.worked()
         self.chunks[lease.id] = work
 
     def _feed_engine(self) -> None:
         """Give the engine rows: more than it decodes together, not all samples of all at once."""
         room = max(AHEAD, 4 * self.capacity) - sum(w.in_engine for w in self.chunks.values())
         for work in self.chunks.values():
+            if work.quarantined and len(self.chunks) > 1:  # first the others come to their end
+                continue
             requests, impossible = work.requests(max(room, 0))
             room -= len(requests)
             for completion in impossible:
@@ -306,6 +319,7 @@ class BatchWorker:
             return
         result = work.result(completion, place, self.name)
         work.owed.discard(place)
+        work.given.discard(place)
         work.unpublished += 1
         work.failed_rows += completion.finish_reason == "error"
         self._publisher.add(work.lease.folder, work.folder, result, work)
@@ -341,8 +355,16 @@ class BatchWorker:
         """The engine raised. Keep what is finished, put the rest back, end."""
         self._publisher.publish()
         self._finish_chunks()
-        for lease_id in list(self.chunks):
-            self._leases.fail(self.chunks.pop(lease_id).lease, error)
+        if any(isinstance(one, OSError | MemoryError) for one in (error, error.__cause__)):
+            self._hand_back_all()  # the machine's fault, not a row's
+        held = [work.lease for work in self.chunks.values()]
+        if held:
+            cause = f"{type(error).__name__}: {error}"[:200]
+            leases = {lease.id: (lease.job.id, lease.queue.name) for lease in held}
+            logger.error("%s", settle_leases(self.jobs, leases, self._flight.running(), cause))
+        for lease in held:
+            self._leases.drop(lease)
+            self._abandon(lease)
         raise TrbatchError(
             f"the engine failed: {type(error).__name__}: {error}",
             hint="its chunks went back to the queue; `trbatch status` shows them",
@@ -353,12 +375,14 @@ class BatchWorker:
         try:
             self._hear_last()
             self._publisher.publish()
-            if self.stops <= 2:
+            if self.stop.count <= 2:
                 self._finish_chunks()
                 self._hand_back_all()
                 self._sharing.close()
         finally:
-            patient = self.stops <= 2  # else somebody is tired of waiting, perhaps for the queue
+            patient = (
+                self.stop.count <= 2
+            )  # else somebody is tired of waiting, perhaps for the queue
             if not self._engine.stop(ENGINE_STOP_S if patient else LEAVE_S):
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._report.last(self.name)
@@ -371,7 +395,7 @@ class BatchWorker:
             match event:
                 case Finished():
                     self._heed(event)
-                case Changes() | Whole() if self.stops <= 2:
+                case Changes() | Whole() if self.stop.count <= 2:
                     self._heed(event)
                 case Broken(error):
                     logger.warning("the engine failed at the end: %s", error)
@@ -386,10 +410,3 @@ class BatchWorker:
 
 def _fixed_model(config: WorkerConfig) -> ModelKey | None:
     return ModelKey.of(config.model, config.revision) if config.model else None
-
-
-def _worker_name(config: WorkerConfig) -> str:
-    """Never used twice, not even by a restarted container: segments are named after it."""
-    name = config.name or f"{socket.gethostname()}-{config.engine.device}-{os.getpid()}"
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return f"{safe}-{uuid.uuid4().hex[:6]}"
