@@ -8,8 +8,10 @@ chunk twice. None of it costs the chunk a retry: those are for failures of the c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import redis
+from rq import Queue
 from rq.defaults import RQ_KEY_PREFIX
 from rq.executions import WORKER_EXECUTIONS_KEY_TEMPLATE, ExecutionRegistry
 from rq.utils import as_text, current_timestamp, now, utcformat
@@ -137,6 +139,23 @@ def recover(queue: ChunkQueue) -> int:
     keys = [queue.intermediate_queue_key, queue.key]
     stuck = (_prefix_of_jobs(), current_timestamp(), chunk_job.STUCK_S, _MOST)
     return back + int(queue.connection.eval(_UNSTICK, 2, *keys, *stuck))
+
+
+class Witness:
+    """Tells leases that somebody renews from those that the dead have left."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, bytes], float] = {}  # of each lease: its end, when first seen
+
+    def all_live(self, queues: Sequence[Queue]) -> bool:
+        """Whether every lease of these queues was renewed since it was first seen here."""
+        ends: dict[tuple[str, bytes], float] = {}
+        for queue in queues:
+            key = queue.started_job_registry.key
+            found: Any = queue.connection.zrange(key, 0, -1, withscores=True)
+            ends.update({(key, member): end for member, end in found})
+        self._first = {lease: self._first.get(lease, end) for lease, end in ends.items()}
+        return all(end != self._first[lease] for lease, end in ends.items())
 
 
 def history(connection: redis.Redis, entry: str) -> tuple[int, Suspects]:

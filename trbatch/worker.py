@@ -40,6 +40,7 @@ from trbatch.naming import worker_name
 from trbatch.patience import Patience
 from trbatch.publishing import Publisher, Report
 from trbatch.queue import JobQueue, ModelKey
+from trbatch.recovery import Witness
 from trbatch.sharing import Sharing
 from trbatch.stopping import Stops, signals_to
 
@@ -125,6 +126,7 @@ class BatchWorker:
         self._flight = flight or FlightRecord.create()
         self._folders = Folders(config.roots)
         self._reading = Patience("reading chunks")
+        self._witness = Witness()
         self._engine = EngineThread(load, flight=self._flight)
         self._sharing = Sharing(self._engine, jobs)
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
@@ -159,9 +161,12 @@ class BatchWorker:
         return self.stop.count > 0 or (self.config.burst and self._nothing_waits())
 
     def _nothing_waits(self) -> bool:
+        """Whether nothing is left that is nobody's; what the dead have left comes back yet."""
         if self.fixed is not None:
-            return self.jobs.waiting(self.fixed) == 0
-        return self.jobs.longest_waiting() is None
+            waits = self.jobs.waiting(self.fixed) > 0
+        else:
+            waits = self.jobs.longest_waiting() is not None
+        return not waits and self._witness.all_live(self._leases.queues)
 
     def _beat(self) -> None:
         for lease in self._leases.beat():
