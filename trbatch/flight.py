@@ -28,6 +28,7 @@ SLOW_STEPS = 10.0  # a step may take so many times the slowest one so far
 _FLIGHT = "TRBATCH_FLIGHT"  # in a worker's environment: its supervisor's pid and the record's fd
 _PAGE = mmap.PAGESIZE
 _SLOT = 1 << 20  # bytes a note, at most
+_SIZE = _PAGE + 4 * _SLOT  # of which only what is written takes memory
 _HEADER = struct.Struct("<QII")  # number, bytes, checksum
 _DOUBLE = struct.Struct("<d")
 _HOLDINGS, _RUNNING = range(2)
@@ -130,7 +131,7 @@ class FlightRecord:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._memory = mmap.mmap(fd, _PAGE)
+        self._memory = mmap.mmap(fd, _SIZE)  # to write to it needs no disk and knows no quota
         self.pulse = Pulse(self._memory)
         self._numbers = [0, 0]
 
@@ -142,7 +143,7 @@ class FlightRecord:
         else:
             with tempfile.TemporaryFile() as file:
                 fd = os.dup(file.fileno())
-        os.ftruncate(fd, _PAGE + 4 * _SLOT)
+        os.ftruncate(fd, _SIZE)
         return cls(fd)
 
     @classmethod
@@ -196,15 +197,17 @@ class FlightRecord:
         data = orjson.dumps(value)
         assert len(data) + _HEADER.size <= _SLOT, "a worker never holds this much"
         number = self._numbers[kind] = self._numbers[kind] + 1
-        header = _HEADER.pack(number, len(data), zlib.crc32(data))
-        os.pwrite(self.fd, header + data, _place(kind, number))
+        note = _HEADER.pack(number, len(data), zlib.crc32(data)) + data
+        place = _place(kind, number)
+        self._memory[place : place + len(note)] = note
 
     def _read(self, kind: int) -> Any:
         latest, value = 0, None
         for slot in range(2):
-            header = os.pread(self.fd, _HEADER.size, _place(kind, slot))
-            number, size, checksum = _HEADER.unpack(header)
-            data = os.pread(self.fd, min(size, _SLOT), _place(kind, slot) + _HEADER.size)
+            place = _place(kind, slot)
+            number, size, checksum = _HEADER.unpack_from(self._memory, place)
+            place += _HEADER.size
+            data = self._memory[place : place + min(size, _SLOT)]
             if number > latest and zlib.crc32(data) == checksum:
                 latest, value = number, orjson.loads(data)
         return value
