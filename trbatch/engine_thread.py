@@ -17,6 +17,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
+from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import TrbatchError
 from trbatch.flight import FlightRecord
@@ -91,6 +92,23 @@ class Engine(Protocol):
 
 
 Loader = Callable[[ModelKey], Engine]
+
+
+def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
+    """Load a model and put an engine round it. Imports torch."""
+    from trbatch.engine.engine import Engine as TorchEngine
+    from trbatch.engine.loading import loading
+    from trbatch.models import load_model
+
+    with loading(model.name):
+        loaded = load_model(
+            model.name,
+            revision=model.revision,
+            device=config.engine.device,
+            dtype=config.engine.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return TorchEngine(loaded, config.engine)
 
 
 @dataclass(frozen=True, slots=True)

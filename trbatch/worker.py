@@ -7,6 +7,7 @@ rows of the last seconds. Torch is imported where an engine is made and nowhere 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
@@ -14,16 +15,16 @@ import time
 from collections.abc import Hashable
 from functools import partial
 
+from trbatch import server
 from trbatch.aftermath import settle_leases
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
-from trbatch.connection import reaching
+from trbatch.connection import mask_url, reaching
 from trbatch.engine.sequence import Completion
 from trbatch.engine_thread import (
     Broken,
     Changes,
-    Engine,
     EngineThread,
     Event,
     Finished,
@@ -31,6 +32,7 @@ from trbatch.engine_thread import (
     LoadFailed,
     Ready,
     Whole,
+    load_engine,
 )
 from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.flight import FlightRecord
@@ -79,23 +81,6 @@ def run_worker(
             return worker.run()
 
 
-def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
-    """Load a model and put an engine round it. Imports torch."""
-    from trbatch.engine.engine import Engine as TorchEngine
-    from trbatch.engine.loading import loading
-    from trbatch.models import load_model
-
-    with loading(model.name):
-        loaded = load_model(
-            model.name,
-            revision=model.revision,
-            device=config.engine.device,
-            dtype=config.engine.dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
-        return TorchEngine(loaded, config.engine)
-
-
 class BatchWorker:
     """One worker around one engine.
 
@@ -136,6 +121,7 @@ class BatchWorker:
 
     def run(self) -> int:
         """Work until there is a reason to stop. See `run_worker`."""
+        self.jobs.breaks.use(self._while_away)
         self._leases.open()
         self._engine.start()
         try:
@@ -159,6 +145,24 @@ class BatchWorker:
         if self.chunks:
             return False
         return self.stop.count > 0 or (self.config.burst and self._nothing_waits())
+
+    def _while_away(self) -> None:
+        """The queue's server is away: publish what is finished, and leave if it is time to."""
+        if self.jobs.embedded:
+            with contextlib.suppress(TrbatchError):  # then it is tried again in the next break
+                server.ensure()
+        events = self._engine.next_events(0.0)
+        for event in events:
+            if isinstance(event, Finished):
+                self._heed(event)
+            else:
+                self._engine.events.put(event)  # for when it is back
+        self._publisher.publish_if_due()
+        if self.stop.look() > 1:
+            raise Unreachable(
+                f"asked to stop while the queue at {mask_url(self.jobs.url)} is away",
+                hint="chunks in flight come back when their leases run out; finished rows are kept",
+            )
 
     def _nothing_waits(self) -> bool:
         """Whether nothing is left that is nobody's; what the dead have left comes back yet."""
@@ -385,9 +389,7 @@ class BatchWorker:
                 self._hand_back_all()
                 self._sharing.close()
         finally:
-            patient = (
-                self.stop.count <= 2
-            )  # else somebody is tired of waiting, perhaps for the queue
+            patient = self.stop.count <= 2  # else somebody is tired of waiting
             if not self._engine.stop(ENGINE_STOP_S if patient else LEAVE_S):
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._report.last(self.name)
