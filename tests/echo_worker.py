@@ -19,6 +19,7 @@ from typing import Any
 
 from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
+from trbatch.errors import WorkerError
 from trbatch.queue import ModelKey
 
 
@@ -103,6 +104,8 @@ def load_echo(config: WorkerConfig, model: ModelKey) -> EchoEngine:
     if log := os.environ.get("ECHO_LOADS"):  # a line a start
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
+        if str(len(open(log).readlines())) in os.environ.get("ECHO_REFUSE_LOADS", "").split():
+            raise WorkerError("no memory left")
     misbehave(os.environ.get("ECHO_LOADING", ""))
     return EchoEngine(float(os.environ.get("ECHO_STEP_S", "0")))
 

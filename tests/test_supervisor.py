@@ -86,6 +86,36 @@ def test_a_worker_dies_with_its_parent(jobs: JobQueue, tmp_path: Path) -> None:
         wait_for(lambda: not alive(child), timeout=5)
 
 
+def test_where_the_kernel_does_not_help_a_worker_looks_after_its_parent_itself(
+    tmp_path: Path,
+) -> None:
+    pid = tmp_path / "pid"
+    child = (
+        "import os, pathlib, time; from trbatch import supervisor\n"
+        "supervisor.LOOK_S, supervisor._PR_SET_PDEATHSIG = 0.05, -1\n"
+        "supervisor.die_with_parent()\n"
+        f"pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent]) as process:
+        number = int(wait_for(lambda: pid.exists() and pid.read_text()))
+        assert alive(number)
+        process.kill()
+    wait_for(lambda: not alive(number), timeout=5)
+
+
+def test_a_successor_that_cannot_load_yet_is_tried_again(jobs: JobQueue, tmp_path: Path) -> None:
+    """The GPU's memory may still be full of a predecessor; the model could be loaded before."""
+    job = submit(jobs, tmp_path, [f"say {i}" for i in range(60)])
+    env = {"ECHO_STEP_S": "0.1", "ECHO_REFUSE_LOADS": "2 3", "ECHO_LOADS": str(tmp_path / "loads")}
+    with supervised(jobs.url, tmp_path / "log", env=env) as worker:
+        wait_for(lambda: len(rows_of(job)) >= 4)
+        os.kill(worker.children()[0], signal.SIGKILL)
+        wait_for(lambda: jobs.counts(job.id).finished == 8)
+        assert worker.words.count("no memory left") == 2
+    assert set(texts_of(job)) == set(range(60))
+
+
 def test_a_worker_whose_model_takes_it_down_is_given_up_after_some_tries(
     jobs: JobQueue, tmp_path: Path
 ) -> None:

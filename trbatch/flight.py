@@ -13,6 +13,7 @@ import os
 import struct
 import tempfile
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,7 @@ class FlightRecord:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._close = weakref.finalize(self, os.close, fd)
         self._memory = mmap.mmap(fd, _SIZE)  # to write to it needs no disk and knows no quota
         self.pulse = Pulse(self._memory)
         self._numbers = [0, 0]
@@ -168,7 +170,7 @@ class FlightRecord:
     def close(self) -> None:
         """Give the memory back."""
         self._memory.close()
-        os.close(self.fd)
+        self._close()
 
     def note_holdings(self, worker: str, leases: Mapping[str, Sequence[str]]) -> None:
         """Note the leases that the worker of this name holds: by execution, entry and queue."""

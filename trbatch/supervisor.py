@@ -7,7 +7,6 @@ into the queue at once, by the flight record, with the rows that may be to blame
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -15,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,13 +187,14 @@ class Supervisor:
             logger.error("%s died: %s", worker.post.title, death.cause)
         suspected = self._settle(worker.flight, death)
         pulse = worker.flight.pulse
+        final = self._is_final(worker, death, was_ready=pulse.was_ready)
         worker.worked = worker.worked or pulse.was_ready
         if death.own:
             worker.failed_starts = 0 if pulse.was_ready else worker.failed_starts + 1
             worker.fruitless = 0 if pulse.fruitful else worker.fruitless + 1
         worker.flight.close()
         worker.process = worker.flight = None
-        if self._stops or self._is_final(worker, death):
+        if self._stops or final:
             worker.exit_code = 0 if self._stops and code < 0 else max(code, 0)
             return
         tries = worker.fruitless if death.own and not suspected else 0
@@ -212,12 +213,14 @@ class Supervisor:
             hint="what it wrote above says why; a smaller model or another --device may do",
         )
 
-    def _is_final(self, worker: _Worker, death: Death) -> bool:
+    def _is_final(self, worker: _Worker, death: Death, *, was_ready: bool) -> bool:
         """Whether a successor would do no better."""
-        if death.code == Unreachable.exit_code:
-            return not (self._patient and worker.worked)
         if death.code == 128 + signal.SIGTERM:  # somebody stopped it, and not through us
             return False
+        if death.code == Unreachable.exit_code:
+            return not (self._patient and worker.worked)
+        if death.code == WorkerError.exit_code and worker.worked and not was_ready:
+            return False  # the model could be loaded before, so it is the machine
         return death.on_purpose
 
     def _settle(self, flight: FlightRecord, death: Death) -> int:
@@ -263,13 +266,22 @@ class Supervisor:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: nobody else would free its GPU."""
+    """Have this process killed when its parent dies: nobody else would free its GPU."""
     parent = os.getppid()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a C library without it
-            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        failed = ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):  # no Linux
+        failed = -1
+    if failed:
+        threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
     if os.getppid() != parent:  # it died before the kernel knew
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def supervise(config: WorkerConfig, gpu: str, arguments: Sequence[str]) -> int:

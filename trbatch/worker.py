@@ -390,7 +390,11 @@ class BatchWorker:
                 self._sharing.close()
         finally:
             patient = self.stop.count <= 2  # else somebody is tired of waiting
-            if not self._engine.stop(ENGINE_STOP_S if patient else LEAVE_S):
+            nothing_to_save = self.loading is not None
+            stopped = self._engine.stop(
+                ENGINE_STOP_S if patient and not nothing_to_save else LEAVE_S
+            )
+            if not stopped and not nothing_to_save:
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._report.last(self.name)
             if patient:
