@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import signal
@@ -148,6 +149,28 @@ def test_a_phase_that_fails_is_over(flight: FlightRecord, clock: Clock) -> None:
         raise ValueError
     clock.now += 10_000
     assert flight.pulse.beats(15)
+
+
+def test_a_phase_in_the_middle_of_a_step_makes_no_slow_step_of_it(
+    flight: FlightRecord, clock: Clock
+) -> None:
+    pulse = flight.pulse
+    with flight_module.declared():  # in a thread that is no engine's
+        assert pulse.beats(15)
+    contextvars.copy_context().run(compile_in_a_step, flight, clock)
+    assert pulse.allowed(15) == 20.0, "ten times the 2 s beside the 300 that were declared"
+
+
+def compile_in_a_step(flight: FlightRecord, clock: Clock) -> None:
+    flight.pulse.adopt()
+    with flight.pulse.step():
+        clock.now += 1
+        with flight_module.declared():
+            assert not flight.pulse.stepping
+            clock.now += 300
+            assert flight.pulse.beats(15)
+        assert flight.pulse.stepping
+        clock.now += 1
 
 
 def test_slow_steps_are_allowed_to_engines_whose_steps_are_slow(

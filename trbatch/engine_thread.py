@@ -253,6 +253,7 @@ class EngineThread:
             return events
 
     def _run(self) -> None:
+        self._flight.pulse.adopt()
         try:
             while not self._stopping:
                 self._obey()

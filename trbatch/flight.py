@@ -16,7 +16,8 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Self
 
 import orjson
@@ -48,6 +49,7 @@ class Pulse:
     def __init__(self, memory: mmap.mmap, clock: Callable[[], float] = time.monotonic) -> None:
         self._memory = memory
         self._clock = clock
+        self._excused_s = 0.0  # of the step that runs: what declared phases inside it took
 
     def idle(self) -> None:
         """The engine has nothing to do."""
@@ -57,20 +59,27 @@ class Pulse:
     def step(self) -> Iterator[None]:
         """A step of the engine; one that never ends is a hung engine."""
         self._mark(_STEPPING)
+        self._excused_s = 0.0
         begin = self._clock()
         yield
-        if (seconds := self._clock() - begin) > self._get(self._SLOWEST):
+        if (seconds := self._clock() - begin - self._excused_s) > self._get(self._SLOWEST):
             self._set(self._SLOWEST, seconds)
         self._mark(_STEPPING)
 
     @contextmanager
     def declared(self) -> Iterator[None]:
         """Something that may take minutes: loading, compiling, capturing, saving."""
+        before, begin = self._get(self._PHASE), self._clock()
         self._mark(_DECLARED)
         try:
             yield
         finally:
-            self._mark(_IDLE)
+            self._excused_s += self._clock() - begin
+            self._mark(before)
+
+    def adopt(self) -> None:
+        """This thread is the engine's: what it declares from now on is told here."""
+        _PULSE.set(self)
 
     def ready(self) -> None:
         """An engine stands."""
@@ -121,6 +130,17 @@ class Pulse:
 
     def _set(self, place: int, value: float) -> None:
         _DOUBLE.pack_into(self._memory, place * _DOUBLE.size, value)
+
+
+_PULSE: ContextVar[Pulse | None] = ContextVar("pulse", default=None)
+
+
+@contextmanager
+def declared() -> Iterator[None]:
+    """Something in an engine that may take minutes, so that nobody thinks that it hangs."""
+    pulse = _PULSE.get()
+    with pulse.declared() if pulse is not None else nullcontext():
+        yield
 
 
 class FlightRecord:
