@@ -102,6 +102,23 @@ def test_a_worker_that_never_had_a_queue_says_so_at_once(tmp_path: Path, home: P
         assert worker.words.count("error:") == 1
 
 
+def test_a_parent_tries_again_for_as_long_as_the_server_is_away(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    """More often than it would a worker that cannot load its model."""
+    job = submit(jobs, tmp_path, [f"say {i}" for i in range(60)])
+    env = {"ECHO_STEP_S": "0.1", "ECHO_LOADS": str(tmp_path / "loads")}
+    with supervised(jobs.url, tmp_path / "log", env=env) as worker:
+        wait_for(lambda: len(rows_of(job)) >= 4)
+        kill_server()
+        worker.children() and os.kill(worker.children()[0], signal.SIGKILL)
+        wait_for(lambda: worker.words.count("cannot be reached") >= 8, timeout=60)
+        assert worker.process.poll() is None
+        server.ensure()
+        wait_for(lambda: jobs.counts(job.id).finished == 8, timeout=60)
+    assert sorted(row["prompt_index"] for row in rows_of(job)) == list(range(60))
+
+
 # --- the storage ---
 
 

@@ -44,7 +44,7 @@ WORKER = Path(__file__).with_name("torture_worker.py")
 ROOT = Path(__file__).parent.parent
 WORKERS = 3
 ROWS_A_SECOND = 8.4  # 5,000 rows in ten minutes
-STEP_S = 0.08
+STEP_S = 0.08  # of an engine under torture, so that rows take as long as it lasts
 BREAKS_S = (2.0, 7.0)  # between two deeds, at least and at most
 CALM_S = 240.0  # for what is left when the hand has let go
 
@@ -52,15 +52,15 @@ CALM_S = 240.0  # for what is left when the hand has let go
 class Worker:
     """A supervisor and its child, started again by whoever kills the supervisor."""
 
-    def __init__(self, number: int, url: str, folder: Path) -> None:
-        self.number, self.url = number, url
+    def __init__(self, number: int, url: str, folder: Path, step_s: float = STEP_S) -> None:
+        self.number, self.url, self.step_s = number, url, step_s
         self.log = folder / f"worker-{number}.log"
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         surroundings = {
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TRBATCH_REDIS_URL": self.url,
-            "TORTURE_STEP_S": str(STEP_S), "OMP_NUM_THREADS": "1",
+            "TORTURE_STEP_S": str(self.step_s), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [sys.executable, str(WORKER), "worker", f"--name=w{self.number}"]
         with self.log.open("ab") as log:
@@ -89,9 +89,13 @@ class Worker:
 
 @dataclass
 class Hand:
-    """What does the harm: one thing every few seconds, and what undoes it later."""
+    """What does the harm: one thing every few seconds, and what undoes it later.
+
+    The same seed does the same things at the same times; whom they hit depends on who is busy then.
+    """
 
     chance: random.Random
+    aim: random.Random
     workers: list[Worker]
     url: str
     done: Counter[str] = field(default_factory=Counter)
@@ -120,13 +124,13 @@ class Hand:
         with contextlib.suppress(TrbatchError), JobQueue.connect(self.url) as jobs:
             busy = [one.pid for one in jobs.workers() if one.chunks and one.pid in pids]
             pids = busy or pids
-        return self.chance.choice(sorted(pids)) if pids else 0
+        return self.aim.choice(sorted(pids)) if pids else 0
 
     def kill_worker(self) -> None:
         self._signal(self.victim(), signal.SIGKILL, "kill -9 of a worker")
 
     def kill_supervisor(self) -> None:
-        self.chance.choice(self.workers).kill_supervisor()
+        self.aim.choice(self.workers).kill_supervisor()
         self.done["kill -9 of a supervisor"] += 1
 
     def kill_server(self) -> None:
@@ -141,16 +145,16 @@ class Hand:
 
     def stop_worker(self) -> None:
         pid = self.victim()
+        when = time.monotonic() + LEASE_S + self.chance.uniform(2.0, 6.0)
         if self._signal(pid, signal.SIGSTOP, "SIGSTOP for longer than the lease"):
-            when = time.monotonic() + LEASE_S + self.chance.uniform(2.0, 6.0)
             self.later.append((when, lambda: self._signal(pid, signal.SIGCONT, "")))
 
     def fill_disk(self) -> None:
         """By a limit on the size of files: every write fails."""
         pid = self.victim()
+        when = time.monotonic() + self.chance.uniform(2.0, 6.0)
         if self._limit(pid, 0):
             self.done["full disk"] += 1
-            when = time.monotonic() + self.chance.uniform(2.0, 6.0)
             self.later.append((when, lambda: self._limit(pid, resource.RLIM_INFINITY)))
 
     def cut_connections(self) -> None:
@@ -203,8 +207,8 @@ def submit(jobs: JobQueue, file: Path, name: str) -> JobFolder:
 def decode_undisturbed(jobs: JobQueue, file: Path, folder: Path, url: str) -> dict[str, str]:
     """What each row says when nobody disturbs."""
     job = submit(jobs, file, "calm")
-    worker = Worker(0, url, folder)
-    wait_until_complete(job, 600.0)
+    worker = Worker(0, url, folder, step_s=0.0)
+    wait_until_complete(job, 1200.0)
     assert worker.stop() == 143
     return texts_of(job, folder / "calm.parquet")
 
@@ -248,7 +252,7 @@ def torture(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
         expected = decode_undisturbed(jobs, file, folder, url)
         job = submit(jobs, file, "torture")
     workers = [Worker(number, url, folder) for number in range(1, WORKERS + 1)]
-    hand = Hand(chance, workers, url)
+    hand = Hand(chance, random.Random(seed), workers, url)
     wait_until_all_decode(job)
     begin = time.monotonic()
     while time.monotonic() - begin < seconds and not job.progress().complete:
@@ -257,25 +261,28 @@ def torture(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
         hand.act()
     tortured_s = time.monotonic() - begin
     hand.undo(all_of_it=True)
+    let_go = time.monotonic()
     wait_until_complete(job, CALM_S + seconds)
+    drained_s = time.monotonic() - let_go
     codes = [worker.stop() for worker in workers]
     found = texts_of(job, folder / "torture.parquet")
-    return report(job, folder, expected, found, codes, hand.done, tortured_s) | {"seed": seed}
+    happened = {"seconds of torture": round(tortured_s), "seconds until done": round(drained_s)}
+    return happened | hand.done | report(job, folder, expected, found) | {
+        "exit codes": codes, "seed": seed,
+    }  # fmt: skip
 
 
 def report(
-    job: JobFolder, folder: Path, expected: dict[str, str], found: dict[str, str],
-    codes: list[int], done: Counter[str], tortured_s: float,
-) -> dict[str, Any]:  # fmt: skip
+    job: JobFolder, folder: Path, expected: dict[str, str], found: dict[str, str]
+) -> dict[str, Any]:
+    """What became of the rows, and what it took."""
     receipt = collect(JobFolder.open(job.path), str(folder / "torture.parquet"))
     table = pq.read_table(folder / "torture.parquet")
     attempts = table["attempts"].to_pylist()
     words = "".join(file.read_text() for file in folder.glob("worker-*.log"))
     errors = [code for code in table["error_code"].to_pylist() if code]
     return {
-        "seconds": round(tortured_s),
         "rows": len(expected),
-        **done,
         "rows equal to the undisturbed run": sum(found[i] == expected[i] for i in expected),
         "error rows": len(errors),
         "of these poison": errors.count("poison"),
@@ -284,7 +291,6 @@ def report(
         "mean attempts of a row": round(statistics.mean(attempts), 2),
         "workers that had to be replaced": words.count("died:"),
         "tracebacks in the workers' logs": words.count("Traceback"),
-        "exit codes": codes,
         "receipt": str(receipt),
     }
 

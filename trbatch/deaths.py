@@ -25,7 +25,9 @@ OWN_SIGNALS = frozenset(
 )  # fmt: skip
 OWN_SHARE = 0.5  # of the memory there is: a process with less did not fill it
 
-_ON_PURPOSE = {0, UsageError.exit_code, ModelError.exit_code, Unreachable.exit_code}
+_STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+_OF_OTHERS = {0, Unreachable.exit_code, *_STOPPED}  # or of nobody
+_ON_PURPOSE = {*_OF_OTHERS, UsageError.exit_code, ModelError.exit_code}
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -40,7 +42,7 @@ class Death:
     @property
     def on_purpose(self) -> bool:
         """Whether it ended as a worker ends, well or with an error that it has told."""
-        return self.code in _ON_PURPOSE or self.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        return self.code in _ON_PURPOSE
 
 
 def judge(code: int, *, hung: bool = False, out_of_memory: bool = False) -> Death:
@@ -54,7 +56,7 @@ def judge(code: int, *, hung: bool = False, out_of_memory: bool = False) -> Deat
     if hung:
         return Death(code, "its engine hung", own=True)
     if code >= 0:
-        return Death(code, f"exit code {code}", own=code != 0)
+        return Death(code, f"exit code {code}", own=code not in _OF_OTHERS)
     name = _signal_name(-code)
     if -code == signal.SIGKILL and out_of_memory:
         return Death(code, f"{name}: the kernel ran out of memory", own=True)

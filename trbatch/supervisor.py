@@ -19,9 +19,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import redis
+
 from trbatch import gpus
 from trbatch.aftermath import settle
 from trbatch.config import WorkerConfig
+from trbatch.connection import reaching
 from trbatch.deaths import Death, MemoryWatch, is_stopped, judge
 from trbatch.errors import TrbatchError, Unreachable, WorkerError
 from trbatch.flight import FlightRecord
@@ -63,6 +66,7 @@ class _Worker:
     due: float = 0.0  # when to start the next one
     failed_starts: int = 0  # in a row
     fruitless: int = 0  # the same, but of those that finished no row
+    breaks: int = 0  # how often it waited longer and longer
     worked: bool = False  # whether any of them had its model standing
     exit_code: int | None = None  # once there will be no other
     error: WorkerError | None = None  # why there will be no other
@@ -192,13 +196,15 @@ class Supervisor:
         if death.own:
             worker.failed_starts = 0 if pulse.was_ready else worker.failed_starts + 1
             worker.fruitless = 0 if pulse.fruitful else worker.fruitless + 1
+        at_once = suspected or pulse.fruitful or (code < 0 and not death.own)
+        worker.breaks = 0 if at_once else worker.breaks + 1
         worker.flight.close()
         worker.process = worker.flight = None
         if self._stops or final:
             worker.exit_code = 0 if self._stops and code < 0 else max(code, 0)
             return
-        tries = worker.fruitless if death.own and not suspected else 0
-        worker.due = time.monotonic() + min(FIRST_BREAK_S * 2**tries, LONGEST_BREAK_S)
+        break_s = min(FIRST_BREAK_S * 2 ** min(worker.breaks, 10), LONGEST_BREAK_S)
+        worker.due = time.monotonic() + break_s
         self._give_up_if_hopeless(worker, death)
 
     def _give_up_if_hopeless(self, worker: _Worker, death: Death) -> None:
@@ -212,6 +218,7 @@ class Supervisor:
             f"{worker.post.title} died {times}, at last by {death.cause}",
             hint="what it wrote above says why; a smaller model or another --device may do",
         )
+        logger.error("%s", worker.error)
 
     def _is_final(self, worker: _Worker, death: Death, *, was_ready: bool) -> bool:
         """Whether a successor would do no better."""
@@ -228,9 +235,9 @@ class Supervisor:
         if not flight.holdings()[1]:
             return 0
         try:
-            with JobQueue.connect(self._redis_url) as jobs:
+            with JobQueue.connect(self._redis_url) as jobs, reaching(jobs.url):
                 after = settle(jobs, flight, death.cause, own=death.own)
-        except TrbatchError as error:
+        except (TrbatchError, redis.RedisError) as error:
             logger.warning("its chunks come back when their leases run out: %s", error)
             return 0
         logger.warning("%s", after)
