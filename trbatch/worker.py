@@ -364,8 +364,9 @@ class BatchWorker:
         """The engine raised. Keep what is finished, put the rest back, end."""
         self._publisher.publish()
         self._finish_chunks()
-        if any(isinstance(one, OSError | MemoryError) for one in (error, error.__cause__)):
-            self._hand_back_all()  # the machine's fault, not a row's
+        machines = OSError | MemoryError | Unreachable
+        if isinstance(error, machines) or isinstance(error.__cause__, machines):
+            self._hand_back_all()  # no row's fault
         held = [work.lease for work in self.chunks.values()]
         if held:
             cause = f"{type(error).__name__}: {error}"[:200]
