@@ -119,6 +119,24 @@ def test_a_parent_tries_again_for_as_long_as_the_server_is_away(
     assert sorted(row["prompt_index"] for row in rows_of(job)) == list(range(60))
 
 
+def test_a_queue_that_was_wiped_costs_a_resume(jobs: JobQueue, tmp_path: Path) -> None:
+    """The job folder is the truth; workers survive it and take what is enqueued anew."""
+    from trbatch import api
+
+    job = submit(jobs, tmp_path, [f"say {i}" for i in range(100)])
+    with supervised(jobs.url, tmp_path / "log", env={"ECHO_STEP_S": "0.1"}) as worker:
+        wait_for(lambda: len(rows_of(job)) >= 12)
+        child = worker.children()
+        jobs.connection.flushall()
+        wait_for(lambda: "lease was lost" in worker.words)
+        chunks = api.resume(job.path, redis_url=jobs.url)
+        assert chunks >= 8
+        wait_for(lambda: jobs.counts(job.id).finished == chunks)
+        assert worker.children() == child
+    receipt = collect(JobFolder.open(job.path), str(tmp_path / "out.parquet"))
+    assert receipt.complete and receipt.rows_ok == 100
+
+
 # --- the storage ---
 
 

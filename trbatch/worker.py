@@ -54,6 +54,8 @@ ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
 LEAVE_S = 0.5  # the same when somebody is tired of waiting
 AHEAD = 1024  # requests in the engine, at least: a row may ask for a thousand samples
 
+_LOST = "chunk %d of %s: its lease was lost; what is finished is kept"
+
 
 def run_worker(
     config: WorkerConfig, *, load: Loader | None = None, flight: FlightRecord | None = None
@@ -174,7 +176,7 @@ class BatchWorker:
 
     def _beat(self) -> None:
         for lease in self._leases.beat():
-            logger.warning("chunk %d of %s: its lease was lost", lease.chunk, lease.folder)
+            logger.warning(_LOST, lease.chunk, lease.folder)
             self._abandon(lease)
         for lease in self._leases.stopped():
             logger.info("chunk %d of %s: stopped on request", lease.chunk, lease.folder)
@@ -342,8 +344,8 @@ class BatchWorker:
         for work in [work for work in self.chunks.values() if work.done]:
             del self.chunks[work.lease.id]
             result = {"rows": len(work.rows), "failed": work.failed_rows}
-            self._leases.finish(work.lease, result)
-            logger.debug("chunk %d of %s is done", work.lease.chunk, work.folder.id)
+            if not self._leases.finish(work.lease, result):
+                logger.warning(_LOST, work.lease.chunk, work.lease.folder)
             if all(other.folder is not work.folder for other in self.chunks.values()):
                 self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
