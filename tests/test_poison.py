@@ -90,6 +90,25 @@ def test_other_chunks_are_done_and_in_no_quarantine(jobs: JobQueue, tmp_path: Pa
     assert_poisoned(other, 40, {})
 
 
+def test_several_workers_find_a_bad_row_in_no_more_restarts_than_one(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    """Who takes the suspects first lets its other chunks come to their end."""
+    bad = {20: "die"}
+    job = submit(jobs, tmp_path, prompts(32, bad), chunk_size=32, name="bad")
+    other = submit(jobs, tmp_path, prompts(240, {}), name="other")
+    loads = tmp_path / "loads"
+    env = {"ECHO_LOADS": str(loads), "ECHO_STEP_S": "0.05"}
+    with (
+        supervised(jobs.url, tmp_path / "one", "--burst", env=env) as one,
+        supervised(jobs.url, tmp_path / "two", "--burst", env=env) as two,
+    ):
+        assert one.wait(120) == two.wait(120) == 0
+    assert_poisoned(job, 32, bad)
+    assert_poisoned(other, 240, {})
+    assert len(loads.read_text().splitlines()) - 2 <= math.log2(32) + 4
+
+
 def test_kills_from_outside_never_make_a_row_suspect(jobs: JobQueue, tmp_path: Path) -> None:
     """Far more of them than a row may crash by itself."""
     job = submit(jobs, tmp_path, prompts(60, {}), chunk_size=60)
