@@ -44,7 +44,7 @@ WORKER = Path(__file__).with_name("torture_worker.py")
 ROOT = Path(__file__).parent.parent
 WORKERS = 3
 ROWS_A_SECOND = 8.4  # 5,000 rows in ten minutes
-STEP_S = 0.08  # of an engine under torture, so that rows take as long as it lasts
+STEP_S = 0.15  # of an engine under torture, so that rows take as long as it lasts
 BREAKS_S = (2.0, 7.0)  # between two deeds, at least and at most
 CALM_S = 240.0  # for what is left when the hand has let go
 
