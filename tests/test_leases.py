@@ -322,6 +322,7 @@ def test_suspects_travel_with_the_chunk(
 # --- whole workers ---
 
 
+@pytest.mark.long
 def test_a_burst_does_not_end_before_the_chunks_of_the_dead_are_done(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
@@ -335,6 +336,7 @@ def test_a_burst_does_not_end_before_the_chunks_of_the_dead_are_done(
     assert len(rows_of(job)) == 16
 
 
+@pytest.mark.long
 def test_a_burst_leaves_the_chunks_of_the_living_to_them(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, [f"say {i}" for i in range(16)])
     with supervised(jobs.url, tmp_path / "living", env={"ECHO_STEP_S": "10"}):

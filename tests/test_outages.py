@@ -102,6 +102,7 @@ def test_a_worker_that_never_had_a_queue_says_so_at_once(tmp_path: Path, home: P
         assert worker.words.count("error:") == 1
 
 
+@pytest.mark.long
 def test_a_parent_tries_again_for_as_long_as_the_server_is_away(
     jobs: JobQueue, tmp_path: Path
 ) -> None:

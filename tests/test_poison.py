@@ -71,7 +71,7 @@ def test_a_death_by_exit_code_or_by_an_exception_of_the_engine_counts_as_well(
 def test_a_row_at_which_the_engine_hangs_is_poison_too(jobs: JobQueue, tmp_path: Path) -> None:
     bad = {2: "hang"}
     job = submit(jobs, tmp_path, prompts(4, bad))
-    env = {"ECHO_HUNG_S": "2"}
+    env = {"ECHO_HUNG_S": "1"}
     with supervised(jobs.url, tmp_path / "log", "--burst", env=env) as worker:
         assert worker.wait(120) == 0
         assert "no sign of life" in worker.words
