@@ -65,7 +65,7 @@ def test_a_scrape_tells_what_the_result_rows_tell(
     monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path / "cache"))
     rows = [*prompts(6), {"prompt": "5 " * 300}]  # the last one is too long
     job = submit(jobs, tmp_path, rows, sampling={"max_tokens": 12})
-    worker = BatchWorker(config(jobs.url), jobs, LoadedTiny(), served)
+    worker = BatchWorker(config(jobs.url), jobs, LoadedTiny(), metrics=served)
     assert worker.run() == 0
     got, decoded = scrape(port), rows_of(job)
 
@@ -101,7 +101,7 @@ def test_a_scrape_in_the_middle_of_work_sees_queue_pages_and_rows_in_flight(
     monkeypatch.setattr("trbatch.engine_thread.STATS_S", 0.0)
     seen: list[dict[str, float]] = []
     submit(jobs, tmp_path, prompts(12), sampling={"max_tokens": 60, "ignore_eos": True})
-    worker = BatchWorker(config(jobs.url, chunks_in_flight=1), jobs, LoadedTiny(), served)
+    worker = BatchWorker(config(jobs.url, chunks_in_flight=1), jobs, LoadedTiny(), metrics=served)
     finish = worker._finish_chunks
 
     def looking() -> None:
@@ -134,7 +134,9 @@ def test_failures_are_counted(
         return publish(self, *args, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(JobFolder, "publish", sometimes)
-    worker = BatchWorker(config(jobs.url), jobs, Loaded(lambda: EchoEngine(step_s=0.01)), served)
+    worker = BatchWorker(
+        config(jobs.url), jobs, Loaded(lambda: EchoEngine(step_s=0.01)), metrics=served
+    )
     lost: list[str] = []
     beat = worker._leases.beat
 

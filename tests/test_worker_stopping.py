@@ -64,7 +64,7 @@ def test_the_third_signal_waits_for_no_step(jobs: JobQueue, tmp_path: Path) -> N
     worker = Background(jobs.url, Loaded(lambda: EchoEngine(step_s=6.0)))
     wait_for(lambda: jobs.counts(job.id).started)
     begin = time.monotonic()
-    worker.worker.stops = 3
+    worker.worker.stop.count = 3
     worker.thread.join(20)
     assert time.monotonic() - begin < 3.0
     worker.worker._leases.close()  # which is left to the end of the process
@@ -73,10 +73,10 @@ def test_the_third_signal_waits_for_no_step(jobs: JobQueue, tmp_path: Path) -> N
 
 def test_the_same_signal_passed_on_twice_counts_once(jobs: JobQueue) -> None:
     worker = BatchWorker(config(jobs.url), jobs, Loaded())
-    worker.request_stop(signal.SIGINT)
-    worker.request_stop(signal.SIGINT)
-    assert worker.stops == 1
-    assert worker.exit_code == 130
+    worker.stop.ask(signal.SIGINT)
+    worker.stop.ask(signal.SIGINT)
+    assert worker.stop.count == 1
+    assert worker.stop.exit_code == 130
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -198,8 +198,8 @@ class Background:
 
     def stop(self, times: int = 1) -> int:
         for _ in range(times):
-            self.worker._asked_at = 0.0
-            self.worker.request_stop(signal.SIGTERM)
+            self.worker.stop.asked_at = 0.0
+            self.worker.stop.ask(signal.SIGTERM)
         self.thread.join(20)
         assert not self.thread.is_alive()
         self.jobs.close()

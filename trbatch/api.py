@@ -29,6 +29,7 @@ from trbatch.results import collect as collect_results
 
 if TYPE_CHECKING:
     from trbatch.engine.sequence import Completion
+    from trbatch.flight import FlightRecord
 
 POLL_S = 0.5  # between looks at a job that is waited for
 
@@ -251,11 +252,15 @@ def resume(job: str | Path | Job, *, store: str | Path = "", redis_url: str = ""
     return _opened(job, store, redis_url).resume()
 
 
-def work(config: WorkerConfig) -> int:
-    """Be a worker in this process until stopped. Returns an exit code; see `worker.run_worker`."""
+def work(config: WorkerConfig, flight: FlightRecord | None = None) -> int:
+    """Be a worker in this process until stopped. Returns an exit code; see `worker.run_worker`.
+
+    Args:
+        flight: its supervisor's record of it, if it has one; without, a crash ends it for good.
+    """
     from trbatch.worker import run_worker
 
-    return run_worker(config)
+    return run_worker(config, flight=flight)
 
 
 def generate(

@@ -11,10 +11,8 @@ from typing import Any
 import redis
 from rq import Queue
 from rq.exceptions import NoSuchJobError
-from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.results import Result
-from rq.utils import now
 
 logger = logging.getLogger("trbatch.queue")
 
@@ -112,27 +110,6 @@ def _unreadable(job: Job, why: str) -> UnreadableEntry:
     return UnreadableEntry(f"{job.id}: {why}")
 
 
-class _QuickIntermediateQueue(IntermediateQueue):
-    """Where an id lies between its pop and its lease; rq would leave it there for a minute."""
-
-    def should_be_cleaned_up(self, job_id: str) -> bool:
-        first_seen = self.get_first_seen(job_id)
-        if first_seen is None:
-            return False
-        return (now() - first_seen).total_seconds() > STUCK_S
-
-    def get_job_ids(self) -> list[str]:
-        """The ids; what is no text cannot be one and is removed."""
-        ids = []
-        found: Any = self.connection.lrange(self.key, 0, -1)
-        for raw in found:
-            try:
-                ids.append(raw.decode())
-            except UnicodeDecodeError:
-                self.connection.lrem(self.key, 0, raw)
-        return ids
-
-
 class ChunkQueue(Queue):
     """rq's queue with a short maintenance lock: killed inside it, a worker stops no recovery."""
 
@@ -145,8 +122,3 @@ class ChunkQueue(Queue):
     def enqueue_dependents(self, job: Job, *_: Any, **settings: Any) -> dict[str, list[str]]:
         """Enqueue nothing: no chunk depends on another, whatever Redis says."""
         return {}
-
-    @property
-    def intermediate_queue(self) -> IntermediateQueue:
-        """Where popped ids wait for their lease."""
-        return _QuickIntermediateQueue(self.key, connection=self.connection)

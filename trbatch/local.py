@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from trbatch.api import POLL_S, Job, JobStatus, Report, job_failure
-from trbatch.errors import JobFailed
+from trbatch.errors import JobFailed, Unreachable
 
 WORKER_COMMAND = (sys.executable, "-m", "trbatch", "worker")
 LEAVE_S = 15.0  # for a worker in burst mode to notice that nothing is left, and to save
@@ -135,6 +135,7 @@ def run(
 
     Raises:
         JobFailed: the worker ended and rows are missing.
+        Unreachable: the same, since the queue or the storage was away for minutes.
     """
     status = job.status()
     if status.state == "completed":
@@ -158,7 +159,8 @@ def _check_helped(status: JobStatus, code: int) -> None:
     if code == 0 and status.workers:
         return
     progress = status.progress
-    raise JobFailed(
+    kind = Unreachable if code == Unreachable.exit_code else JobFailed
+    raise kind(
         f"the worker ended with exit code {code}; job {status.id} has "
         f"{progress.rows_done} of {progress.rows} rows",
         hint="its last lines say why; the same command again goes on where it stopped",

@@ -55,7 +55,8 @@ class Telling:
         """A chunk is somebody else's now."""
         self._metrics.lease_lost()
         logger.warning(
-            "chunk %d of %s: its lease was lost", lease.chunk, lease.folder,
+            "chunk %d of %s: its lease was lost; what is finished is kept",
+            lease.chunk, lease.folder,
             extra=_of(lease) | {"event": "lease_lost"},
         )  # fmt: skip
 

@@ -7,27 +7,26 @@ rows of the last seconds. Torch is imported where an engine is made and nowhere 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import signal
 import socket
 import time
-import uuid
 from collections.abc import Hashable
 from functools import partial
 
 from trbatch import server
+from trbatch.aftermath import settle_leases
 from trbatch.backoff import Backoff
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
 from trbatch.confinement import Confinement
-from trbatch.connection import reaching, undisturbed
+from trbatch.connection import mask_url, reaching, undisturbed
 from trbatch.engine.sequence import Completion
 from trbatch.engine_thread import (
     Broken,
     Changes,
-    Engine,
     EngineThread,
     Event,
     Finished,
@@ -35,15 +34,19 @@ from trbatch.engine_thread import (
     LoadFailed,
     Ready,
     Whole,
+    load_engine,
 )
 from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
+from trbatch.flight import FlightRecord
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.metrics import Metrics, Moment, metrics_on
+from trbatch.naming import worker_name
 from trbatch.publishing import Publisher
 from trbatch.queue import JobQueue, ModelKey
+from trbatch.recovery import Witness
 from trbatch.sharing import Sharing
-from trbatch.stopping import signals_to
+from trbatch.stopping import Stops, signals_to
 from trbatch.telling import Telling
 
 logger = logging.getLogger("trbatch.worker")
@@ -53,15 +56,17 @@ BUSY_S = 0.05  # the longest wait for the engine while it works
 ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
 LEAVE_S = 0.5  # the same when somebody is tired of waiting
 AHEAD = 1024  # requests in the engine, at least: a row may ask for a thousand samples
-SAME_SIGNAL_S = 0.5  # a terminal and a parent may both pass on the same Ctrl-C
 
 
-def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
-    """Work until stopped by a signal or, with `config.burst`, until the queue is empty.
+def run_worker(
+    config: WorkerConfig, *, load: Loader | None = None, flight: FlightRecord | None = None
+) -> int:
+    """Work until stopped by a signal, at an hour, or with `config.burst` by an empty queue.
 
     Args:
         config: which model, which queue, how to decode.
         load: makes the engine of a model; the default loads it with torch.
+        flight: its supervisor's record of it, if it has a supervisor.
 
     Returns:
         0; 4 if chunks were refused because their model could not be loaded; 128 plus the signal's
@@ -78,26 +83,9 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
         JobQueue.connect(config.redis_url, patient=True) as jobs,
         reaching(jobs.url),
     ):
-        worker = BatchWorker(config, jobs, load or partial(load_engine, config), metrics)
-        with signals_to(worker.request_stop):
+        worker = BatchWorker(config, jobs, load or partial(load_engine, config), flight, metrics)
+        with signals_to(worker.stop.ask):
             return worker.run()
-
-
-def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
-    """Load a model and put an engine round it. Imports torch."""
-    from trbatch.engine.engine import Engine as TorchEngine
-    from trbatch.engine.loading import loading
-    from trbatch.models import load_model
-
-    with loading(model.name):
-        loaded = load_model(
-            model.name,
-            revision=model.revision,
-            device=config.engine.device,
-            dtype=config.engine.dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
-        return TorchEngine(loaded, config.engine)
 
 
 class BatchWorker:
@@ -107,37 +95,44 @@ class BatchWorker:
         config: see `WorkerConfig`.
         jobs: the queue, on a patient connection.
         load: makes the engine of a model, in the engine's thread.
+        flight: what is known of this worker should it die; None: nobody reads it.
         metrics: what to count; None counts nothing.
     """
 
     def __init__(
-        self, config: WorkerConfig, jobs: JobQueue, load: Loader, metrics: Metrics | None = None
+        self,
+        config: WorkerConfig,
+        jobs: JobQueue,
+        load: Loader,
+        flight: FlightRecord | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.config = config
         self.jobs = jobs
-        self.name = _worker_name(config)
+        self.name = worker_name(config.name or f"{socket.gethostname()}-{config.engine.device}")
         self.fixed = _fixed_model(config)
         self.model: ModelKey | None = None  # that the engine holds
         self.loading: ModelKey | None = None
         self.capacity = 0
         self.chunks: dict[str, ChunkWork] = {}
         self.refused = 0
-        self.stops = 0  # how often we were asked to stop
-        self.exit_code = 0
+        self.stop = Stops(config.grace_s, config.until)
+        self._flight = flight or FlightRecord.create()
         own = jobs.url == server.own_url()
         self._confinement = Confinement(config.roots, anywhere=own)
         self._folders = Folders(self._confinement)
         self._reading = Backoff()  # job folders
-        self._engine = EngineThread(load)
+        self._witness = Witness()
+        self._engine = EngineThread(load, flight=self._flight)
         self._sharing = Sharing(self._engine, jobs)
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
-        self._leases = LeaseWorker(jobs.connection, self.name, self._watched())
+        self._leases = LeaseWorker(jobs.connection, self.name, self._watched(), self._flight)
         self._tell = Telling(self.name, metrics or Metrics())
-        self._asked_at = 0.0
         self._looked_at = 0.0
 
     def run(self) -> int:
         """Work until there is a reason to stop. See `run_worker`."""
+        self.jobs.breaks.use(self._while_away)
         self._leases.open()
         self._engine.start()
         try:
@@ -148,40 +143,47 @@ class BatchWorker:
                     self._take_chunks()
                 self._feed_engine()
                 self._hear_engine()
-                self._publisher.publish_if_due(hurry=not self._owed_rows())
+                self._publisher.publish_if_due(hurry=self._waits_for_publication())
                 with undisturbed():
                     self._finish_chunks()
         finally:
             self._wind_up()
-        return self.exit_code or (JobFailed.exit_code if self.refused else 0)
-
-    def request_stop(self, number: int) -> None:
-        """Stop: the first time finish what was taken, the second time hand it back.
-
-        The third time leave at once; leases run out by themselves. `number` is the signal's.
-        """
-        now = time.monotonic()
-        if now - self._asked_at < SAME_SIGNAL_S:
-            return
-        self._asked_at = now
-        self.stops += 1
-        self.exit_code = 128 + number
-        if self.stops > 2:
-            raise KeyboardInterrupt
+        return self.stop.exit_code or (JobFailed.exit_code if self.refused else 0)
 
     def _may_stop(self) -> bool:
-        if self._leases.shutdown_asked and not self.stops:
-            self.request_stop(signal.SIGINT)
-        if self.stops > 1:
+        if self._leases.shutdown_asked and not self.stop.count:
+            self.stop.ask(signal.SIGINT)
+        if self.stop.look() > 1:
             return True
         if self.chunks:
             return False
-        return self.stops > 0 or (self.config.burst and self._nothing_waits())
+        return self.stop.count > 0 or (self.config.burst and self._nothing_waits())
+
+    def _while_away(self) -> None:
+        """The queue's server is away: publish what is finished, and leave if it is time to."""
+        if self.jobs.embedded:
+            with contextlib.suppress(TrbatchError):  # then it is tried again in the next break
+                server.ensure()
+        events = self._engine.next_events(0.0)
+        for event in events:
+            if isinstance(event, Finished):
+                self._heed(event)
+            else:
+                self._engine.events.put(event)  # for when it is back
+        self._publisher.publish_if_due()
+        if self.stop.look() > 1:
+            raise Unreachable(
+                f"asked to stop while the queue at {mask_url(self.jobs.url)} is away",
+                hint="chunks in flight come back when their leases run out; finished rows are kept",
+            )
 
     def _nothing_waits(self) -> bool:
+        """Whether nothing is left that is nobody's; what the dead have left comes back yet."""
         if self.fixed is not None:
-            return self.jobs.waiting(self.fixed) == 0
-        return self.jobs.longest_waiting() is None
+            waits = self.jobs.waiting(self.fixed) > 0
+        else:
+            waits = self.jobs.longest_waiting() is not None
+        return not waits and self._witness.all_live(self._leases.queues)
 
     def _beat(self) -> None:
         for lease in self._leases.beat():
@@ -200,11 +202,11 @@ class BatchWorker:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
         work = self.chunks.pop(lease.id, None)
         if work is not None:
-            self._engine.abort([(lease.id, place) for place in work.owed if place < work.given])
+            self._engine.abort([(lease.id, place) for place in work.given])
 
     def _choose_model(self) -> None:
         """See to it that the engine holds the model that the next chunk needs."""
-        if self.stops or self.loading or self.chunks:
+        if self.stop.count or self.loading or self.chunks:
             return
         if self.fixed is not None:
             wanted: ModelKey | None = self.fixed
@@ -236,12 +238,12 @@ class BatchWorker:
         return [self.jobs.queue(name) for name in names]
 
     def _take_chunks(self) -> None:
-        if self.stops or self.model is None or not self._room():
+        if self.stop.count or self.model is None or not self._room():
             return
         if self._looked_at and not self._look_again():
             return
         queue = self.jobs.queue(self.model.queue_name)
-        while self._room() and not self.stops:
+        while self._room() and not self.stop.count:
             lease = self._leases.take(queue)
             if lease is None:
                 self._looked_at = time.monotonic()
@@ -262,6 +264,8 @@ class BatchWorker:
 
         While a storage is away or full nothing more is taken.
         """
+        if any(work.quarantined for work in self.chunks.values()):
+            return False
         if self._publisher.failing or self._reading.resting:
             return False
         if self.config.chunks_in_flight:
@@ -270,6 +274,10 @@ class BatchWorker:
 
     def _owed_rows(self) -> int:
         return sum(len(work.owed) for work in self.chunks.values())
+
+    def _waits_for_publication(self) -> bool:
+        """Whether nothing goes on before the finished rows are published."""
+        return not self._owed_rows() or any(work.held_up for work in self.chunks.values())
 
     def _begin(self, lease: Lease) -> None:
         """Take a chunk's missing rows on."""
@@ -280,9 +288,9 @@ class BatchWorker:
             logger.error("chunk %d refused: %s", lease.chunk, error)
             self._leases.fail(lease, error, final=True)
             return
-        except Unreachable as error:  # the storage's fault, not the chunk's: it costs no retry
+        except Unreachable as error:  # the storage's fault: the chunk waits, behind the others
             pause = self._reading.failed()
-            self._leases.hand_back(lease)
+            self._leases.hand_back(lease, front=False)
             logger.warning("no chunk is taken for %.1f s: %s", pause, error)
             return
         except Exception as error:  # noqa: BLE001  whatever it is, it is this chunk's failure
@@ -297,6 +305,8 @@ class BatchWorker:
         """Give the engine rows: more than it decodes together, not all samples of all at once."""
         room = max(AHEAD, 4 * self.capacity) - sum(w.in_engine for w in self.chunks.values())
         for work in self.chunks.values():
+            if work.quarantined and len(self.chunks) > 1:  # first the others come to their end
+                continue
             requests, impossible = work.requests(max(room, 0))
             room -= len(requests)
             for completion in impossible:
@@ -343,6 +353,7 @@ class BatchWorker:
             return
         result = work.result(completion, place, self.name)
         work.owed.discard(place)
+        work.given.discard(place)
         work.unpublished += 1
         work.failed_rows += completion.finish_reason == "error"
         self._publisher.add(work.lease.folder, work.folder, result, work)
@@ -356,8 +367,10 @@ class BatchWorker:
         for work in [work for work in self.chunks.values() if work.done]:
             del self.chunks[work.lease.id]
             result = {"rows": len(work.rows), "failed": work.failed_rows}
-            self._leases.finish(work.lease, result)
-            self._tell.chunk_done(work.lease, result)
+            if self._leases.finish(work.lease, result):
+                self._tell.chunk_done(work.lease, result)
+            else:
+                self._tell.lease_lost(work.lease)
             if all(other.folder is not work.folder for other in self.chunks.values()):
                 self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
@@ -378,8 +391,17 @@ class BatchWorker:
         """The engine raised. Keep what is finished, put the rest back, end."""
         self._publisher.publish()
         self._finish_chunks()
-        for lease_id in list(self.chunks):
-            self._leases.fail(self.chunks.pop(lease_id).lease, error)
+        machines = OSError | MemoryError | Unreachable
+        if isinstance(error, machines) or isinstance(error.__cause__, machines):
+            self._hand_back_all()  # no row's fault
+        held = [work.lease for work in self.chunks.values()]
+        if held:
+            cause = f"{type(error).__name__}: {error}"[:200]
+            leases = {lease.id: (lease.job.id, lease.queue.name) for lease in held}
+            logger.error("%s", settle_leases(self.jobs, leases, self._flight.running(), cause))
+        for lease in held:
+            self._leases.drop(lease)
+            self._abandon(lease)
         raise TrbatchError(
             f"the engine failed: {type(error).__name__}: {error}",
             hint="its chunks went back to the queue; `trbatch status` shows them",
@@ -392,13 +414,17 @@ class BatchWorker:
             self._publisher.publish()
             if lost := self._publisher.rows:
                 logger.warning("%d finished rows could not be published and are given up", lost)
-            if self.stops <= 2:
+            if self.stop.count <= 2:
                 self._finish_chunks()
                 self._hand_back_all()
                 self._sharing.close()
         finally:
-            patient = self.stops <= 2  # else somebody is tired of waiting, perhaps for the queue
-            if not self._engine.stop(ENGINE_STOP_S if patient else LEAVE_S):
+            patient = self.stop.count <= 2  # else somebody is tired of waiting
+            nothing_to_save = self.loading is not None
+            stopped = self._engine.stop(
+                ENGINE_STOP_S if patient and not nothing_to_save else LEAVE_S
+            )
+            if not stopped and not nothing_to_save:
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._tell.last()
             if patient:
@@ -410,7 +436,7 @@ class BatchWorker:
             match event:
                 case Finished():
                     self._heed(event)
-                case Changes() | Whole() if self.stops <= 2:
+                case Changes() | Whole() if self.stop.count <= 2:
                     self._heed(event)
                 case Broken(error):
                     logger.warning("the engine failed at the end: %s", error)
@@ -425,10 +451,3 @@ class BatchWorker:
 
 def _fixed_model(config: WorkerConfig) -> ModelKey | None:
     return ModelKey.of(config.model, config.revision) if config.model else None
-
-
-def _worker_name(config: WorkerConfig) -> str:
-    """Never used twice, not even by a restarted container: segments are named after it."""
-    name = config.name or f"{socket.gethostname()}-{config.engine.device}-{os.getpid()}"
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return f"{safe}-{uuid.uuid4().hex[:6]}"
