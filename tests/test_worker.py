@@ -518,6 +518,24 @@ def test_a_jobs_model_that_cannot_be_loaded_fails_that_job_alone(
     assert texts_of(good) == expected(8)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError("no space left"), MemoryError(), ModelError("its files are gone")]
+)
+def test_a_jobs_model_that_could_be_loaded_before_is_not_to_blame(
+    jobs: JobQueue, tmp_path: Path, error: Exception
+) -> None:
+    """A full disk while a model is loaded must not cost the chunks of that model."""
+    job = submit(jobs, tmp_path, 12)
+    run_worker(config(jobs.url, model=""), load=Loaded())
+    for segment in sorted((Path(job.path) / "segments").iterdir())[1:]:
+        segment.unlink()
+    jobs.enqueue(job, [0, 1, 2])
+    with pytest.raises(WorkerError):
+        run_worker(config(jobs.url, model=""), load=Loaded(refuse={MODEL: error}))
+    assert (jobs.counts(job.id).queued, jobs.counts(job.id).failed) == (3, 0)
+    assert run_worker(config(jobs.url, model=""), load=Loaded()) == 0
+
+
 def test_a_jobs_model_that_fails_in_an_unknown_way_fails_that_job_alone(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
