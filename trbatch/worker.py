@@ -266,7 +266,10 @@ class BatchWorker:
             logger.error("chunk %d refused: %s", lease.chunk, error)
             self._leases.fail(lease, error, final=True)
             return
-        except Unreachable as error:  # the storage's fault: the chunk waits, behind the others
+        except (
+            Unreachable,
+            MemoryError,
+        ) as error:  # no fault of the chunk: it waits, behind others
             logger.warning("chunk %d of %s goes back: %s", lease.chunk, lease.folder, error)
             self._leases.hand_back(lease, front=False)
             self._reading.failed(error)
