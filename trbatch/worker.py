@@ -269,7 +269,7 @@ class BatchWorker:
         except (
             Unreachable,
             MemoryError,
-        ) as error:  # no fault of the chunk: it waits, behind others
+        ) as error:  # not its own fault: it waits
             logger.warning("chunk %d of %s goes back: %s", lease.chunk, lease.folder, error)
             self._leases.hand_back(lease, front=False)
             self._reading.failed(error)
