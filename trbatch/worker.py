@@ -266,10 +266,8 @@ class BatchWorker:
             logger.error("chunk %d refused: %s", lease.chunk, error)
             self._leases.fail(lease, error, final=True)
             return
-        except (
-            Unreachable,
-            MemoryError,
-        ) as error:  # not its own fault: it waits
+        except (Unreachable, MemoryError) as error:
+            # No fault of the chunk: it waits, behind the others.
             logger.warning("chunk %d of %s goes back: %s", lease.chunk, lease.folder, error)
             self._leases.hand_back(lease, front=False)
             self._reading.failed(error)
