@@ -103,7 +103,7 @@ class BatchWorker:
         self.config = config
         self.jobs = jobs
         self.name = worker_name(config.name or f"{socket.gethostname()}-{config.engine.device}")
-        self.fixed = _fixed_model(config)
+        self.fixed = ModelKey.of(config.model, config.revision) if config.model else None
         self.model: ModelKey | None = None  # that the engine holds
         self.loading: ModelKey | None = None
         self.capacity = 0
@@ -419,7 +419,3 @@ class BatchWorker:
         for work in list(self.chunks.values()):
             self._leases.hand_back(work.lease)
             self._abandon(work.lease)
-
-
-def _fixed_model(config: WorkerConfig) -> ModelKey | None:
-    return ModelKey.of(config.model, config.revision) if config.model else None
