@@ -308,6 +308,8 @@ def test_whatever_a_config_makes_transformers_raise_is_the_models_fault(
         type("ReadTimeout", (type("TransportError", (Exception,), {}),), {})("no answer"),
         huggingface_hub.errors.LocalEntryNotFoundError("not in the cache"),
         OSError(errno.ENOSPC, "no space left"),
+        OSError(errno.EFBIG, "larger than the quota"),
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
     ],
 )
 def test_what_this_machine_lacks_is_not_the_models_fault(

@@ -162,8 +162,9 @@ def test_a_full_disk_is_waited_for_and_costs_no_row_an_attempt(
     assert {row["attempts"] for row in found} == {1}
 
 
-def test_a_chunk_that_the_storage_does_not_give_waits_behind_the_others(
-    jobs: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [Unreachable("no route to the storage"), MemoryError("full")])
+def test_a_chunk_that_the_machine_cannot_read_waits_behind_the_others(
+    jobs: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """No attempt is lost by it, and no chunk behind it is held up."""
     from test_worker import Loaded, config
@@ -175,7 +176,7 @@ def test_a_chunk_that_the_storage_does_not_give_waits_behind_the_others(
     def sometimes(self: JobFolder, index: int) -> Any:
         if failures.get(index, 0):
             failures[index] -= 1
-            raise Unreachable("no route to the storage")
+            raise error
         return read(self, index)
 
     monkeypatch.setattr(JobFolder, "chunk_rows", sometimes)

@@ -208,7 +208,7 @@ def decode_undisturbed(jobs: JobQueue, file: Path, folder: Path, url: str) -> di
     """What each row says when nobody disturbs."""
     job = submit(jobs, file, "calm")
     worker = Worker(0, url, folder, step_s=0.0)
-    wait_until_complete(job, 1200.0)
+    wait_until_complete(job, url, 1200.0)
     assert worker.stop() == 143
     return texts_of(job, folder / "calm.parquet")
 
@@ -220,10 +220,13 @@ def texts_of(job: JobFolder, output: Path) -> dict[str, str]:
     return dict(zip(table["custom_id"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 
-def wait_until_complete(job: JobFolder, seconds: float) -> None:
+def wait_until_complete(job: JobFolder, url: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not job.progress().complete:
         assert time.monotonic() < deadline, f"not complete after {seconds:.0f} s more"
+        with JobQueue.connect(url) as jobs:
+            failures = jobs.failures(job.id)
+        assert not failures, f"{len(failures)} chunks failed: {set(failures.values())}"
         time.sleep(0.2)
 
 
@@ -262,7 +265,7 @@ def torture(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
     tortured_s = time.monotonic() - begin
     hand.undo(all_of_it=True)
     let_go = time.monotonic()
-    wait_until_complete(job, CALM_S + seconds)
+    wait_until_complete(job, url, CALM_S + seconds)
     drained_s = time.monotonic() - let_go
     codes = [worker.stop() for worker in workers]
     found = texts_of(job, folder / "torture.parquet")

@@ -16,11 +16,14 @@ from trbatch.queue import ModelKey
 
 def load_tiny(config: WorkerConfig, model: ModelKey) -> Engine:
     """Stands in for `trbatch.worker.load_engine`."""
-    import tiny
-    import torch
+    from trbatch.engine.loading import loading
 
-    torch.set_num_threads(1)
-    engine = tiny.engine(tiny.loaded(), max_num_seqs=8, tree_size=6)
+    with loading(model.name):
+        import tiny
+        import torch
+
+        torch.set_num_threads(1)
+        engine = tiny.engine(tiny.loaded(), max_num_seqs=8, tree_size=6)
     step, least = engine.step, float(os.environ.get("TORTURE_STEP_S", "0"))
 
     def slow_step() -> list:

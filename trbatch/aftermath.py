@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from trbatch import recovery
 from trbatch.flight import FlightRecord, Row
 from trbatch.queue import JobQueue
 from trbatch.suspects import ALONE
+
+logger = logging.getLogger("trbatch.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,17 @@ def settle(jobs: JobQueue, flight: FlightRecord, cause: str, *, own: bool) -> Af
     if worker:
         _forget(jobs.connection, worker)
     return done
+
+
+def settle_broken(jobs: JobQueue, flight: FlightRecord, error: BaseException) -> None:
+    """The same by the worker itself, whose engine raised. What it holds no more is left alone."""
+    _, leases = flight.holdings()
+    if not leases:
+        return
+    cause = f"{type(error).__name__}: {error}"[:200]
+    after = settle_leases(jobs, leases, flight.running(), cause)
+    flight.pulse.accuse(after.suspects)
+    logger.error("%s: %s", cause, after)
 
 
 def settle_leases(

@@ -10,7 +10,7 @@ from typing import Any, Self
 from trbatch.chunks import ChunkRow
 from trbatch.confinement import Confinement
 from trbatch.engine.sequence import Completion, Request
-from trbatch.errors import UsageError
+from trbatch.errors import TrbatchError, UsageError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease
 from trbatch.queue import ModelKey
@@ -167,6 +167,13 @@ class Folders:
             folder = JobFolder.open(lease.folder)
         self._open[lease.folder] = folder  # behind the others: the order is by last use
         return folder
+
+    def has_results(self, lease: Lease) -> bool:
+        """Whether rows of the chunk's job were decoded: its model could be loaded then."""
+        try:
+            return bool(self.open(lease).ledger.names())
+        except TrbatchError:  # it cannot be read; whoever takes the chunk will say so
+            return False
 
     def close_idle(self, in_use: Iterable[str]) -> None:
         """Forget all but the last used of the folders that are not `in_use`."""

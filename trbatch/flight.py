@@ -42,9 +42,8 @@ Row = tuple[int, int]  # a sample of a row within its job: the row's place in th
 class Pulse:
     """The engine's signs of life. Times are of the monotonic clock, which all processes share."""
 
-    _PHASE, _SINCE, _SLOWEST, _READY, _FINISHED = range(
-        5
-    )  # each a double of its own, written at once
+    # Each a double of its own, written at once.
+    _PHASE, _SINCE, _SLOWEST, _READY, _FINISHED, _ACCUSED = range(6)
 
     def __init__(self, memory: mmap.mmap, clock: Callable[[], float] = time.monotonic) -> None:
         self._memory = memory
@@ -88,6 +87,15 @@ class Pulse:
     def finished(self, rows: int) -> None:
         """So many rows came to their end."""
         self._set(self._FINISHED, self._get(self._FINISHED) + rows)
+
+    def accuse(self, rows: int) -> None:
+        """The worker itself has put back what it held, with so many suspects."""
+        self._set(self._ACCUSED, rows)
+
+    @property
+    def accused(self) -> int:
+        """Of how many rows the worker itself has said that they are suspects."""
+        return int(self._get(self._ACCUSED))
 
     @property
     def fruitful(self) -> bool:

@@ -189,11 +189,11 @@ class Supervisor:
         death = judge(code, hung=worker.hung, out_of_memory=worker.memory.killed())
         if not death.on_purpose:
             logger.error("%s died: %s", worker.post.title, death.cause)
-        suspected = self._settle(worker.flight, death)
         pulse = worker.flight.pulse
+        suspected = self._settle(worker.flight, death) + pulse.accused
         final = self._is_final(worker, death, was_ready=pulse.was_ready)
         worker.worked = worker.worked or pulse.was_ready
-        if death.own:
+        if death.own and not (death.code == WorkerError.exit_code and worker.worked):
             worker.failed_starts = 0 if pulse.was_ready else worker.failed_starts + 1
             worker.fruitless = 0 if pulse.fruitful else worker.fruitless + 1
         at_once = suspected or pulse.fruitful or (code < 0 and not death.own)

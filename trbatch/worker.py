@@ -16,7 +16,7 @@ from collections.abc import Hashable
 from functools import partial
 
 from trbatch import server
-from trbatch.aftermath import settle_leases
+from trbatch.aftermath import settle_broken
 from trbatch.backoff import Backoff
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
@@ -110,7 +110,7 @@ class BatchWorker:
         self.config = config
         self.jobs = jobs
         self.name = worker_name(config.name or f"{socket.gethostname()}-{config.engine.device}")
-        self.fixed = _fixed_model(config)
+        self.fixed = ModelKey.of(config.model, config.revision) if config.model else None
         self.model: ModelKey | None = None  # that the engine holds
         self.loading: ModelKey | None = None
         self.capacity = 0
@@ -288,7 +288,8 @@ class BatchWorker:
             logger.error("chunk %d refused: %s", lease.chunk, error)
             self._leases.fail(lease, error, final=True)
             return
-        except Unreachable as error:  # the storage's fault: the chunk waits, behind the others
+        except (Unreachable, MemoryError) as error:
+            # No fault of the chunk: it waits, behind the others.
             pause = self._reading.failed()
             self._leases.hand_back(lease, front=False)
             logger.warning("no chunk is taken for %.1f s: %s", pause, error)
@@ -378,12 +379,16 @@ class BatchWorker:
     def _refuse(self, model: ModelKey, error: Exception) -> None:
         """A model cannot be loaded: a job's own fails that model's chunks, all else ends us."""
         if not isinstance(error, TrbatchError):
-            error = ModelError(f"loading {model} failed: {type(error).__name__}: {error}")
+            kind = WorkerError if isinstance(error, OSError | MemoryError) else ModelError
+            error = kind(f"loading {model} failed: {type(error).__name__}: {error}")
         its_fault = isinstance(error, ModelError) and not isinstance(error, WorkerError)
         if self.fixed is not None or not its_fault:
             raise error
         logger.error("%s cannot be loaded, its chunks fail: %s", model, error)
         while lease := self._leases.take(self.jobs.queue(model.queue_name)):
+            if self._folders.has_results(lease):
+                self._leases.hand_back(lease)
+                raise WorkerError(f"{model} could be loaded before, and now not: {error}")
             self._leases.fail(lease, error, final=True)
             self.refused += 1
 
@@ -394,14 +399,10 @@ class BatchWorker:
         machines = OSError | MemoryError | Unreachable
         if isinstance(error, machines) or isinstance(error.__cause__, machines):
             self._hand_back_all()  # no row's fault
-        held = [work.lease for work in self.chunks.values()]
-        if held:
-            cause = f"{type(error).__name__}: {error}"[:200]
-            leases = {lease.id: (lease.job.id, lease.queue.name) for lease in held}
-            logger.error("%s", settle_leases(self.jobs, leases, self._flight.running(), cause))
-        for lease in held:
-            self._leases.drop(lease)
-            self._abandon(lease)
+        settle_broken(self.jobs, self._flight, error)
+        for work in list(self.chunks.values()):
+            self._leases.drop(work.lease)
+            self._abandon(work.lease)
         raise TrbatchError(
             f"the engine failed: {type(error).__name__}: {error}",
             hint="its chunks went back to the queue; `trbatch status` shows them",
@@ -421,10 +422,8 @@ class BatchWorker:
         finally:
             patient = self.stop.count <= 2  # else somebody is tired of waiting
             nothing_to_save = self.loading is not None
-            stopped = self._engine.stop(
-                ENGINE_STOP_S if patient and not nothing_to_save else LEAVE_S
-            )
-            if not stopped and not nothing_to_save:
+            wait_s = ENGINE_STOP_S if patient and not nothing_to_save else LEAVE_S
+            if not self._engine.stop(wait_s) and not nothing_to_save:
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._tell.last()
             if patient:
@@ -447,7 +446,3 @@ class BatchWorker:
         for work in list(self.chunks.values()):
             self._leases.hand_back(work.lease)
             self._abandon(work.lease)
-
-
-def _fixed_model(config: WorkerConfig) -> ModelKey | None:
-    return ModelKey.of(config.model, config.revision) if config.model else None

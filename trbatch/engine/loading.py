@@ -14,7 +14,9 @@ from trbatch.errors import ModelError, TrbatchError, WorkerError
 
 KINDS_OF_MODELS = "a hub name, a folder with config.json and *.safetensors, or a .gguf file"
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_FULL = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+}  # fmt: skip
 # Of httpx (under whatever name) and huggingface_hub: transformers depends on these, we do not.
 _NOT_FETCHED = {"TransportError", "LocalEntryNotFoundError"}
 
@@ -47,7 +49,8 @@ def _worker_lacks(error: BaseException) -> str:
             return "the device failed; try another with --device"
         if _is_network(one):
             return "a hub name needs the network, or a copy in the cache; see `hf download`"
-        if isinstance(one, OSError) and (one.errno in _FULL or _is_our_cache(one)):
+        full = isinstance(one, OSError) and (one.errno in _FULL or _is_our_cache(one))
+        if full or _has_no_temporary_folder(one):
             return "needs room on the disk and a cache folder to write to, see TRBATCH_CACHE"
     return ""
 
@@ -76,6 +79,11 @@ def _is_network(error: BaseException) -> bool:
 def _is_our_cache(error: OSError) -> bool:
     where = error.filename
     return isinstance(where, str) and Path(where).is_relative_to(cache_folder())
+
+
+def _has_no_temporary_folder(error: BaseException) -> bool:
+    """Whether Python's tempfile could write nowhere: it speaks of a missing file then."""
+    return isinstance(error, FileNotFoundError) and "temporary directory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:
