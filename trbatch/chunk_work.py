@@ -31,8 +31,8 @@ class ChunkWork:
 
     @classmethod
     def begin(cls, lease: Lease, folder: JobFolder) -> Self:
-        """The chunk with what its job still lacks; nothing if the job has moved on."""
-        if folder.manifest.generation != lease.generation:
+        """The chunk with what its job still lacks; nothing if the job has moved on or is held."""
+        if folder.manifest.generation != lease.generation or folder.control().stopped:
             return cls(lease, folder, [])
         rows = folder.missing(lease.chunk, None)
         return cls(lease, folder, rows, owed=set(range(len(rows))))

@@ -3,6 +3,8 @@
     <store>/<job>/manifest.json                  what was asked, and what the input was
                   chunks/<reading>/00000.parquet the checked input, one lease of work a file
                   segments/<worker>-….parquet    finished rows, published every few seconds
+                  control.json                   paused, cancelled, deadline, priority
+                  retries/….json                 which failed rows are to be decoded again
                   errors.jsonl stats.json        written by collect
                   _SUCCESS | _PARTIAL            whether collect found every row
     <store>/matrices/                            the tasks' warm matrices
@@ -14,7 +16,7 @@ a segment holds its key: (id, request fingerprint, sample).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +25,7 @@ import pyarrow as pa
 from trbatch import chunks, passthrough
 from trbatch.chunks import ChunkRow
 from trbatch.config import JobSpec, default_store
+from trbatch.control import Control
 from trbatch.engine.sequence import Request, TaskKey
 from trbatch.errors import InputError
 from trbatch.figures import Figures, Progress, covered_seconds
@@ -36,6 +39,7 @@ from trbatch.submission import MANIFEST, submit
 __all__ = ["ChunkRow", "JobFolder", "Key"]
 
 _MARKS = ("_SUCCESS", "_PARTIAL")
+_NOT_COUNTED = ((frozenset[str](), 0), (0, 0))  # segments and retries seen; rows ok and failed
 
 
 class JobFolder:
@@ -49,10 +53,11 @@ class JobFolder:
         self.folder = folder(path)
         self.path = self.folder.path
         self.manifest = self._read_manifest()
-        self.continued = False  # whether `submit` found the job there already
+        self.continued = False  # whether `submit` found the job there already,
+        self.reread = False  # and read its input anew
         self.ledger = Ledger(self.folder)
         self._segments = SegmentWriter(self.folder)
-        self._counted: tuple[frozenset[str], tuple[int, int]] = (frozenset(), (0, 0))
+        self._counted: tuple[tuple[frozenset[str], int], tuple[int, int]] = _NOT_COUNTED
 
     @classmethod
     def submit(cls, spec: JobSpec) -> Self:
@@ -64,7 +69,7 @@ class JobFolder:
         """
         submission = submit(spec)
         job = cls(submission.path)
-        job.continued = submission.continued
+        job.continued, job.reread = submission.continued, submission.reread
         return job
 
     @classmethod
@@ -125,7 +130,7 @@ class JobFolder:
     def refresh(self) -> None:
         """Read the manifest again: the input may have been read anew since."""
         self.manifest = self._read_manifest()
-        self._counted = (frozenset(), (0, 0))
+        self._counted = _NOT_COUNTED
 
     def chunk_rows(self, index: int) -> list[ChunkRow]:
         """The rows of a chunk, bad ones included."""
@@ -141,11 +146,18 @@ class JobFolder:
         """Names and types of the passed-through columns, over all chunks."""
         return passthrough.unified(self._chunk_schemas())
 
-    def done(self) -> Set[Key]:
-        """Keys of the rows that the segments hold, failed ones included, cancelled ones not."""
-        return self.ledger.outcomes().keys()
+    def control(self) -> Control:
+        """What people want of the job now; read anew at each call."""
+        return Control.of(self.folder)
 
-    def missing(self, index: int, done: Set[Key] | None = None) -> list[tuple[ChunkRow, int]]:
+    def done(self) -> Container[Key]:
+        """The rows that the segments hold, failed ones included, cancelled ones not."""
+        self.ledger.refresh()
+        return self.ledger
+
+    def missing(
+        self, index: int, done: Container[Key] | None = None
+    ) -> list[tuple[ChunkRow, int]]:
         """Rows of a chunk and their samples that still have to be decoded.
 
         Args:
@@ -164,7 +176,7 @@ class JobFolder:
         """Chunks of which at least one row still has to be decoded."""
         done = self.done()
         asked = [i for i, samples in enumerate(self.manifest.chunk_samples) if samples]
-        if not done:
+        if not len(self.ledger):
             return asked
         return [i for i in asked if any(key not in done for key in self._chunk_keys(i))]
 
@@ -213,8 +225,9 @@ class JobFolder:
             figures.add(one)
         ok, failed = figures.rows_ok, figures.rows_failed
         asked = sum(self.manifest.chunk_samples)
-        if ok + failed >= asked or self.manifest.generation:
-            ok, failed = self._exact_counts()
+        self.ledger.retries.refresh()
+        if ok + failed >= asked or self.manifest.generation or self.ledger.retries:
+            ok, failed = self.outcomes()
         busy = covered_seconds(span for _, span in footers)
         left = asked - ok - failed
         paced = busy > 0 and ok + failed > 0
@@ -240,19 +253,18 @@ class JobFolder:
         self.folder.remove(wrong)
         self.folder.write(right, b"")
 
-    def _exact_counts(self) -> tuple[int, int]:
+    def outcomes(self) -> tuple[int, int]:
         """How many of the rows asked for succeeded and failed, by their keys."""
-        names = frozenset(self.ledger.names())
-        if self._counted[0] == names:
+        seen = (frozenset(self.ledger.refresh()), len(self.ledger.retries))
+        if self._counted[0] == seen:
             return self._counted[1]
-        outcomes = self.ledger.outcomes()
         ok = failed = 0
         for index in range(self.manifest.chunks):
             for key in self._chunk_keys(index):
-                succeeded = outcomes.get(key)
+                succeeded = self.ledger.succeeded(key)
                 ok += succeeded is True
                 failed += succeeded is False
-        self._counted = (names, (ok, failed))
+        self._counted = (seen, (ok, failed))
         return ok, failed
 
     def _chunk_keys(self, index: int) -> Iterator[Key]:

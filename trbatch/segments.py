@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 import pyarrow as pa
@@ -19,15 +20,19 @@ import pyarrow.parquet as pq
 
 from trbatch.errors import JobFailed
 from trbatch.figures import Figures
+from trbatch.keymap import KeyMap
 from trbatch.naming import slug
+from trbatch.retries import Retries
 from trbatch.schema import KEY_COLUMNS, SCHEMA, Key
 from trbatch.storage import Folder
 
 FOLDER = "segments"
+T = TypeVar("T")
 
 _FIGURES = b"trbatch.figures"
 _SPAN = b"trbatch.span"
 _FACTS = b"trbatch.facts"
+_NOT_DONE = frozenset({"cancelled", ""})
 
 
 class SegmentWriter:
@@ -77,6 +82,19 @@ def _published(name: str) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
+def consistently(names: Callable[[], list[str]], read: Callable[[list[str]], T]) -> T:
+    """What `read` makes of the segments' names; once more if some went away meanwhile.
+
+    `prune` puts one segment in the place of many.
+    """
+    for _ in range(3):
+        try:
+            return read(names())
+        except FileNotFoundError:
+            continue
+    return read(names())
+
+
 @contextmanager
 def reading(job: Folder, name: str) -> Iterator[BinaryIO]:
     """A segment for reading.
@@ -94,51 +112,90 @@ def reading(job: Folder, name: str) -> Iterator[BinaryIO]:
         ) from error
 
 
-def read_outcomes(file: BinaryIO) -> list[tuple[Key, str]]:
-    """Key and finish reason of each row of a segment, in its order."""
-    columns = [*KEY_COLUMNS, "finish_reason"]
-    table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
-    ids, marks, samples, reasons = (table[name].to_pylist() for name in columns)
-    return list(zip(zip(ids, marks, samples, strict=True), reasons, strict=True))
-
-
 class Ledger:
     """What the segments of a job hold; each segment is read once, however often one asks.
 
-    A cancelled row counts as not done. A row that both failed and succeeded has succeeded.
+    A cancelled row counts as not done, and so does a failed one that is to be retried. A row that
+    both failed and succeeded has succeeded.
     """
 
     def __init__(self, job: Folder) -> None:
         self._job = job
-        self._outcomes: dict[Key, bool] = {}  # whether it succeeded
+        self._outcomes = KeyMap()  # 0: succeeded, 1: failed
         self._read: set[str] = set()
         self._footers: dict[str, tuple[Figures, tuple[float, float]]] = {}
+        self._failures: dict[str, Counter[str]] = {}
+        self.retries = Retries(job)
 
     def names(self) -> list[str]:
         """The segments that there are now, oldest first."""
         return ordered(self._job.names(FOLDER))
 
-    def outcomes(self) -> Mapping[Key, bool]:
-        """Whether each row that is done has succeeded."""
-        for name in self.names():
+    def refresh(self) -> list[str]:
+        """Read the outcomes of new segments. Returns the segments that there are now."""
+        if self.retries.refresh():
+            self._outcomes, self._read = KeyMap(), set()
+        return consistently(self.names, self._read_new)
+
+    def _read_new(self, names: list[str]) -> list[str]:
+        for name in names:
             if name in self._read:
                 continue
             with reading(self._job, name) as file:
-                found = read_outcomes(file)
-            for key, reason in found:
-                if reason != "cancelled":
-                    self._outcomes[key] = reason != "error" or self._outcomes.get(key, False)
+                found = read_outcomes(file, lambda code, name=name: self.retries.void(name, code))
+            self._outcomes.add(
+                (key, reason == "error") for key, reason in found if reason not in _NOT_DONE
+            )
             self._read.add(name)
-        return self._outcomes
+        return names
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether a row is done, by the segments that the last `refresh` saw."""
+        return self._outcomes.get(key) is not None
+
+    def succeeded(self, key: Key) -> bool | None:
+        """Whether a row that is done has succeeded; None if it is not done."""
+        outcome = self._outcomes.get(key)
+        return None if outcome is None else outcome == 0
+
+    def __len__(self) -> int:
+        """Rows that are done, outdated ones included, by the last `refresh`."""
+        return len(self._outcomes)
 
     def footers(self) -> list[tuple[Figures, tuple[float, float]]]:
         """Of each segment: the sums over its rows, and when the work on them began and ended."""
-        names = self.names()
+        return [footer for _, footer in consistently(self.names, self._named_footers)]
+
+    def _named_footers(
+        self, names: list[str]
+    ) -> list[tuple[str, tuple[Figures, tuple[float, float]]]]:
         for name in names:
             if name not in self._footers:
                 with reading(self._job, name) as file:
                     self._footers[name] = _read_footer(file)
-        return [self._footers[name] for name in names]
+        return [(name, self._footers[name]) for name in names]
+
+    def failures(self) -> dict[str, Counter[str]]:
+        """Of each segment with failed rows that count: how many of which error code.
+
+        Reads only segments whose footers tell of failures. A row that failed twice counts twice.
+        """
+        self.retries.refresh()
+        return consistently(self.names, self._failures_in)
+
+    def _failures_in(self, names: list[str]) -> dict[str, Counter[str]]:
+        found = {}
+        for name, (figures, _) in self._named_footers(names):
+            if not figures.rows_failed:
+                continue
+            if name not in self._failures:
+                with reading(self._job, name) as file:
+                    self._failures[name] = Counter(_failed_codes(file))
+            counts = self._failures[name]
+            kept = {c: n for c, n in counts.items() if not self.retries.void(name, c)}
+            if kept:
+                found[name] = Counter(kept)
+        return found
 
     def facts(self) -> dict[str, list[str]]:
         """What workers said of themselves, e.g. {"dtype": ["bfloat16"]}: all distinct values."""
@@ -149,6 +206,29 @@ class Ledger:
             for key, value in orjson.loads(metadata[_FACTS]).items():
                 found.setdefault(key, set()).add(value)
         return {key: sorted(values) for key, values in found.items()}
+
+
+def read_outcomes(
+    file: BinaryIO, void: Callable[[str | None], bool]
+) -> list[tuple[Key, str]]:
+    """Key and finish reason of each row of a segment, in its order.
+
+    Args:
+        void: whether a failure of this error code is to be retried; its reason becomes "".
+    """
+    columns = [*KEY_COLUMNS, "finish_reason", "error_code"]
+    table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
+    ids, marks, samples, reasons, codes = (table[name].to_pylist() for name in columns)
+    if "error" in reasons:
+        pairs = zip(reasons, codes, strict=True)
+        reasons = ["" if r == "error" and void(code) else r for r, code in pairs]
+    return list(zip(zip(ids, marks, samples, strict=True), reasons, strict=True))
+
+
+def _failed_codes(file: BinaryIO) -> list[str]:
+    table = pq.ParquetFile(file).read(columns=["finish_reason", "error_code"], use_threads=False)
+    pairs = zip(table["finish_reason"].to_pylist(), table["error_code"].to_pylist(), strict=True)
+    return [code or "" for reason, code in pairs if reason == "error"]
 
 
 def _read_footer(file: BinaryIO) -> tuple[Figures, tuple[float, float]]:

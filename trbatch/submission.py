@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ import pyarrow as pa
 import trbatch
 from trbatch import chunks
 from trbatch.config import JobSpec, default_model, default_store
+from trbatch.control import Control
 from trbatch.errors import ResumeRefused
 from trbatch.ids import RepeatCheck
 from trbatch.manifest import InputState, Manifest, differences, settings
@@ -33,10 +34,11 @@ _REMOTE_WRITERS = 8  # an object store takes much longer for a chunk than it tak
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job folder that is ready for workers. `continued`: it was there already."""
+    """A job folder that is ready for workers."""
 
     path: str
-    continued: bool
+    continued: bool  # it was there already
+    reread: bool = False  # and its input was read anew
 
 
 def submit(spec: JobSpec) -> Submission:
@@ -67,8 +69,13 @@ def submit(spec: JobSpec) -> Submission:
             return Submission(job.path, continued=False)
         if spec.resume == "never":  # another number, or a refusal
             return submit(spec)
-    _continue(job, Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST)), spec)
-    return Submission(job.path, continued=True)
+    old = Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST))
+    reread = _continue(job, old, spec)
+    control = Control.of(job)
+    wanted = control.asked(priority=spec.priority, deadline=spec.deadline)
+    if wanted != control:
+        wanted.write(job)
+    return Submission(job.path, continued=True, reread=reread)
 
 
 def _resolved(spec: JobSpec) -> JobSpec:
@@ -111,26 +118,32 @@ def _job_id(spec: JobSpec, store: Folder) -> str:
 def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
     """Make the job; False if another command has made it in the meantime: that one counts."""
     seed = secrets.randbits(63) if spec.seed is None else spec.seed
+    control = Control().asked(priority=spec.priority, deadline=spec.deadline)
     manifest = _read_input(job, job_id, spec, seed, generation=0)
+    if control != Control():
+        control.write(job)  # before the manifest: from that on the job is there
     if job.create(MANIFEST, manifest.to_json()):
         return True
     job.remove(manifest.chunk_folder)
     return False
 
 
-def _continue(job: Folder, old: Manifest, spec: JobSpec) -> None:
+def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
+    """Continue a job. Returns whether its input was read anew."""
     changed = differences(settings(old.spec, old.model), settings(spec, spec.model))
     if changed and spec.resume != "always":
         raise ResumeRefused(
             f"job {old.id!r} was made with other settings: {'; '.join(changed)}",
-            hint="choose another --name, or --resume always to go on with the new settings",
+            hint="give those again, choose another --name, or --resume always to go on with the "
+            "new settings",
         )
     same_input = old.input.path == spec.input and old.input.holds()
-    if same_input and not changed:
+    same_limits = old.spec.max_row_bytes == spec.max_row_bytes
+    if same_input and same_limits and not changed:
         if spec.output != old.spec.output:
             spec = dataclasses.replace(old.spec, output=spec.output)
             job.write(MANIFEST, dataclasses.replace(old, spec=spec).to_json())
-        return
+        return False
     seed = old.job_seed if spec.seed is None else spec.seed
     new = _read_input(job, old.id, spec, seed, generation=old.generation + 1)
     if not same_input and (old.unnamed_rows or new.unnamed_rows):
@@ -141,6 +154,7 @@ def _continue(job: Folder, old: Manifest, spec: JobSpec) -> None:
             hint="give every row a 'custom_id' or 'id', or start a new job with --resume never",
         )
     job.write(MANIFEST, dataclasses.replace(new, created=old.created).to_json())
+    return True
 
 
 def _read_input(
@@ -167,7 +181,8 @@ def _read_input(
         version=trbatch.__version__,
         input=state,
         rows=len(writer.ids),
-        rows_failed=writer.rows_failed,
+        rows_failed=writer.errors.total(),
+        errors=dict(writer.errors),
         unnamed_rows=writer.unnamed_rows,
         generation=generation,
         chunk_folder=writer.folder,
@@ -182,6 +197,7 @@ def _batches(spec: JobSpec) -> Iterator[Batch]:
         prompt_column=spec.prompt_column,
         id_column=spec.id_column,
         sampling=spec.sampling,
+        max_row_bytes=spec.max_row_bytes,
     )
 
 
@@ -205,7 +221,7 @@ class _ChunkWriter:
     def __init__(self, job: Folder, name: str, spec: JobSpec, job_seed: int) -> None:
         self.folder = name
         self.ids = RepeatCheck()
-        self.rows_failed = 0
+        self.errors: Counter[str] = Counter()  # bad rows by code
         self.unnamed_rows = 0
         self.chunk_samples: list[int] = []
         self._job = job
@@ -233,7 +249,8 @@ class _ChunkWriter:
         self.chunk_samples.append(samples)
         self.ids.add(row.id for row in batch.rows)
         for row in batch.rows:
-            self.rows_failed += row.request is None
+            if row.error is not None:
+                self.errors[row.error.code] += 1
             self.unnamed_rows += not row.named and row.request is not None
 
     def check_repeats(self) -> None:
@@ -251,6 +268,7 @@ class _ChunkWriter:
             prompt_column=spec.prompt_column,
             id_column=spec.id_column,
             sampling=spec.sampling,
+            max_row_bytes=spec.max_row_bytes,
         )
         for row in check_repeats(rows, repeated, spec.input):
             index, position = divmod(row.index, spec.chunk_size)

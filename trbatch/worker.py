@@ -34,6 +34,7 @@ from trbatch.engine_thread import (
     Whole,
 )
 from trbatch.errors import JobFailed, ModelError, TrbatchError, WorkerError
+from trbatch.holds import Holds
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
@@ -118,6 +119,7 @@ class BatchWorker:
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
         self._leases = LeaseWorker(jobs.connection, self.name, self._watched())
         self._report = Report()
+        self._holds = Holds()
         self._asked_at = 0.0
         self._looked_at = 0.0
 
@@ -174,8 +176,19 @@ class BatchWorker:
             logger.info("chunk %d of %s: stopped on request", lease.chunk, lease.folder)
             self._leases.stop_chunk(lease)
             self._abandon(lease)
+        self._release_held()
         self._sharing.tick()
         self._report.tick(len(self.chunks), self._owed_rows())
+
+    def _release_held(self) -> None:
+        """Let go of the chunks of jobs that were paused, cancelled or not done by their deadline."""
+        held = self._holds.found(work.folder for work in self.chunks.values())
+        if held:
+            self._publisher.publish()  # before their chunks end: who waits for that may collect then
+        for work in [work for work in self.chunks.values() if work.folder in held]:
+            logger.info("chunk %d of %s: the job is held", work.lease.chunk, work.folder.id)
+            self._leases.finish(work.lease, {"rows": len(work.rows) - len(work.owed)})
+            self._abandon(work.lease)
 
     def _abandon(self, lease: Lease) -> None:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
@@ -189,14 +202,12 @@ class BatchWorker:
             return
         if self.fixed is not None:
             wanted: ModelKey | None = self.fixed
-        elif self.model is not None and self.jobs.waiting(self.model):
-            wanted = self.model
-        elif not self._look_again():
+        elif not (self.model and self.jobs.waiting(self.model)) and not self._look_again():
             return
         else:
             if len(self._leases.queues) != len(queues := self._watched()):
                 self._leases.watch(queues)
-            wanted = self.jobs.longest_waiting()
+            wanted = self.jobs.longest_waiting(self.model)
         if wanted is not None and wanted != self.model:
             self._load(wanted)
 
@@ -207,7 +218,7 @@ class BatchWorker:
         self._engine.load(model)
 
     def _watched(self) -> list[ChunkQueue]:
-        names = [self.fixed.queue_name] if self.fixed is not None else list(self.jobs.models())
+        names = self.fixed.queue_names if self.fixed is not None else self.jobs.models()
         return [self.jobs.queue(name) for name in names]
 
     def _take_chunks(self) -> None:
@@ -215,9 +226,12 @@ class BatchWorker:
             return
         if self._looked_at and not self._look_again():
             return
-        queue = self.jobs.queue(self.model.queue_name)
+        if self.fixed is None and self.jobs.longest_waiting(self.model) != self.model:
+            self._looked_at = time.monotonic()  # another model's chunks are more urgent, or none wait
+            return
+        queues = [self.jobs.queue(name) for name in self.model.queue_names]
         while self._room() and not self.stops:
-            lease = self._leases.take(queue)
+            lease = self._leases.take_first(queues)
             if lease is None:
                 self._looked_at = time.monotonic()
                 return
@@ -333,7 +347,8 @@ class BatchWorker:
         if self.fixed is not None or not its_fault:
             raise error
         logger.error("%s cannot be loaded, its chunks fail: %s", model, error)
-        while lease := self._leases.take(self.jobs.queue(model.queue_name)):
+        queues = [self.jobs.queue(name) for name in model.queue_names]
+        while lease := self._leases.take_first(queues):
             self._leases.fail(lease, error, final=True)
             self.refused += 1
 
