@@ -31,6 +31,24 @@ from trbatch.results import collect as collect_results
 if TYPE_CHECKING:
     from trbatch.engine.sequence import Completion
 
+__all__ = [
+    "Job",
+    "JobStatus",
+    "Pruned",
+    "cancel",
+    "collect",
+    "generate",
+    "job_failure",
+    "pause",
+    "prune",
+    "resume",
+    "retry",
+    "status",
+    "submit",
+    "wait",
+    "work",
+]
+
 POLL_S = 0.5  # between looks at a job that is waited for
 
 _JOB_FIELDS = tuple(field.name for field in dataclasses.fields(JobSpec))

@@ -14,10 +14,10 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from trbatch.api import JobStatus
 from trbatch.connection import mask_url
 from trbatch.errors import TrbatchError
 from trbatch.figures import Progress
+from trbatch.job_status import JobStatus
 from trbatch.progress import describe
 from trbatch.queue import JobQueue
 from trbatch.results import Receipt

@@ -108,7 +108,9 @@ class Control:
     def row_end(self) -> RowEnd | None:
         """What becomes of the rows that are missing now; None while they may still come."""
         if self.hold == "cancelled":
-            return RowEnd("cancelled", "cancelled", "the job was cancelled before this row was done")
+            return RowEnd(
+                "cancelled", "cancelled", "the job was cancelled before this row was done"
+            )
         if self.expired and self.deadline is not None:
             when = written(self.deadline)
             return RowEnd("error", DEADLINE, f"the deadline {when} passed before this row was done")

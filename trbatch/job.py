@@ -34,11 +34,10 @@ from trbatch.naming import MATRICES
 from trbatch.schema import Key
 from trbatch.segments import Ledger, SegmentWriter
 from trbatch.storage import LocalFolder, folder
-from trbatch.submission import MANIFEST, submit
+from trbatch.submission import MANIFEST, MARKS, submit
 
 __all__ = ["ChunkRow", "JobFolder", "Key"]
 
-_MARKS = ("_SUCCESS", "_PARTIAL")
 _NOT_COUNTED = ((frozenset[str](), 0), (0, 0))  # segments and retries seen; rows ok and failed
 
 
@@ -155,9 +154,7 @@ class JobFolder:
         self.ledger.refresh()
         return self.ledger
 
-    def missing(
-        self, index: int, done: Container[Key] | None = None
-    ) -> list[tuple[ChunkRow, int]]:
+    def missing(self, index: int, done: Container[Key] | None = None) -> list[tuple[ChunkRow, int]]:
         """Rows of a chunk and their samples that still have to be decoded.
 
         Args:
@@ -249,7 +246,7 @@ class JobFolder:
 
     def mark(self, *, complete: bool) -> None:
         """Leave `_SUCCESS` or `_PARTIAL` in the folder, and only that one."""
-        right, wrong = _MARKS if complete else _MARKS[::-1]
+        right, wrong = MARKS if complete else MARKS[::-1]
         self.folder.remove(wrong)
         self.folder.write(right, b"")
 

@@ -60,7 +60,7 @@ class JobStatus:
 class _Seen:
     """What the queue says of a job."""
 
-    chunks: Counts = Counts()
+    chunks: Counts = field(default_factory=Counts)
     workers: int = 0
     failures: Mapping[int, str] = field(default_factory=dict)
     leases: Sequence[ChunkLease] = ()

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from trbatch.api import POLL_S, Job, JobStatus, Report, job_failure
+from trbatch.api import POLL_S, Job, Report
 from trbatch.errors import JobFailed
+from trbatch.job_status import JobStatus, job_failure
 
 WORKER_COMMAND = (sys.executable, "-m", "trbatch", "worker")
 LEAVE_S = 15.0  # for a worker in burst mode to notice that nothing is left, and to save

@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from trbatch.api import JobStatus
+from trbatch.job_status import JobStatus
 
 LINE_S = 30.0  # between lines where there is no terminal
 

@@ -1,8 +1,8 @@
 """Which failures of a job do not count any more, because somebody asked to retry them.
 
-Each request is one file, `retries/<microseconds>-<token>.json`, written once: it names the segments
-that there were and the error codes, if only some are meant. What fails again lies in a later segment
-and counts.
+Each request is one file, `retries/<microseconds>-<token>.json`, written once: it names the
+segments that there were and the error codes, if only some are meant. What fails again lies in a
+later segment and counts.
 """
 
 from __future__ import annotations

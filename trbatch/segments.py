@@ -12,7 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, TypeVar
+from functools import partial
+from typing import Any, BinaryIO, TypeVar, cast
 
 import orjson
 import pyarrow as pa
@@ -53,15 +54,11 @@ class SegmentWriter:
         assert not unknown, f"no such result columns: {sorted(unknown)}"
         ended = max(int(self._now() * 1e6), self._last + 1)
         span = (self._started(rows, ended), ended / 1e6)
-        metadata = {
-            _FIGURES: orjson.dumps(Figures.of(rows).to_dict()),
-            _SPAN: orjson.dumps(span),
-            _FACTS: orjson.dumps(dict(facts)),
-        }
+        metadata = footer(Figures.of(rows), span, facts)
         table = pa.Table.from_pylist(list(rows), SCHEMA).replace_schema_metadata(metadata)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        name = f"{slug(worker)}-{self._token}-{ended:016d}.parquet"
+        name = segment_name(worker, self._token, ended)
         self._job.write(f"{FOLDER}/{name}", memoryview(sink.getvalue()))
         self._last = ended
         return name
@@ -72,12 +69,35 @@ class SegmentWriter:
         return max(ended / 1e6 - longest, self._last / 1e6)
 
 
+def footer(
+    figures: Figures, span: tuple[float, float], facts: Mapping[str, str]
+) -> dict[bytes, bytes]:
+    """What a segment's file says of itself.
+
+    Args:
+        figures: sums over its rows.
+        span: when the work on them began and ended, Unix seconds.
+        facts: of the engine, e.g. its dtype.
+    """
+    return {
+        _FIGURES: orjson.dumps(figures.to_dict()),
+        _SPAN: orjson.dumps(span),
+        _FACTS: orjson.dumps(dict(facts)),
+    }
+
+
+def segment_name(worker: str, token: str, ended: int) -> str:
+    """The file name of a segment that was ended at this Unix time in microseconds."""
+    return f"{slug(worker)}-{token}-{ended:016d}.parquet"
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Segment names by time of publication, oldest first."""
-    return sorted(names, key=lambda name: (_published(name), name))
+    return sorted(names, key=lambda name: (published(name), name))
 
 
-def _published(name: str) -> int:
+def published(name: str) -> int:
+    """When a segment was published, Unix time in microseconds; 0 if its name does not tell."""
     digits = name.removesuffix(".parquet").rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
 
@@ -142,16 +162,16 @@ class Ledger:
             if name in self._read:
                 continue
             with reading(self._job, name) as file:
-                found = read_outcomes(file, lambda code, name=name: self.retries.void(name, code))
+                found = read_outcomes(file, partial(self.retries.void, name))
             self._outcomes.add(
                 (key, reason == "error") for key, reason in found if reason not in _NOT_DONE
             )
             self._read.add(name)
         return names
 
-    def __contains__(self, key: Key) -> bool:
-        """Whether a row is done, by the segments that the last `refresh` saw."""
-        return self._outcomes.get(key) is not None
+    def __contains__(self, key: object) -> bool:
+        """Whether a row of this `Key` is done, by the segments that the last `refresh` saw."""
+        return self.succeeded(cast(Key, key)) is not None
 
     def succeeded(self, key: Key) -> bool | None:
         """Whether a row that is done has succeeded; None if it is not done."""
@@ -208,9 +228,7 @@ class Ledger:
         return {key: sorted(values) for key, values in found.items()}
 
 
-def read_outcomes(
-    file: BinaryIO, void: Callable[[str | None], bool]
-) -> list[tuple[Key, str]]:
+def read_outcomes(file: BinaryIO, void: Callable[[str | None], bool]) -> list[tuple[Key, str]]:
     """Key and finish reason of each row of a segment, in its order.
 
     Args:

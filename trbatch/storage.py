@@ -69,6 +69,14 @@ class Folder(ABC):
     def prune(self, below: str) -> None:
         """Remove folders that hold nothing: the folder `below` and this one."""
 
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """Sorted names of the folders directly in this one; [] when it does not exist."""
+
+    @abstractmethod
+    def usage(self, name: str) -> tuple[int, int]:
+        """How many files a file or a whole folder is, and their bytes."""
+
     def join(self, name: str) -> str:
         """The path or URL of a name below this folder."""
         return f"{self.path.rstrip('/')}/{name}"
@@ -180,6 +188,19 @@ class LocalFolder(Folder):
                 return []
             return sorted(name for name in entries if not name.startswith("."))
 
+    def folders(self) -> list[str]:
+        with self._errors("list", ""):
+            try:
+                return sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
+            except FileNotFoundError:
+                return []
+
+    def usage(self, name: str) -> tuple[int, int]:
+        with self._errors("list", name):
+            found = [Path(self.path, name), *Path(self.path, name).rglob("*")]
+            sizes = [path.stat().st_size for path in found if path.is_file()]
+            return len(sizes), sum(sizes)
+
     def remove(self, name: str) -> None:
         target = Path(self.path, name)
         with self._errors("remove", name):
@@ -242,6 +263,21 @@ class RemoteFolder(Folder):
             files = (entry["name"] for entry in entries if entry["type"] == "file")
             return sorted(name.rpartition("/")[2] for name in files)
 
+    def folders(self) -> list[str]:
+        with self._errors("list", ""):
+            try:
+                entries = self._files.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+            inner = (entry["name"] for entry in entries if entry["type"] == "directory")
+            return sorted(name.rstrip("/").rpartition("/")[2] for name in inner)
+
+    def usage(self, name: str) -> tuple[int, int]:
+        with self._errors("list", name):
+            found = self._files.find(self._at(name), detail=True)
+            sizes = [int(entry.get("size") or 0) for entry in found.values()]
+            return len(sizes), sum(sizes)
+
     def remove(self, name: str) -> None:
         with self._errors("remove", name):
             if self._files.exists(self._at(name)):
@@ -252,4 +288,4 @@ class RemoteFolder(Folder):
             return bool(self._files.isfile(self._at(name)))
 
     def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}".rstrip("/")

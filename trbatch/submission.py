@@ -28,6 +28,7 @@ from trbatch.prompts import Batch, check_repeats, read_batches, read_rows
 from trbatch.storage import Folder, LocalFolder, folder
 
 MANIFEST = "manifest.json"
+MARKS = ("_SUCCESS", "_PARTIAL")  # whether the last collect found every row
 _LOCAL_WRITERS = 1  # threads; more of them only contend with the one that reads and hashes
 _REMOTE_WRITERS = 8  # an object store takes much longer for a chunk than it takes to make one
 
@@ -54,6 +55,7 @@ def submit(spec: JobSpec) -> Submission:
         UsageError: the output cannot be written as any format, or there is no such model.
         ResumeRefused: the job cannot be continued as `spec.resume` asks.
     """
+    Control().asked(deadline=spec.deadline)  # a wrong one is told before anything is read
     spec = _resolved(spec)
     check_output(spec.output, spec.input)
     store = folder(spec.out)
@@ -154,6 +156,8 @@ def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
             hint="give every row a 'custom_id' or 'id', or start a new job with --resume never",
         )
     job.write(MANIFEST, dataclasses.replace(new, created=old.created).to_json())
+    for mark in MARKS:
+        job.remove(mark)
     return True
 
 

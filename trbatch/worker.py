@@ -181,10 +181,10 @@ class BatchWorker:
         self._report.tick(len(self.chunks), self._owed_rows())
 
     def _release_held(self) -> None:
-        """Let go of the chunks of jobs that were paused, cancelled or not done by their deadline."""
+        """Let go of the chunks of jobs that are paused, cancelled or past their deadline."""
         held = self._holds.found(work.folder for work in self.chunks.values())
         if held:
-            self._publisher.publish()  # before their chunks end: who waits for that may collect then
+            self._publisher.publish()  # first: who waits for their chunks to end may collect then
         for work in [work for work in self.chunks.values() if work.folder in held]:
             logger.info("chunk %d of %s: the job is held", work.lease.chunk, work.folder.id)
             self._leases.finish(work.lease, {"rows": len(work.rows) - len(work.owed)})
@@ -227,7 +227,9 @@ class BatchWorker:
         if self._looked_at and not self._look_again():
             return
         if self.fixed is None and self.jobs.longest_waiting(self.model) != self.model:
-            self._looked_at = time.monotonic()  # another model's chunks are more urgent, or none wait
+            self._looked_at = (
+                time.monotonic()
+            )  # another model's chunks are more urgent, or none wait
             return
         queues = [self.jobs.queue(name) for name in self.model.queue_names]
         while self._room() and not self.stops:
