@@ -289,4 +289,4 @@ def _number(name: str, value: Any, low: float, high: float, *, open_below: bool 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise UsageError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value!r}")

@@ -134,18 +134,21 @@ def run(
         report: is given the job's status about twice a second.
         on_line: is given each line that the worker writes.
 
+    Returns:
+        The status of the job once it is completed, cancelled or expired.
+
     Raises:
         JobFailed: the worker ended and rows are missing.
     """
     status = job.status()
-    if status.state == "completed":
+    if status.finished and status.state != "failed":
         return status
     with WorkerProcess(arguments, job.redis_url, on_line) as worker:
         while True:
             code = worker.poll()  # before the status: what it did last must show there
             status = job.status()
             report(status)
-            if status.state == "completed":
+            if status.finished and status.state != "failed":
                 return status
             if status.state == "failed":
                 raise job_failure(status)
@@ -156,9 +159,14 @@ def run(
 
 def _check_helped(status: JobStatus, code: int) -> None:
     """Go on without a worker of our own only while another one holds the model."""
-    if code == 0 and status.workers:
+    if code == 0 and status.workers and not status.paused:
         return
     progress = status.progress
+    if status.paused:
+        raise JobFailed(
+            f"job {status.id} is paused; {progress.rows_done} of {progress.rows} rows are done",
+            hint=f"trbatch continue {status.path}, then the same command again",
+        )
     raise JobFailed(
         f"the worker ended with exit code {code}; job {status.id} has "
         f"{progress.rows_done} of {progress.rows} rows",
