@@ -55,19 +55,23 @@ class KeyMap:
 
     def _settle(self, *, everything: bool = False) -> None:
         if len(self._pending):
-            self._runs.append(self._pending.ordered())
+            self._pending.order()
+            self._runs.append(self._pending)
             self._pending = _Run()
         runs = self._runs
         while len(runs) > 1 and (everything or len(runs[-2]) < 2 * len(runs[-1])):
             last = runs.pop()
-            runs[-1] = runs[-1].joined(last).ordered()
+            runs[-1].extend(last)
+            runs[-1].order()
+            if len(runs[-1]) > _PENDING:
+                pa.default_memory_pool().release_unused()
 
 
 class _Run:
     """Three columns: two hashes of each key, and its number."""
 
-    def __init__(self, columns: Iterable[array[int]] = ()) -> None:
-        self.first, self.second, self.values = [*columns] or [array("q") for _ in range(3)]
+    def __init__(self) -> None:
+        self.first, self.second, self.values = self.columns = tuple(array("q") for _ in range(3))
 
     def __len__(self) -> int:
         return len(self.first)
@@ -81,48 +85,46 @@ class _Run:
             place += 1
         return None
 
-    def joined(self, other: _Run) -> _Run:
-        """Both, one behind the other."""
-        pairs = zip(self._columns(), other._columns(), strict=True)
-        return _Run([one + another for one, another in pairs])
+    def extend(self, other: _Run) -> None:
+        """Append another run."""
+        for column, more in zip(self.columns, other.columns, strict=True):
+            column.extend(more)
 
-    def ordered(self) -> _Run:
-        """Sorted by hash, each key once, with its smallest number."""
-        table = self._table()
-        table = table.take(pc.sort_indices(table["first"]))
-        if _any_neighbours_equal(table["first"]):
-            order = [(name, "ascending") for name in table.column_names]
-            table = _first_of_equals(table.take(pc.sort_indices(table, sort_keys=order)))
-        return _Run([_as_array(column) for column in table.columns])
+    def order(self) -> None:
+        """Sort by hash and keep each key once, with its smallest number.
 
-    def _columns(self) -> tuple[array[int], array[int], array[int]]:
-        return self.first, self.second, self.values
+        Works column by column in place, so that memory for one column more is all it takes.
+        """
+        self._put_in(pc.array_sort_indices(_view(self.first)))
+        if not _any_neighbours_equal(self.first):
+            return
+        self._put_in(self._order_of_all())
+        same = pc.and_(_same_as_before(self.first), _same_as_before(self.second))
+        self._put_in(pc.indices_nonzero(pc.invert(same)))
 
-    def _table(self) -> pa.Table:
-        columns = [
-            pa.Array.from_buffers(pa.int64(), len(self), [None, pa.py_buffer(column)])
-            for column in self._columns()
-        ]
-        return pa.table(columns, names=["first", "second", "value"])
+    def _order_of_all(self) -> pa.Array:
+        table = pa.table([_view(column) for column in self.columns], names=["a", "b", "c"])
+        return pc.sort_indices(table, [(name, "ascending") for name in "abc"])
 
-
-def _any_neighbours_equal(values: pa.ChunkedArray) -> bool:
-    return bool(pc.any(pc.equal(values[1:], values[:-1])).as_py())
-
-
-def _first_of_equals(table: pa.Table) -> pa.Table:
-    """The rows whose two hashes differ from those of the row before."""
-    same = pc.and_(
-        pc.equal(table["first"][1:], table["first"][:-1]),
-        pc.equal(table["second"][1:], table["second"][:-1]),
-    )
-    return table.filter(pa.concat_arrays([pa.array([True]), *pc.invert(same).chunks]))
+    def _put_in(self, order: pa.Array) -> None:
+        for column in self.columns:
+            taken = _view(column).take(order)
+            size = 8 * len(taken)
+            with memoryview(column) as numbers:
+                numbers.cast("B")[:size] = memoryview(taken.buffers()[1]).cast("B")[:size]
+            del column[len(taken) :]
 
 
-def _as_array(column: pa.ChunkedArray) -> array[int]:
-    values = array("q")
-    for chunk in column.chunks:
-        data = chunk.buffers()[1]
-        start = 8 * chunk.offset
-        values.frombytes(memoryview(data)[start : start + 8 * len(chunk)])
-    return values
+def _view(column: array[int]) -> pa.Array:
+    """A column as Arrow sees it, without a copy; it must not change meanwhile."""
+    return pa.Array.from_buffers(pa.int64(), len(column), [None, pa.py_buffer(column)])
+
+
+def _any_neighbours_equal(column: array[int]) -> bool:
+    return bool(pc.any(_same_as_before(column)).as_py())
+
+
+def _same_as_before(column: array[int]) -> pa.Array:
+    """Of each number whether the one before it is the same."""
+    values = _view(column)
+    return pa.concat_arrays([pa.array([False]), pc.equal(values[1:], values[:-1])])
