@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import click
 
 from trbatch.errors import EXIT_OK
 from trbatch.job_status import JobStatus
+
+_STDERR = 2  # the file descriptor
 
 
 def on_complete(command: str, status: JobStatus, exit_code: int, output: str = "") -> int:
@@ -46,7 +47,7 @@ def on_complete(command: str, status: JobStatus, exit_code: int, output: str = "
     }
     environment = os.environ | {f"TRBATCH_{name}": str(value) for name, value in facts.items()}
     done = subprocess.run(
-        command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
+        command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=_STDERR
     )
     code = done.returncode if done.returncode >= 0 else 128 - done.returncode
     if code != EXIT_OK:
