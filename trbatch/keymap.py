@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 
 from trbatch.schema import Key
 
+_HALF = 1 << 63  # hashes go from minus this to below this
+_MANY = 1 << 14  # look-ups in a row for which it pays to have one run
 _PENDING = 1 << 16  # keys that are gathered before they are sorted, where nobody asks meanwhile
 
 
@@ -28,6 +30,7 @@ class KeyMap:
     def __init__(self) -> None:
         self._runs: list[_Run] = []
         self._pending = _Run()
+        self._asked = 0  # since the last key was added
 
     def __len__(self) -> int:
         """Distinct keys."""
@@ -36,7 +39,7 @@ class KeyMap:
 
     def add(self, items: Iterable[tuple[Key, int]]) -> None:
         """Give keys their numbers; the smallest of a key counts."""
-        pending = self._pending
+        pending, self._asked = self._pending, 0
         for (name, mark, sample), value in items:
             pending.first.append(hash((name, mark, sample)))
             pending.second.append(hash(f"{sample} {mark}{name}"))
@@ -46,8 +49,9 @@ class KeyMap:
 
     def get(self, key: Key) -> int | None:
         """The number of a key; None if it has none."""
-        if len(self._pending):
-            self._settle()
+        self._asked += 1
+        if len(self._pending) or self._asked == _MANY:
+            self._settle(everything=self._asked == _MANY)
         name, mark, sample = key
         first, second = hash((name, mark, sample)), hash(f"{sample} {mark}{name}")
         found = [run.find(first, second) for run in self._runs]
@@ -72,21 +76,36 @@ class _Run:
 
     def __init__(self) -> None:
         self.first, self.second, self.values = self.columns = tuple(array("q") for _ in range(3))
+        self._starts = array("q")  # where hashes of each beginning start; made when first asked for
+        self._shift = 0  # what is left of a hash behind its beginning, bits
 
     def __len__(self) -> int:
         return len(self.first)
 
     def find(self, first: int, second: int) -> int | None:
         """The number of a key in a run that is ordered."""
-        place = bisect_left(self.first, first)
+        if not self._starts:
+            self._index()
+        beginning = (first + _HALF) >> self._shift
+        low, high = self._starts[beginning], self._starts[beginning + 1]
+        place = bisect_left(self.first, first, low, high)
         while place < len(self.first) and self.first[place] == first:
             if self.second[place] == second:
                 return self.values[place]
             place += 1
         return None
 
+    def _index(self) -> None:
+        """Note where hashes of each beginning start, about sixteen keys apart."""
+        bits = min(max(len(self).bit_length() - 4, 0), 16)
+        self._shift = 64 - bits
+        borders = ((beginning << self._shift) - _HALF for beginning in range(1 << bits))
+        self._starts.extend(bisect_left(self.first, border) for border in borders)
+        self._starts.append(len(self))
+
     def extend(self, other: _Run) -> None:
         """Append another run."""
+        del self._starts[:]
         for column, more in zip(self.columns, other.columns, strict=True):
             column.extend(more)
 

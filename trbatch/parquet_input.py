@@ -13,10 +13,8 @@ from trbatch.config import SAMPLING_FIELDS
 from trbatch.errors import InputError
 from trbatch.input_limits import too_large
 from trbatch.merging import BadRow, is_absent
+from trbatch.passthrough import UNREADABLE
 from trbatch.rows import Row, RowChecker
-
-# What pyarrow raises of a value that Python has no form for, e.g. a time of nanoseconds.
-_UNREADABLE = (ValueError, OverflowError, pa.ArrowException)
 
 
 def read_parquet(
@@ -36,7 +34,7 @@ def read_parquet(
     Raises:
         InputError: the columns are not those of an input.
     """
-    parquet = pq.ParquetFile(file)
+    parquet = _opened(file, name)
     names = parquet.schema_arrow.names
     _check_columns(names, name, prompt_column, id_column)
     ids = id_column or ("custom_id" if "custom_id" in names else "id")
@@ -48,7 +46,7 @@ def read_parquet(
     fields = [column for column in names if column in read]
     passed = [c for c in names if c not in read or (c == "id" and ids == "custom_id")]
     index = 0
-    for table in _rebatched(parquet.iter_batches(size), size):
+    for table in _rebatched(_batches(parquet, name, size), size):
         large = _too_large_values(table, most)
         rows: list[Row] = []
         for values in _dictionaries(table.select(fields), {"custom_id", "id", ids}):
@@ -61,6 +59,25 @@ def read_parquet(
                 rows.append(checker.row(values, index, index + 1))
             index += 1
         yield rows, _struct(_without(table.select(passed), large))
+
+
+def _opened(file: BinaryIO, name: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except UnicodeDecodeError as error:  # of damaged names of columns
+        raise InputError(f"cannot read {name}: {error}") from error
+
+
+def _batches(parquet: pq.ParquetFile, name: str, size: int) -> Iterator[pa.RecordBatch]:
+    batches = parquet.iter_batches(size)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except UNREADABLE as error:
+            raise InputError(f"cannot read {name}: {error}") from error
+        yield batch
 
 
 def _check_columns(names: list[str], name: str, prompt_column: str, id_column: str) -> None:
@@ -149,14 +166,14 @@ def _whole(values: list[Any]) -> list[Any]:
 def _values(column: pa.ChunkedArray) -> list[Any]:
     try:
         return cast(list[Any], column.to_pylist())
-    except _UNREADABLE:  # of one row; the others are good
+    except UNREADABLE:  # of one row; the others are good
         return [_value(scalar) for scalar in column]
 
 
 def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return error
 
 

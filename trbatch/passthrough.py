@@ -6,6 +6,7 @@ Values that no Arrow type holds are kept as JSON text.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
+# What pyarrow raises of a value that Python has no form for.
+UNREADABLE = (ValueError, OverflowError, pa.ArrowException)
 _DEEPEST = 8  # nested levels kept as Arrow types; below, JSON text
 _WIDEST = 256  # keys of an object kept as a struct; above, JSON text: its keys are data
 
@@ -95,6 +98,31 @@ def cast(columns: Columns, schema: Schema) -> list[pa.Array]:
         # Not safe: a whole number too large for a double loses digits rather than the job.
         arrays.append(array.cast(kind, safe=False))
     return arrays
+
+
+def python_values(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values as Python has them; what it has no form for as text.
+
+    Such are times of nanoseconds, dates beyond year 9999 and text that is not valid UTF-8.
+    """
+    try:
+        return typing.cast(list[Any], column.to_pylist())
+    except UNREADABLE:
+        return [_python_value(scalar) for scalar in column]
+
+
+def _python_value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if hasattr(scalar, "as_buffer"):
+            return scalar.as_buffer().to_pybytes().decode(errors="replace")
+    except UNREADABLE:
+        pass  # as text, then
+    try:
+        return scalar.cast(pa.string()).as_py()
+    except UNREADABLE:
+        return f"a value of type {scalar.type} that cannot be written as text"
 
 
 def _column(values: list[Any]) -> tuple[pa.Array, bool]:
