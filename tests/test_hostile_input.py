@@ -261,12 +261,25 @@ def test_a_bomb_of_empty_lines_is_refused(tmp_path: Path) -> None:
     assert "expands to" in found["message"]
 
 
-def test_texts_that_compress_well_are_no_bomb(tmp_path: Path) -> None:
-    system = "You are a careful assistant. " * 100
-    rows = (json.dumps({"prompt": f"{system}Question {i}."}) for i in range(30_000))
-    path = tmp_path / "in.jsonl.gz"
-    path.write_bytes(gzip.compress("\n".join(rows).encode(), mtime=0))  # 88 MB
-    assert sum(row.error is None for row in read_rows(path)) == 30_000
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_rows_that_share_a_long_prompt_are_no_bomb(tmp_path: Path, suffix: str) -> None:
+    system = "You are a careful assistant. " * 1000
+    rows = "\n".join(json.dumps({"prompt": f"{system}Question {i}."}) for i in range(5000))
+    path = tmp_path / f"in.jsonl{suffix}"
+    if suffix == ".gz":
+        path.write_bytes(gzip.compress(rows.encode(), mtime=0))
+    else:
+        path.write_bytes(pa.compress(rows.encode(), "zstd", asbytes=True))
+    assert len(rows) > 100 * path.stat().st_size
+    assert sum(row.error is None for row in read_rows(path)) == 5000
+
+
+def test_rows_without_end_out_of_nearly_nothing_are_a_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.jsonl.zst"
+    row = b'{"prompt": "%b"}\n' % (b"x" * 100_000)
+    path.write_bytes(pa.compress(row * 1500, "zstd", asbytes=True))
+    with pytest.raises(InputError, match=r"bomb\.jsonl\.zst:\d+: the file expands to .* of rows"):
+        list(read_rows(path))
 
 
 # --- anything at all ---

@@ -8,7 +8,10 @@ from typing import Any, BinaryIO, Protocol
 from trbatch.errors import InputError
 
 MAX_NESTING = 64  # levels of objects and lists in a row
-MAX_EXPANSION = 1000  # bytes out of a compressed file for each byte in it; texts reach some hundred
+# Bytes out of a compressed file for each byte in it. Rows that share a long prompt reach 1,300,
+# but what is in no row, overlong and empty lines, should be little.
+MAX_EXPANSION = 5_000
+MAX_EMPTY_EXPANSION = 100
 _EXPANSION_FROM = 64 << 20  # bytes out before which nobody asks
 _SKIP = 1 << 20  # bytes of an overlong line at a time
 
@@ -31,23 +34,27 @@ class Expansion:
         self._name = name
         self._compressed = compressed
         self._out = 0
+        self._empty = 0  # of these: in no row
         self._next = _EXPANSION_FROM
 
-    def count(self, out: int, line: int) -> None:
-        """Count `out` more bytes, of this line.
+    def count(self, out: int, line: int, *, empty: bool) -> None:
+        """Count `out` more bytes, of this line; `empty`: they are in no row.
 
         Raises:
             InputError: the file is a bomb.
         """
         self._out += out
+        self._empty += out if empty else 0
         if self._compressed is None or self._out < self._next:
             return
         self._next += _EXPANSION_FROM
-        ratio = self._out / max(self._compressed.tell(), 1)
-        if ratio > MAX_EXPANSION:
+        size = max(self._compressed.tell(), 1)
+        wasted = self._empty > _EXPANSION_FROM // 2 and self._empty / size > MAX_EMPTY_EXPANSION
+        if wasted or self._out / size > MAX_EXPANSION:
+            rows = "without a row" if wasted else "of rows"
             raise InputError(
-                f"{self._name}:{line}: the file expands to {ratio:,.0f} times its size, "
-                f"more than {MAX_EXPANSION:,} times",
+                f"{self._name}:{line}: the file expands to {self._out / size:,.0f} times its size, "
+                f"{self._out >> 20:,} MiB so far, {rows}",
                 hint="if it is no mistake, decompress it first and give the plain file",
             )
 
@@ -62,12 +69,12 @@ def read_lines(
     number = 0
     while text := file.readline(most + 1):
         number += 1
-        expansion.count(len(text), number)
         if len(text) <= most or text.endswith(b"\n"):
+            expansion.count(len(text), number, empty=text.isspace())
             yield number, text
             continue
         while not text.endswith(b"\n") and (text := file.readline(_SKIP)):
-            expansion.count(len(text), number)
+            expansion.count(len(text), number, empty=True)
         yield number, None
 
 
