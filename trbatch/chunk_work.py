@@ -76,8 +76,7 @@ class ChunkWork:
         )
 
     def _request(self, place: int) -> Request:
-        request = self.folder.request(*self.rows[place])
-        return replace(request, key=(self.lease.id, place))
+        return self.folder.request(*self.rows[place], key=(self.lease.id, place))
 
     def _error(self, place: int, code: str, message: str) -> Completion:
         row, sample = self.rows[place]

@@ -16,7 +16,7 @@ a segment holds its key: (id, request fingerprint, sample).
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,6 +56,7 @@ class JobFolder:
         self.reread = False  # and read its input anew
         self.ledger = Ledger(self.folder)
         self._segments = SegmentWriter(self.folder)
+        self._task_key: TaskKey | None = None  # asked for with every row
         self._counted: tuple[tuple[frozenset[str], int], tuple[int, int]] = _NOT_COUNTED
 
     @classmethod
@@ -118,6 +119,11 @@ class JobFolder:
     @property
     def task_key(self) -> TaskKey:
         """The matrix that this job's rows read and write: the store's, or one of its own."""
+        if self._task_key is None:
+            self._task_key = self._named_task()
+        return self._task_key
+
+    def _named_task(self) -> TaskKey:
         manifest, folder = self.manifest, self.matrices
         if self.spec.private_matrix:
             return TaskKey(manifest.matrix, apart=self.path)
@@ -129,6 +135,7 @@ class JobFolder:
     def refresh(self) -> None:
         """Read the manifest again: the input may have been read anew since."""
         self.manifest = self._read_manifest()
+        self._task_key = None
         self._counted = _NOT_COUNTED
 
     def chunk_rows(self, index: int) -> list[ChunkRow]:
@@ -177,11 +184,11 @@ class JobFolder:
             return asked
         return [i for i in asked if any(key not in done for key in self._chunk_keys(i))]
 
-    def request(self, row: ChunkRow, sample_index: int) -> Request:
-        """One sample of a good row as the engine takes it; its key is the row's `Key`."""
+    def request(self, row: ChunkRow, sample_index: int, key: Hashable | None = None) -> Request:
+        """One sample of a good row as the engine takes it; its key is the row's `Key` if None."""
         assert row.error is None, f"row {row.custom_id} cannot be decoded: {row.error}"
         return Request(
-            key=row.key(sample_index),
+            key=row.key(sample_index) if key is None else key,
             sampling=row.sampling(self.spec.sampling),
             seed=row.seed,
             sample_index=sample_index,
