@@ -76,7 +76,7 @@ def prune(
 def _jobs(names: Sequence[str], store: str) -> Iterator[JobFolder | Pruned]:
     for name in names:
         yield JobFolder.find(name, store)
-    for name in folder(store).folders() if not names else ():
+    for name in folder(store).folders("") if not names else ():
         inner = folder(folder(store).join(name))
         if name == MATRICES or not inner.exists(MANIFEST):
             continue
@@ -110,7 +110,7 @@ def _prune(
 def _shrink(job: JobFolder, *, dry_run: bool) -> Pruned:
     """One segment for all, and no chunks but those of the last reading."""
     used = job.manifest.chunk_folder.rpartition("/")[2]
-    readings = folder(job.folder.join("chunks")).folders()
+    readings = job.folder.folders("chunks")
     outdated = [f"chunks/{name}" for name in readings if name != used]
     many = len(job.ledger.names()) > 1
     if not many and not outdated:
@@ -155,7 +155,7 @@ def _remove(path: str) -> None:
 
 
 def _finish_removals(store: str) -> None:
-    for name in folder(store).folders():
+    for name in folder(store).folders(""):
         inner = folder(folder(store).join(name))
         if name != MATRICES and inner.exists(_DOOMED) and not inner.exists(MANIFEST):
             inner.remove("")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from rq.job import JobStatus
-from rq.utils import as_text
 
 from trbatch.chunk_job import ChunkJob
 from trbatch.connection import reaching
-from trbatch.queue import BATCH, RETRIES, Folder, JobQueue, ModelKey, index_key
+from trbatch.queue import BATCH, RETRIES, Folder, JobQueue, ModelKey, chunk_id, index_key
 
 # Takes a chunk out of the queue unless a worker has popped it: the whole or nothing of it.
 # KEYS: the rq job, the index of the job's chunks, the queues; ARGV: the rq job's id.
@@ -82,29 +82,35 @@ def forget(jobs: JobQueue, job: Folder) -> None:
 
 
 def leases(jobs: JobQueue, job: Folder) -> list[ChunkLease]:
-    """The chunks of a job that a worker holds now, by number."""
+    """The chunks of a job that a worker holds now, by number.
+
+    What Redis holds may be anybody's: a value that is not what a worker writes counts as absent.
+    """
     model = ModelKey(job.manifest.model, job.manifest.revision)
-    now = time.time()
+    ours, now = chunk_id(job, 0).removesuffix("0"), time.time()
     with reaching(jobs.url):
         with jobs.connection.pipeline(transaction=False) as pipeline:
             for name in model.queue_names:
                 key = jobs.queue(name).started_job_registry.key
                 pipeline.zrangebyscore(key, now, "+inf", withscores=True)
             pairs = [pair for answer in pipeline.execute() for pair in answer]
-        until = {as_text(entry).partition(":")[0]: score for entry, score in pairs}
-        ours = [rq_id for rq_id in jobs.ids(job.id) if rq_id in until]
-        found = jobs.fetch(ours)
-    held = [
+        until = {_text(entry).partition(":")[0]: score for entry, score in pairs}
+        held = [i for i in until if i.startswith(ours) and i.removeprefix(ours).isdecimal()]
+        with jobs.connection.pipeline(transaction=False) as pipeline:
+            for rq_id in held:
+                pipeline.hmget(ChunkJob.key_for(rq_id), "worker_name", "started_at", "retries_left")
+            known = pipeline.execute()
+    found = [
         ChunkLease(
-            chunk=int(one.args[1]),
-            worker=one.worker_name or "",
-            attempt=RETRIES - (one.retries_left or 0) + 1,
-            running_s=None if one.started_at is None else now - one.started_at.timestamp(),
-            left_s=until[one.id] - now,
+            chunk=int(rq_id.removeprefix(ours)),
+            worker=_text(worker),
+            attempt=RETRIES - _number(left, RETRIES) + 1,
+            running_s=_seconds_since(started, now),
+            left_s=until[rq_id] - now,
         )
-        for one in found
+        for rq_id, (worker, started, left) in zip(held, known, strict=True)
     ]
-    return sorted(held, key=lambda lease: lease.chunk)
+    return sorted(found, key=lambda lease: lease.chunk)
 
 
 def ahead(jobs: JobQueue, job: Folder, priority: str) -> int:
@@ -117,3 +123,19 @@ def ahead(jobs: JobQueue, job: Folder, priority: str) -> int:
 
 def _queue_of(model: ModelKey, priority: str) -> str:
     return model.queue_of(priority) if priority else ""
+
+
+def _text(value: bytes | str | None) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
+
+
+def _number(value: bytes | None, otherwise: int) -> int:
+    text = _text(value)
+    return int(text) if text.isdecimal() and len(text) < 10 else otherwise
+
+
+def _seconds_since(value: bytes | None, now: float) -> float | None:
+    try:
+        return now - datetime.fromisoformat(_text(value)).timestamp()
+    except ValueError:
+        return None

@@ -70,8 +70,8 @@ class Folder(ABC):
         """Remove folders that hold nothing: the folder `below` and this one."""
 
     @abstractmethod
-    def folders(self) -> list[str]:
-        """Sorted names of the folders directly in this one; [] when it does not exist."""
+    def folders(self, below: str) -> list[str]:
+        """Sorted names of the folders directly in the folder `below`; [] when there is none."""
 
     @abstractmethod
     def usage(self, name: str) -> tuple[int, int]:
@@ -188,10 +188,11 @@ class LocalFolder(Folder):
                 return []
             return sorted(name for name in entries if not name.startswith("."))
 
-    def folders(self) -> list[str]:
-        with self._errors("list", ""):
+    def folders(self, below: str) -> list[str]:
+        with self._errors("list", below):
             try:
-                return sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
+                entries = os.scandir(os.path.join(self.path, below))
+                return sorted(entry.name for entry in entries if entry.is_dir())
             except FileNotFoundError:
                 return []
 
@@ -263,10 +264,10 @@ class RemoteFolder(Folder):
             files = (entry["name"] for entry in entries if entry["type"] == "file")
             return sorted(name.rpartition("/")[2] for name in files)
 
-    def folders(self) -> list[str]:
-        with self._errors("list", ""):
+    def folders(self, below: str) -> list[str]:
+        with self._errors("list", below):
             try:
-                entries = self._files.ls(self._root, detail=True)
+                entries = self._files.ls(self._at(below), detail=True)
             except FileNotFoundError:
                 return []
             inner = (entry["name"] for entry in entries if entry["type"] == "directory")
