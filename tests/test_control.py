@@ -407,6 +407,36 @@ def test_status_names_the_worker_of_each_running_chunk(tmp_path: Path) -> None:
     assert status.to_dict()["leases"][0]["chunk"] == 0
 
 
+def test_leases_are_told_whatever_redis_holds(tmp_path: Path) -> None:
+    job = submit(tmp_path, 4)
+    with working(EchoEngine(1.0)), JobQueue.connect() as jobs:
+        wait_for(lambda: leases(jobs, job.folder))
+        (rq_id,) = jobs.ids(job.id)
+        poison = {"worker_name": b"\xff\xfe", "started_at": b"\xff", "retries_left": b"9" * 99}
+        jobs.connection.hset(f"rq:job:{rq_id}", mapping=poison)
+        (registry,) = (jobs.queue(name).started_job_registry.key for name in jobs.models())
+        later = time.time() + 60
+        jobs.connection.zadd(registry, {b"\xff:1": later, f"{rq_id}9x:1": later, "": later})
+        (lease,) = leases(jobs, job.folder)
+        assert (lease.chunk, lease.attempt, lease.running_s) == (0, 1, None)
+
+
+def test_a_job_in_an_object_store_can_be_held_retried_and_resumed(tmp_path: Path) -> None:
+    store = f"memory://control-{time.time_ns()}"
+    job = submit(tmp_path, BAD, out=store, deadline="1h")
+    assert job.pause().paused
+    job.resume()
+    engine = work(Moody())
+    assert job.retry(["flaky"]) == 2
+    assert job.cancel().state == "cancelled"
+    assert job.collect(tmp_path / "out.parquet").rows_cancelled == 2
+    engine.willing = True
+    job.resume()
+    work(engine)
+    receipt = job.collect(tmp_path / "out.parquet")
+    assert (receipt.rows_ok, receipt.rows_failed, receipt.rows_cancelled) == (2, 2, 0)
+
+
 def test_a_damaged_control_file_is_named_and_stops_no_worker(tmp_path: Path) -> None:
     job = submit(tmp_path, 40)
     with working(EchoEngine(0.05)):

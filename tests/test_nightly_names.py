@@ -272,3 +272,23 @@ def test_run_of_a_paused_job_says_how_it_goes_on(tmp_path: Path, echo_worker: No
     assert result.exit_code == 4
     assert f"job {NAME} is paused" in result.stderr
     assert "trbatch continue" in result.stderr
+
+
+def test_the_command_is_run_when_the_worker_of_run_dies(
+    tmp_path: Path, hook_file: Path, echo_worker: None
+) -> None:
+    path = write_rows(tmp_path / "in.jsonl", [{"prompt": "die"}])
+    assert invoke("run", path, "--model", MODEL, "--on-complete", SHOW).exit_code == 4
+    told = json.loads(hook_file.read_text())
+    assert (told["TRBATCH_EXIT_CODE"], told["TRBATCH_ROWS_OK"]) == ("4", "0")
+
+
+def test_what_the_command_prints_goes_to_stderr(
+    tmp_path: Path, hook_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = submit(tmp_path, 1)
+    work()
+    capfd.readouterr()
+    invoke("wait", job.id, "--on-complete", SHOW)
+    out, err = capfd.readouterr()
+    assert (out, "hello from it" in err) == ("", True)

@@ -105,20 +105,20 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     engine = options.engine_config(settings)  # wrong values are told before anything is enqueued
     check_output(settings["output"], os.path.abspath(input), settings["format"])
     job = api.submit(spec, redis_url=settings["redis_url"])
-    with reporter() as show:
-        _say_submitted(job, show)
-        manifest = job.folder.manifest
-        worker = dataclasses.asdict(engine) | {
-            "model": manifest.model,
-            "revision": manifest.revision,
-            "trust_remote_code": spec.trust_remote_code,
-            "burst": True,
-        }
-        arguments = options.arguments_for(worker_command, worker)
-        try:
+    manifest = job.folder.manifest
+    worker = dataclasses.asdict(engine) | {
+        "model": manifest.model,
+        "revision": manifest.revision,
+        "trust_remote_code": spec.trust_remote_code,
+        "burst": True,
+    }
+    arguments = options.arguments_for(worker_command, worker)
+    try:
+        with reporter() as show:
+            _say_submitted(job, show)
             status = run(job, arguments, report=show.update, on_line=show.log)
-        except JobFailed as error:
-            context.exit(_ended_badly(job, error, settings["on_complete"]))
+    except JobFailed as error:
+        context.exit(_ended_badly(job, error, settings["on_complete"]))
     receipt = _collect(job, status.progress, settings)
     code = on_complete(settings["on_complete"], status, receipt.exit_code, receipt.output)
     context.exit(code)
@@ -274,14 +274,14 @@ def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Rece
 
 
 def _ended_badly(job: api.Job, error: TrbatchError, command: str, *, as_json: bool = False) -> int:
-    """Tell of a job that has ended without all of its rows. Returns the exit code."""
+    """Tell of a job that lacks rows and that nobody works on. Returns the exit code."""
     print_error(error)
     if not command and not as_json:
         return error.exit_code
     status = job.status()
     if as_json:
         print_json(status.to_dict())
-    return on_complete(command, status, error.exit_code) if status.finished else error.exit_code
+    return on_complete(command, status, error.exit_code)
 
 
 def _say_submitted(job: api.Job, show: Reporter) -> None:
