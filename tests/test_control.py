@@ -213,6 +213,13 @@ def test_an_expired_job_goes_on_with_a_new_deadline_only(tmp_path: Path) -> None
     assert job.status().state == "completed"
 
 
+def test_who_waits_for_an_expired_job_takes_it_out_of_the_queue(tmp_path: Path) -> None:
+    job = submit(tmp_path, deadline="1s")
+    with pytest.raises(Expired):
+        job.wait(timeout=10)
+    assert job.status().chunks.open == 0
+
+
 def test_the_same_deadline_again_is_the_same_deadline(tmp_path: Path) -> None:
     job = submit(tmp_path, deadline="1h")
     first = job.status().deadline

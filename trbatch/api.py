@@ -119,6 +119,8 @@ class Job:
                 report(status)
             if status.state == "completed":
                 return status
+            if status.state == "expired" and status.chunks.queued:
+                control_verbs.clear(self.folder, self.redis_url)
             if status.finished:
                 raise job_failure(status)
             if end is not None and time.monotonic() >= end:

@@ -39,6 +39,11 @@ def hold(job: JobFolder, redis_url: str, how: str) -> None:
     if job.progress().complete or control.row_end() is not None:
         return
     control.held(how).write(job.folder)
+    clear(job, redis_url)
+
+
+def clear(job: JobFolder, redis_url: str) -> None:
+    """Take a job's waiting chunks out of the queue: no model should be loaded for them."""
     with JobQueue.connect(redis_url) as jobs:
         withdraw(jobs, job)
 
