@@ -24,6 +24,7 @@ from trbatch.config import JobSpec
 from trbatch.dataset import collect
 from trbatch.errors import InputError
 from trbatch.job import JobFolder
+from trbatch.parquet_bombs import may_explode
 from trbatch.prompts import read_rows
 
 CASES = 2000
@@ -280,6 +281,40 @@ def test_rows_without_end_out_of_nearly_nothing_are_a_bomb(tmp_path: Path) -> No
     path.write_bytes(pa.compress(row * 1500, "zstd", asbytes=True))
     with pytest.raises(InputError, match=r"bomb\.jsonl\.zst:\d+: the file expands to .* of rows"):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("how", ["one value for all rows", "a value for each row"])
+def test_a_parquet_file_of_huge_values_is_read_row_by_row(tmp_path: Path, how: str) -> None:
+    path, value, rows = tmp_path / "bomb.parquet", "x" * (16 << 20), 30
+    sound = pa.table({"prompt": ["fine"]}).cast(pa.schema([("prompt", pa.large_string())]))
+    with pq.ParquetWriter(
+        path,
+        sound.schema,
+        compression="zstd",
+        use_dictionary=how == "one value for all rows",
+        dictionary_pagesize_limit=1 << 30,
+        write_statistics=False,
+    ) as writer:
+        writer.write_table(sound)
+        for _ in range(3):  # 480 MB, if they were read at once
+            large = pa.array([value], pa.large_string()).take(pa.array([0] * (rows // 3)))
+            writer.write_table(pa.table([large], schema=sound.schema))
+        writer.write_table(sound)
+    assert path.stat().st_size < 1 << 20
+    found = read_in_a_process(path, 350)
+    codes = [code for _, code in found["rows"]]
+    assert codes == [None, *["row_too_large"] * rows, None]
+
+
+def test_dictionaries_of_a_usual_size_are_read_by_batches(tmp_path: Path) -> None:
+    texts = [f"word {i % 5000} of many that are not all the same" for i in range(200_000)]
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "in.parquet")
+    with (tmp_path / "in.parquet").open("rb") as file:
+        metadata = pq.ParquetFile(file).metadata
+        column = metadata.row_group(0).column(0)
+        assert column.has_dictionary_page
+        assert not may_explode(metadata, file, 300_000)
+        assert may_explode(metadata, file, 1000)
 
 
 # --- anything at all ---

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from trbatch import parquet_bombs
 from trbatch.config import SAMPLING_FIELDS
 from trbatch.errors import InputError
 from trbatch.input_limits import too_large
 from trbatch.merging import BadRow, is_absent
 from trbatch.passthrough import UNREADABLE
 from trbatch.rows import Row, RowChecker
+
+_LARGE = "trbatch: too large"  # of each row: the column whose value is
 
 
 def read_parquet(
@@ -46,11 +49,13 @@ def read_parquet(
     fields = [column for column in names if column in read]
     passed = [c for c in names if c not in read or (c == "id" and ids == "custom_id")]
     index = 0
-    for table in _rebatched(_batches(parquet, name, size), size):
-        large = _too_large_values(table, most)
+    at_once = 1 if parquet_bombs.may_explode(parquet.metadata, file, most) else size
+    batches = (_screened(batch, most) for batch in _batches(parquet, name, at_once))
+    for table in _rebatched(batches, size):
+        large = table[_LARGE].to_pylist()
         rows: list[Row] = []
         for values in _dictionaries(table.select(fields), {"custom_id", "id", ids}):
-            if column := large.get(len(rows)):
+            if column := large[len(rows)]:
                 cause = too_large(f"column {column!r}", most)
                 rows.append(checker.bad(index, index + 1, "row_too_large", cause))
             elif isinstance(values, BadRow):
@@ -58,7 +63,7 @@ def read_parquet(
             else:
                 rows.append(checker.row(values, index, index + 1))
             index += 1
-        yield rows, _struct(_without(table.select(passed), large))
+        yield rows, _struct(table.select(passed))
 
 
 def _opened(file: BinaryIO, name: str) -> pq.ParquetFile:
@@ -109,31 +114,29 @@ def _rebatched(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Tabl
         yield pa.Table.from_batches(waiting)
 
 
-def _too_large_values(table: pa.Table, most: int) -> dict[int, str]:
-    """Rows that hold a text or binary data of more than `most` bytes, and in which column."""
+def _screened(batch: pa.RecordBatch, most: int) -> pa.RecordBatch:
+    """The batch with nothing but nulls in rows that hold a text or binary data of too many bytes.
+
+    The name of the column that does stands in a column of its own, `_LARGE`.
+    """
     found: dict[int, str] = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if not _has_bytes(column.type):
             continue
         lengths = pc.binary_length(column)
         if (pc.max(lengths).as_py() or 0) > most:
             rows = pc.indices_nonzero(pc.fill_null(pc.greater(lengths, most), False))
             found |= dict.fromkeys(rows.to_pylist(), name)
-    return found
+    if found:
+        kept = [None if row in found else row for row in range(batch.num_rows)]
+        batch = batch.take(pa.array(kept, pa.int64()))
+    large = [found.get(row) for row in range(batch.num_rows)] if found else batch.num_rows * [None]
+    return batch.append_column(_LARGE, pa.array(large, pa.string()))
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
     return any(test(kind) for test in (*tests, pa.types.is_large_binary))
-
-
-def _without(table: pa.Table, rows: Collection[int]) -> pa.Table:
-    """The table with nulls in these rows."""
-    if not rows:
-        return table
-    kept = pa.array([row not in rows for row in range(table.num_rows)])
-    columns = [pc.if_else(kept, column, pa.scalar(None, column.type)) for column in table.columns]
-    return pa.table(columns, schema=table.schema)
 
 
 def _dictionaries(table: pa.Table, ids: Set[str]) -> Iterator[dict[str, Any] | BadRow]:

@@ -100,11 +100,20 @@ def cast(columns: Columns, schema: Schema) -> list[pa.Array]:
     return arrays
 
 
-def python_values(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values as Python has them; what it has no form for as text.
+def dictionaries(table: pa.Table, rows: int) -> list[dict[str, Any]]:
+    """The rows of a table, which may have no columns, as dictionaries.
 
-    Such are times of nanoseconds, dates beyond year 9999 and text that is not valid UTF-8.
+    What Python has no form for is text: times of nanoseconds, dates beyond the year 9999, text that
+    is not valid UTF-8.
     """
+    if not table.num_columns:
+        return [{} for _ in range(rows)]
+    names = table.column_names
+    columns = [_python_values(column) for column in table.columns]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _python_values(column: pa.ChunkedArray) -> list[Any]:
     try:
         return typing.cast(list[Any], column.to_pylist())
     except UNREADABLE:

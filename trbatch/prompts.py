@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 import orjson
 import pyarrow as pa
 
+from trbatch import passthrough
 from trbatch.config import MAX_ROW_BYTES, SamplingParams
 from trbatch.errors import InputError
 from trbatch.input_limits import MAX_NESTING, Expansion, is_too_deep, read_lines, too_large
@@ -64,8 +65,11 @@ def read_rows(
         max_row_bytes=max_row_bytes,
     ):
         if batch.columns is not None:
-            for row, passthrough in zip(batch.rows, batch.columns.to_pylist(), strict=True):
-                row.passthrough = passthrough
+            names = [field.name for field in batch.columns.type]
+            table = pa.table(batch.columns.flatten(), names)
+            passed = passthrough.dictionaries(table, len(batch.rows))
+            for row, fields in zip(batch.rows, passed, strict=True):
+                row.passthrough = fields
         yield from batch.rows
 
 

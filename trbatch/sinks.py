@@ -71,7 +71,7 @@ class JsonSink:
 
     def write(self, group: Group) -> None:
         """Write the lines of a group; a row's samples are never in two groups."""
-        inputs = _dictionaries(group.inputs) or [{}] * group.results.num_rows
+        inputs = passthrough.dictionaries(group.inputs, group.results.num_rows)
         pairs = zip(group.results.to_pylist(), inputs, strict=True)
         for _, samples in itertools.groupby(pairs, key=lambda pair: pair[0]["prompt_index"]):
             rows = list(samples)
@@ -86,13 +86,6 @@ class JsonSink:
             name: orjson.loads(value) if name in self._inputs.as_json and value else value
             for name, value in values.items()
         }
-
-
-def _dictionaries(table: pa.Table) -> list[dict[str, Any]]:
-    columns = [passthrough.python_values(column) for column in table.columns]
-    return [
-        dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)
-    ]
 
 
 def _output_names(inputs: list[str]) -> list[str]:
