@@ -16,6 +16,7 @@ from trbatch.control import CONTROL, Control
 from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import Cancelled, Expired, JobFailed, UsageError
 from trbatch.job import JobFolder
+from trbatch.lease import Lease, LeaseWorker
 from trbatch.queue import JobQueue
 from trbatch.queue_control import leases
 from workers import submit, wait_for, work, working
@@ -157,6 +158,25 @@ def test_a_paused_job_stops_and_goes_on_without_losing_or_repeating_a_row(tmp_pa
         job.resume()
         assert job.wait(timeout=30).progress.rows_ok == 100
     assert sorted(published(job)) == sorted(f"r{i}" for i in range(100))
+
+
+def test_a_job_that_is_resumed_while_a_worker_lets_go_of_it_loses_no_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(tmp_path, 40, chunk_size=40)
+    real = LeaseWorker.finish
+
+    def resumed_first(self: LeaseWorker, lease: Lease, result: dict[str, int]) -> bool:
+        if job.folder.control().hold:
+            job.resume()  # it finds the chunk with the worker and leaves it alone
+        return real(self, lease, result)
+
+    monkeypatch.setattr(LeaseWorker, "finish", resumed_first)
+    with working(EchoEngine(0.1)):
+        wait_for(lambda: len(published(job)) >= 4)
+        job.pause()
+        assert job.wait(timeout=20).progress.rows_ok == 40
+    assert not job.status().paused
 
 
 def test_a_chunk_that_comes_back_while_its_job_is_paused_is_not_decoded(tmp_path: Path) -> None:

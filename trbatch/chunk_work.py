@@ -28,12 +28,15 @@ class ChunkWork:
     given: int = 0  # places from here on the engine has not been asked for yet
     unpublished: int = 0
     failed_rows: int = 0
+    held: bool = False  # nothing was decoded because people have stopped the job
 
     @classmethod
     def begin(cls, lease: Lease, folder: JobFolder) -> Self:
         """The chunk with what its job still lacks; nothing if the job has moved on or is held."""
-        if folder.manifest.generation != lease.generation or folder.control().stopped:
+        if folder.manifest.generation != lease.generation:
             return cls(lease, folder, [])
+        if folder.control().stopped:
+            return cls(lease, folder, [], held=True)
         rows = folder.missing(lease.chunk, None)
         return cls(lease, folder, rows, owed=set(range(len(rows))))
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from trbatch.errors import TrbatchError
 from trbatch.job import JobFolder
+from trbatch.queue import JobQueue
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -27,6 +28,19 @@ class Holds:
             return set()
         self._looked_at = now
         return {folder for folder in set(folders) if _held(folder)}
+
+
+def requeue_if_resumed(jobs: JobQueue, folder: JobFolder, chunk: int) -> None:
+    """Enqueue a chunk that we have just let go of if its job has been resumed meanwhile.
+
+    Who resumed it found the chunk in our hands and left it to us.
+    """
+    try:
+        control = folder.control()
+        if not control.stopped:
+            jobs.enqueue(folder, [chunk], control.priority)
+    except TrbatchError as error:
+        logger.warning("%s: cannot see whether the job goes on: %s", folder.id, error)
 
 
 def _held(folder: JobFolder) -> bool:

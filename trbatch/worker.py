@@ -34,7 +34,7 @@ from trbatch.engine_thread import (
     Whole,
 )
 from trbatch.errors import JobFailed, ModelError, TrbatchError, WorkerError
-from trbatch.holds import Holds
+from trbatch.holds import Holds, requeue_if_resumed
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
@@ -189,6 +189,7 @@ class BatchWorker:
             logger.info("chunk %d of %s: the job is held", work.lease.chunk, work.folder.id)
             self._leases.finish(work.lease, {"rows": len(work.rows) - len(work.owed)})
             self._abandon(work.lease)
+            requeue_if_resumed(self.jobs, work.folder, work.lease.chunk)
 
     def _abandon(self, lease: Lease) -> None:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
@@ -336,6 +337,8 @@ class BatchWorker:
             del self.chunks[work.lease.id]
             result = {"rows": len(work.rows), "failed": work.failed_rows}
             self._leases.finish(work.lease, result)
+            if work.held:
+                requeue_if_resumed(self.jobs, work.folder, work.lease.chunk)
             logger.debug("chunk %d of %s is done", work.lease.chunk, work.folder.id)
             if all(other.folder is not work.folder for other in self.chunks.values()):
                 self._sharing.finish(work.folder.task_key)
