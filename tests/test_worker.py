@@ -375,7 +375,7 @@ def test_rows_that_are_done_are_not_decoded_again(jobs: JobQueue, tmp_path: Path
 
 def test_only_the_missing_rows_of_a_chunk_are_decoded(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, 8, chunk_size=8)
-    run_worker(config(jobs.url, publish_s=0.0), load=Loaded(lambda: EchoEngine(capacity=2)))
+    run_worker(config(jobs.url, publish_s=0.0), load=Loaded(lambda: EchoEngine(2, step_s=0.05)))
     segments = sorted((Path(job.path) / "segments").glob("*.parquet"))
     assert len(segments) > 1
     lost = {row["prompt_index"] for row in pq.read_table(segments[0]).to_pylist()}
