@@ -74,6 +74,23 @@ def test_a_collected_job_keeps_one_segment_and_every_row(tmp_path: Path) -> None
     assert prune_one(job.id) == {"action": "kept", "reason": "is small already", "bytes": 0}
 
 
+def test_a_big_job_keeps_several_segments_and_is_compacted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "SEGMENT_ROWS", 16)
+    monkeypatch.setattr("trbatch.joining._GROUP_ROWS", 4)
+    job = submit(tmp_path, 40)
+    work(publish_s=0.0, chunks_in_flight=1)
+    before, progress = dataset(job), job.status().progress
+    assert len(segments(job)) == 10
+    assert prune_one()["action"] == "compacted"
+    assert len(segments(job)) == 3
+    again = api.Job.open(job.id)
+    assert dataset(again) == before
+    assert again.status().progress.busy_s == pytest.approx(progress.busy_s)
+    assert prune_one()["reason"] == "is small already"
+
+
 def test_a_dry_run_tells_the_same_and_changes_nothing(tmp_path: Path) -> None:
     job = submit(tmp_path, 8)
     work(publish_s=0.0, chunks_in_flight=1)

@@ -105,8 +105,8 @@ def retry_command(
 def prune_command(jobs: tuple[str, ...], out: str, as_json: bool, **settings: Any) -> None:
     """Make collected jobs small, and remove old ones.
 
-    Without JOB it looks at every job of the store. A collected job keeps one file of results in the
-    place of many. With --older-than, jobs that have ended and were collected are removed with
+    Without JOB it looks at every job of the store. A collected job keeps few files of results in
+    the place of many. With --older-than, jobs that have ended and were collected are removed with
     all of their files once nothing has happened to them for so long; a dataset outside the job's
     folder stays.
     """

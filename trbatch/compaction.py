@@ -1,13 +1,14 @@
-"""Many segments of a complete job into one: each row once, in input order.
+"""Many segments of a complete job into few: each row once, in input order.
 
-The new segment is written and checked before an old one goes, so that a reader finds every row at
-any time; `segments.consistently` is what it reads again by.
+The new ones are written and checked before an old one goes, so that a reader finds every row at any
+time; `segments.consistently` is what it reads again by.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,6 +23,8 @@ from trbatch.retries import FOLDER as RETRIES
 from trbatch.schema import SCHEMA
 from trbatch.segments import FOLDER, footer, published, segment_name
 
+SEGMENT_ROWS = 65_536  # about; whoever reads one holds it in memory
+
 _COUNTED = [
     "finish_reason",
     "prompt_tokens",
@@ -35,38 +38,62 @@ _COUNTED = [
 
 
 def compact(job: JobFolder) -> int:
-    """Put one segment in the place of all. Returns how many went.
+    """Put few segments, of `SEGMENT_ROWS` rows each, in the place of all. Returns how many went.
 
     Outdated and repeated rows are left out, and so are failed ones that were decoded again.
 
     Raises:
-        JobFailed: rows are missing, or the new segment is not whole; nothing was removed.
+        JobFailed: rows are missing, or a new segment is not whole; nothing was removed.
     """
     asked = job.folder.names(RETRIES)
     index = Index.of(job)
     joiner = Joiner(job, index, passthrough.Schema({}))
-    name = segment_name("compact", secrets.token_hex(4), max(map(published, index.names)))
     spans = [span for _, span in job.ledger.footers()]
     end = max(end for _, end in spans)
+    busy = (end - covered_seconds(spans), end)
     facts = {key: ", ".join(values) for key, values in job.ledger.facts().items()}
-    figures = Figures()
-    with (
-        job.folder.writing(f"{FOLDER}/{name}") as file,
-        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
-    ):
-        for group in joiner.groups():
-            rows = group.results.filter(pc.is_valid(group.results["request_fingerprint"]))
-            writer.write_table(rows)
-            for row in rows.select(_COUNTED).to_pylist():
-                figures.count(row)
-        if joiner.missing:
-            raise JobFailed(f"job {job.id} lacks {joiner.missing} rows and is not compacted")
-        metadata = footer(figures, (end - covered_seconds(spans), end), facts)
-        writer.add_key_value_metadata(metadata)
-    _check(job, name, joiner.used)
+    token, written = secrets.token_hex(4), max(map(published, index.names))
+    made: dict[str, int] = {}  # rows of each new segment
+    for number, tables in enumerate(_portions(joiner)):
+        name = segment_name("compact", token, written + number)
+        metadata = footer(_figures(tables), busy if number == 0 else (end, end), facts)
+        made[name] = _write(job, name, pa.concat_tables(tables), metadata)
+    if joiner.missing:
+        _remove(job, FOLDER, list(made))
+        raise JobFailed(f"job {job.id} lacks {joiner.missing} rows and is not compacted")
+    for name, rows in made.items():
+        _check(job, name, rows)
     _remove(job, FOLDER, index.names)
     _remove(job, RETRIES, asked)
     return len(index.names)
+
+
+def needed(job: JobFolder) -> int:
+    """How many segments a job of so many rows has at most when it is compact."""
+    return max(1, math.ceil(sum(job.manifest.chunk_samples) / SEGMENT_ROWS))
+
+
+def _portions(joiner: Joiner) -> Iterator[list[pa.Table]]:
+    """The results of all rows that went to workers, some ten thousand at a time."""
+    waiting: list[pa.Table] = []
+    for group in joiner.groups():
+        waiting.append(group.results.filter(pc.is_valid(group.results["request_fingerprint"])))
+        if sum(table.num_rows for table in waiting) >= SEGMENT_ROWS:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _figures(tables: Sequence[pa.Table]) -> Figures:
+    return Figures.of(row for table in tables for row in table.select(_COUNTED).to_pylist())
+
+
+def _write(job: JobFolder, name: str, table: pa.Table, metadata: Mapping[bytes, bytes]) -> int:
+    with job.folder.writing(f"{FOLDER}/{name}") as file:
+        table = table.cast(SCHEMA).replace_schema_metadata(metadata)
+        pq.write_table(table, file, compression="zstd")
+    return int(table.num_rows)
 
 
 def _check(job: JobFolder, name: str, rows: int) -> None:

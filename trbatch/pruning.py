@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from trbatch.compaction import compact
+from trbatch.compaction import compact, needed
 from trbatch.config import default_store
 from trbatch.control import Control
 from trbatch.errors import TrbatchError
@@ -45,10 +45,10 @@ def prune(
 ) -> list[Pruned]:
     """Make collected jobs small and remove old ones.
 
-    A job whose rows were all collected gets one segment in the place of all and loses the chunks of
-    earlier readings; it can be collected, and its input grown, as before. A job whose last change
-    is older than `older_than_s` seconds is removed as a whole, but only when it has come to its
-    end and was collected.
+    A job whose rows were all collected gets few segments in the place of many and loses the chunks
+    of earlier readings; it can be collected, and its input grown, as before. A job whose last
+    change is older than `older_than_s` seconds is removed as a whole, but only when it has come to
+    its end and was collected.
 
     Args:
         names: ids or paths of jobs; () takes all jobs of the store.
@@ -108,11 +108,11 @@ def _prune(
 
 
 def _shrink(job: JobFolder, *, dry_run: bool) -> Pruned:
-    """One segment for all, and no chunks but those of the last reading."""
+    """Few segments, and no chunks but those of the last reading."""
     used = job.manifest.chunk_folder.rpartition("/")[2]
     readings = job.folder.folders("chunks")
     outdated = [f"chunks/{name}" for name in readings if name != used]
-    many = len(job.ledger.names()) > 1
+    many = len(job.ledger.names()) > needed(job)
     if not many and not outdated:
         return Pruned(job=job.id, action="kept", reason="is small already")
     below = [*([FOLDER] if many else []), *outdated]

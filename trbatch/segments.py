@@ -105,7 +105,7 @@ def published(name: str) -> int:
 def consistently(names: Callable[[], list[str]], read: Callable[[list[str]], T]) -> T:
     """What `read` makes of the segments' names; once more if some went away meanwhile.
 
-    `prune` puts one segment in the place of many.
+    `prune` puts few segments in the place of many.
     """
     for _ in range(3):
         try:
