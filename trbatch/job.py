@@ -16,6 +16,7 @@ a segment holds its key: (id, request fingerprint, sample).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -38,6 +39,8 @@ from trbatch.submission import MANIFEST, MARKS, submit
 
 __all__ = ["ChunkRow", "JobFolder", "Key"]
 
+QUICK_COUNT_S = 0.2  # comparing all keys is no burden at any time
+COUNT_RESTS = 3  # times that it took: the pause after a comparison that took longer
 _NOT_COUNTED = ((frozenset[str](), 0), (0, 0))  # segments and retries seen; rows ok and failed
 
 
@@ -57,6 +60,7 @@ class JobFolder:
         self.ledger = Ledger(self.folder)
         self._segments = SegmentWriter(self.folder)
         self._task_key: TaskKey | None = None  # asked for with every row
+        self._count_ended = self._count_took = 0.0  # seconds
         self._counted: tuple[tuple[frozenset[str], int], tuple[int, int]] = _NOT_COUNTED
 
     @classmethod
@@ -217,11 +221,12 @@ class JobFolder:
         """
         return self._segments.publish(worker, results, facts or {})
 
-    def progress(self) -> Progress:
+    def progress(self, *, exact: bool = False) -> Progress:
         """How far the job is. Reads only footers that it has not read yet.
 
         Keys are compared as well once the footers claim that nothing is missing, and always when
-        the input was read anew: only keys can tell a duplicate or an outdated row.
+        the input was read anew or rows are retried: only keys can tell a duplicate or an outdated
+        row. Where that takes long it is done now and then, unless it must be `exact`.
         """
         footers = self.ledger.footers()
         figures = Figures()
@@ -231,7 +236,7 @@ class JobFolder:
         asked = sum(self.manifest.chunk_samples)
         self.ledger.retries.refresh()
         if ok + failed >= asked or self.manifest.generation or self.ledger.retries:
-            ok, failed = self.outcomes()
+            ok, failed = self.outcomes() if exact or self._count_is_due() else self._counted[1]
         busy = covered_seconds(span for _, span in footers)
         left = asked - ok - failed
         paced = busy > 0 and ok + failed > 0
@@ -262,6 +267,7 @@ class JobFolder:
         seen = (frozenset(self.ledger.refresh()), len(self.ledger.retries))
         if self._counted[0] == seen:
             return self._counted[1]
+        start = time.monotonic()
         ok = failed = 0
         for index in range(self.manifest.chunks):
             for key in self._chunk_keys(index):
@@ -269,7 +275,14 @@ class JobFolder:
                 ok += succeeded is True
                 failed += succeeded is False
         self._counted = (seen, (ok, failed))
+        self._count_ended = time.monotonic()
+        self._count_took = self._count_ended - start
         return ok, failed
+
+    def _count_is_due(self) -> bool:
+        """Whether to compare all keys again: not too often where it takes seconds."""
+        rested = time.monotonic() - self._count_ended
+        return self._count_took < QUICK_COUNT_S or rested > COUNT_RESTS * self._count_took
 
     def _chunk_keys(self, index: int) -> Iterator[Key]:
         with self.folder.open(self.manifest.chunk_name(index)) as file:

@@ -79,7 +79,7 @@ def job_status(job: JobFolder, redis_url: str) -> JobStatus:
     if not progress.complete:
         seen = _look(job, redis_url, control)
         # Once more: the last rows may have come between the first look and the queue's answer.
-        progress = job.progress()
+        progress = job.progress(exact=not seen.chunks.open)
     state = _state(progress, seen, control)
     return JobStatus(
         id=job.id,
