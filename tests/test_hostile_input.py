@@ -203,6 +203,21 @@ def test_a_text_too_long_in_parquet_is_one_bad_row_in_whichever_column(tmp_path:
     assert rows[2].passthrough == {"note": None}
 
 
+def test_fields_without_end_are_refused_with_file_line_and_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trbatch.submission.MAX_COLUMNS", 20)
+    rows = [json.dumps({"prompt": "x", f"key {i}": i}).encode() for i in range(50)]
+    path = write(tmp_path, "in.jsonl", *rows)
+    spec = JobSpec(input=str(path), out=str(tmp_path / "store"), model="m", chunk_size=8)
+    with pytest.raises(
+        InputError, match=r"in\.jsonl: by line 24 .* more than 20 different"
+    ) as caught:
+        JobFolder.submit(spec)
+    assert "into one field" in (caught.value.hint or "")
+    assert not list((tmp_path / "store").rglob("*.parquet"))
+
+
 # --- bombs, in a process whose memory is measured ---
 
 

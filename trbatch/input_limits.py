@@ -7,6 +7,7 @@ from typing import Any, BinaryIO, Protocol
 
 from trbatch.errors import InputError
 
+MAX_COLUMNS = 10_000  # that pass through to the dataset, of all rows together
 MAX_NESTING = 64  # levels of objects and lists in a row
 # Bytes out of a compressed file for each byte in it. Rows that share a long prompt reach 1,300,
 # but what is in no row, overlong and empty lines, should be little.

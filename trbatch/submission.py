@@ -19,8 +19,9 @@ import trbatch
 from trbatch import chunks
 from trbatch.config import JobSpec, default_model, default_store
 from trbatch.control import Control
-from trbatch.errors import ResumeRefused
+from trbatch.errors import InputError, ResumeRefused
 from trbatch.ids import RepeatCheck
+from trbatch.input_limits import MAX_COLUMNS
 from trbatch.manifest import InputState, Manifest, differences, settings
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
 from trbatch.outputs import check_output
@@ -227,6 +228,7 @@ class _ChunkWriter:
         self.ids = RepeatCheck()
         self.errors: Counter[str] = Counter()  # bad rows by code
         self.unnamed_rows = 0
+        self._columns: set[str] = set()  # that pass through
         self.chunk_samples: list[int] = []
         self._job = job
         self._spec = spec
@@ -246,6 +248,13 @@ class _ChunkWriter:
     def write(self, batch: Batch) -> None:
         """Write the next chunk. Waits when the threads are far behind."""
         table, samples = chunks.encode(batch, self._hasher)
+        self._columns.update(chunks.passed_names(table.schema))
+        if len(self._columns) > MAX_COLUMNS:
+            place = f"{self._spec.input}: by line {batch.rows[-1].line:,}"
+            raise InputError(
+                f"{place} the rows have more than {MAX_COLUMNS:,} different fields",
+                hint='put what differs from row to row into one field, e.g. "data": {…}',
+            )
         number = len(self.chunk_samples)
         self._waiting.append(self._threads.submit(self._store, number, table))
         if len(self._waiting) > 4 * self._writers:
