@@ -125,10 +125,8 @@ class Joiner:
         """A chunk with its passed-through columns, in their common types, behind its own."""
         table = self._job.chunk_table(number)
         values = passthrough.cast(chunks.passed_through(table), self._inputs)
-        table = table.select(chunks.SCHEMA.names)
-        for name, column in zip(self._inputs.types, values, strict=True):
-            table = table.append_column(_INPUT + name, column)
-        return table
+        names = [*chunks.SCHEMA.names, *(_INPUT + name for name in self._inputs.types)]
+        return pa.table([*table.select(chunks.SCHEMA.names).columns, *values], names)
 
     def _group(self, asked: pa.Table) -> Group:
         positions = array("q")  # of each output row: the row of `asked`
