@@ -228,9 +228,8 @@ class BatchWorker:
         if self._looked_at and not self._look_again():
             return
         if self.fixed is None and self.jobs.longest_waiting(self.model) != self.model:
-            self._looked_at = (
-                time.monotonic()
-            )  # another model's chunks are more urgent, or none wait
+            # Another model's chunks are more urgent, or none wait.
+            self._looked_at = time.monotonic()
             return
         queues = [self.jobs.queue(name) for name in self.model.queue_names]
         while self._room() and not self.stops:
