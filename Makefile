@@ -1,4 +1,4 @@
-# demo, test, test-full, lint, clean. Needs Python 3.11 or newer, make and a package index.
+# demo, test, test-full, torture, lint, clean. Needs Python 3.11 or newer, make and a package index.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -17,12 +17,13 @@ PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 REPORTS := build/reports
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint clean
+.PHONY: help demo test test-full torture lint clean
 
 help:
 	@echo "make demo       sample prompts through the queue and a real model to a Parquet file"
 	@echo "make test       the quick tests (up to 10 minutes)"
 	@echo "make test-full  all tests (up to 60 minutes)"
+	@echo "make torture    kill, stop and cut off workers for SECONDS=60 (with SEED=1); nothing may be lost"
 	@echo "make lint       ruff, ruff format --check, mypy"
 	@echo "make clean      remove the virtual environment, caches and demo output"
 
@@ -54,6 +55,12 @@ test: $(VENV)/all.stamp
 
 test-full: $(VENV)/all.stamp
 	$(PYTEST) $(if $(ONLY_LONG),-m long) --junitxml=$(REPORTS)/test-full.xml
+
+SECONDS ?= 60
+SEED ?= 1
+
+torture: $(VENV)/all.stamp
+	$(BIN)/python tests/torture.py --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(VENV)/all.stamp
 	$(BIN)/ruff check .

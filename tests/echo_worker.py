@@ -2,13 +2,16 @@
 
     python echo_worker.py worker --burst …
 
-A row's text is its prompt in capitals. The prompt `refuse` gives an error row and `die` kills the
-process, as a failing driver would.
+A row's text is its prompt in capitals. The prompt `refuse` gives an error row; `die` kills the
+process, as a failing driver would, `raise` fails in Python and `hang` never ends.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable
@@ -16,6 +19,7 @@ from typing import Any
 
 from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
+from trbatch.errors import WorkerError
 from trbatch.queue import ModelKey
 
 
@@ -43,7 +47,10 @@ class EchoEngine:
     def step(self) -> list[Completion]:
         time.sleep(self.step_s)
         count = min(self.capacity, len(self._requests))
-        return [self._echo(self._requests.popleft()) for _ in range(count)]
+        running = [self._requests.popleft() for _ in range(count)]
+        for request in running:
+            misbehave(text_of(request))
+        return [self._echo(request) for request in running]
 
     def abort(self, keys: Iterable[Hashable]) -> None:
         gone = set(keys)
@@ -55,10 +62,8 @@ class EchoEngine:
         return {}
 
     def _echo(self, request: Request) -> Completion:
-        text = request.prompt or " ".join(str(m["content"]) for m in request.messages or [])
+        text = text_of(request)
         known = {"key": request.key, "seed": request.seed, "sample_index": request.sample_index}
-        if text == "die":
-            os._exit(9)
         if text == "refuse":
             return Completion(
                 finish_reason="error", error_code="refused", error_message="as asked", **known
@@ -77,13 +82,39 @@ class EchoEngine:
         )
 
 
+def text_of(request: Request) -> str:
+    return request.prompt or " ".join(str(m["content"]) for m in request.messages or [])
+
+
+def misbehave(text: str) -> None:
+    """What a row can do to its process; `die9` by a signal of this number."""
+    if text.startswith("die"):
+        number = text.removeprefix("die")
+        if not number:
+            os._exit(9)
+        signal.pthread_kill(threading.get_ident(), int(number))  # dies here and not a step later
+    if text == "raise":
+        raise RuntimeError("device on fire")
+    if text == "hang":
+        time.sleep(3600)
+
+
 def load_echo(config: WorkerConfig, model: ModelKey) -> EchoEngine:
     """Stands in for `trbatch.worker.load_engine`."""
+    if log := os.environ.get("ECHO_LOADS"):  # a line a start
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
+        if str(len(open(log).readlines())) in os.environ.get("ECHO_REFUSE_LOADS", "").split():
+            raise WorkerError("no memory left")
+    misbehave(os.environ.get("ECHO_LOADING", ""))
     return EchoEngine(float(os.environ.get("ECHO_STEP_S", "0")))
 
 
 if __name__ == "__main__":
-    from trbatch import cli, worker
+    from trbatch import cli, supervisor, worker
 
+    supervisor.COMMAND = (sys.executable, __file__, "worker")
+    supervisor.HUNG_S = float(os.environ.get("ECHO_HUNG_S", supervisor.HUNG_S))
+    supervisor.FIRST_BREAK_S = 0.05
     worker.load_engine = load_echo
     cli.main()

@@ -146,12 +146,15 @@ def test_defaults_on_the_command_line_are_those_of_the_config_classes(config: ty
 
 
 def test_worker_options_make_the_config_that_they_name() -> None:
-    arguments = "--gpu 1 --dtype float16 --model m --burst --root /a --root /b --no-speculate"
+    arguments = "--device cuda:1 --dtype float16 --model m --burst --root /a --root /b"
+    arguments += " --no-speculate --grace 5 --until 07:00"
     config = cli_options.worker_config(parsed(cli.worker_command, arguments.split()))
     assert config == WorkerConfig(
         model="m",
         burst=True,
         roots=("/a", "/b"),
+        grace_s=5.0,
+        until="07:00",
         engine=EngineConfig(device="cuda:1", dtype="float16", speculate=False),
     )
 
@@ -190,6 +193,11 @@ def test_a_workers_settings_survive_the_way_through_its_arguments(
         (["submit", "p.jsonl", "--top-p", "2"], "top_p"),
         (["worker", "--gpu", "0", "--device", "cpu"], "contradict"),
         (["worker", "--gpu", "-1"], "--gpu"),
+        (["worker", "--gpu", "0,x"], "--gpu"),
+        (["worker", "--gpu", "1,1"], "twice"),
+        (["worker", "--until", "seven"], "07:00"),
+        (["worker", "--until", "25:00"], "07:00"),
+        (["worker", "--grace", "-1"], "grace"),
         (["submit", "missing.jsonl"], "missing.jsonl"),
         (["collect", "no-such-job"], "no-such-job"),
         (["status", "x", "--nonsense"], "--nonsense"),
@@ -299,13 +307,27 @@ def test_run_again_collects_without_a_worker(
     assert json.loads(result.stdout)["figures"]["rows_ok"] == 6
 
 
-def test_run_with_a_worker_that_dies_ends_with_4_and_says_so(
+def test_run_with_a_row_that_kills_its_worker_ends_with_all_others(
     home: Path, tmp_path: Path, echo_worker: None
 ) -> None:
-    rows = write_rows(tmp_path, [{"prompt": "die"}])
-    result = invoke("run", rows, "--model", "org/echo")
+    rows = write_rows(tmp_path, [{"prompt": "say 1"}, {"prompt": "die"}, {"prompt": "say 2"}])
+    output = tmp_path / "out.parquet"
+    result = invoke("run", rows, "--model", "org/echo", "-o", output)
+    assert result.exit_code == 3
+    table = pq.read_table(output)
+    assert table["text"].to_pylist() == ["SAY 1", None, "SAY 2"]
+    assert table["error_code"].to_pylist() == [None, "poison", None]
+    assert "exit code 9" in result.stderr
+
+
+def test_run_with_a_worker_that_never_stands_ends_with_4_and_says_so(
+    home: Path, prompts: Path, echo_worker: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECHO_LOADING", "die")
+    result = invoke("run", prompts, "--model", "org/echo")
     assert (result.exit_code, result.stdout) == (4, "")
-    assert "worker ended with exit code 9" in result.stderr
+    assert "worker ended with exit code 4" in result.stderr
+    assert "5 times" in result.stderr
     assert "hint:" in result.stderr
 
 

@@ -163,7 +163,7 @@ def test_the_systemd_unit_runs_a_command_that_the_command_line_understands() -> 
     assert (Path(program).name, name) == ("trbatch", "worker")
     above = click.Context(cli.commands, **cli.commands.context_settings)
     context = cli.worker_command.make_context("worker", arguments, parent=above)
-    assert context.params["gpu"] == 0
+    assert context.params["gpu"] == "0"
     assert service["SuccessExitStatus"] == str(cli.TERMINATED)
     assert service["KillSignal"] == "SIGTERM"
     assert set(unit.sections()) == {"Unit", "Service", "Install"}
@@ -172,10 +172,10 @@ def test_the_systemd_unit_runs_a_command_that_the_command_line_understands() -> 
 def test_make_has_the_targets_and_ci_calls_them() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    assert {"demo", "test", "test-full", "lint", "clean"} <= targets
+    assert {"demo", "test", "test-full", "torture", "lint", "clean"} <= targets
     script = (ROOT / ".ci" / "run").read_text()
     called = re.findall(r"^make ([a-z-]+)", script, re.MULTILINE)
-    assert called == ["lint", "test", "test-full"]
+    assert called == ["lint", "test", "torture", "test-full"]
     assert "set -euo pipefail" in script
 
 

@@ -211,8 +211,8 @@ class Background:
 
     def stop(self, times: int = 1) -> int:
         for _ in range(times):
-            self.worker._asked_at = 0.0
-            self.worker.request_stop(signal.SIGTERM)
+            self.worker.stop.asked_at = 0.0
+            self.worker.stop.ask(signal.SIGTERM)
         self.thread.join(20)
         assert not self.thread.is_alive()
         self.jobs.close()
@@ -595,7 +595,7 @@ def test_the_third_signal_waits_for_no_step(jobs: JobQueue, tmp_path: Path) -> N
     worker = Background(jobs.url, Loaded(lambda: EchoEngine(step_s=6.0)))
     wait_for(lambda: jobs.counts(job.id).started)
     begin = time.monotonic()
-    worker.worker.stops = 3
+    worker.worker.stop.count = 3
     worker.thread.join(20)
     assert time.monotonic() - begin < 3.0
     worker.worker._leases.close()  # which is left to the end of the process
@@ -604,10 +604,10 @@ def test_the_third_signal_waits_for_no_step(jobs: JobQueue, tmp_path: Path) -> N
 
 def test_the_same_signal_passed_on_twice_counts_once(jobs: JobQueue) -> None:
     worker = BatchWorker(config(jobs.url), jobs, Loaded())
-    worker.request_stop(signal.SIGINT)
-    worker.request_stop(signal.SIGINT)
-    assert worker.stops == 1
-    assert worker.exit_code == 130
+    worker.stop.ask(signal.SIGINT)
+    worker.stop.ask(signal.SIGINT)
+    assert worker.stop.count == 1
+    assert worker.stop.exit_code == 130
 
 
 SCRIPT = textwrap.dedent(
@@ -750,7 +750,7 @@ def test_a_storage_that_fails_for_long_ends_the_worker(
     jobs: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = submit(jobs, tmp_path, 12)
-    monkeypatch.setattr("trbatch.publishing.PATIENCE_S", 0.3)
+    monkeypatch.setattr("trbatch.patience.PATIENCE_S", 0.3)
 
     def never(self: JobFolder, *args: Any, **settings: Any) -> str:
         raise OSError("no space left")

@@ -56,8 +56,8 @@ def working(engine: EchoEngine, **settings: Any) -> Iterator[BatchWorker]:
             yield worker
         finally:
             for _ in range(2):
-                worker._asked_at = 0.0
-                worker.request_stop(signal.SIGTERM)
+                worker.stop.asked_at = 0.0
+                worker.stop.ask(signal.SIGTERM)
             thread.join(20)
             assert not thread.is_alive()
 

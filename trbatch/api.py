@@ -30,6 +30,7 @@ from trbatch.results import collect as collect_results
 
 if TYPE_CHECKING:
     from trbatch.engine.sequence import Completion
+    from trbatch.flight import FlightRecord
 
 __all__ = [
     "Job",
@@ -298,11 +299,15 @@ def prune(
     )
 
 
-def work(config: WorkerConfig) -> int:
-    """Be a worker in this process until stopped. Returns an exit code; see `worker.run_worker`."""
+def work(config: WorkerConfig, flight: FlightRecord | None = None) -> int:
+    """Be a worker in this process until stopped. Returns an exit code; see `worker.run_worker`.
+
+    Args:
+        flight: its supervisor's record of it, if it has one; without, a crash ends it for good.
+    """
     from trbatch.worker import run_worker
 
-    return run_worker(config)
+    return run_worker(config, flight=flight)
 
 
 def generate(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rq import Queue
-from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job, JobStatus
-from rq.utils import now
 
 LOCK_S = 10  # a worker killed while it cleans, or while it takes a chunk, blocks others this long
 STUCK_S = 10  # an id popped so long ago without a lease is brought back
@@ -39,16 +37,6 @@ class ChunkJob(Job):
         """Send nothing: the addresses would come out of Redis."""
 
 
-class _QuickIntermediateQueue(IntermediateQueue):
-    """Where an id lies between its pop and its lease; rq would leave it there for a minute."""
-
-    def should_be_cleaned_up(self, job_id: str) -> bool:
-        first_seen = self.get_first_seen(job_id)
-        if first_seen is None:
-            return False
-        return (now() - first_seen).total_seconds() > STUCK_S
-
-
 class ChunkQueue(Queue):
     """rq's queue with a short maintenance lock: killed inside it, a worker stops no recovery."""
 
@@ -57,8 +45,3 @@ class ChunkQueue(Queue):
     def acquire_maintenance_lock(self) -> bool:
         """Whether this caller may clean the queue's registries now."""
         return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=LOCK_S))
-
-    @property
-    def intermediate_queue(self) -> IntermediateQueue:
-        """Where popped ids wait for their lease."""
-        return _QuickIntermediateQueue(self.key, connection=self.connection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease
 from trbatch.results import result_row
+from trbatch.suspects import ALONE, Suspects
 
 FOLDERS_KEPT = 4  # open job folders without work; each remembers which rows are done
 
@@ -25,10 +27,14 @@ class ChunkWork:
     folder: JobFolder
     rows: list[tuple[ChunkRow, int]]  # with the sample's index; a request's key is its place here
     owed: set[int] = field(default_factory=set)
-    given: int = 0  # places from here on the engine has not been asked for yet
+    given: set[int] = field(default_factory=set)  # of the owed ones, those that the engine has
+    # Groups of places; one is begun when nothing of those before is in the engine or unpublished.
+    waves: deque[list[int]] = field(default_factory=deque)
+    poison: list[int] = field(default_factory=list)
     unpublished: int = 0
     failed_rows: int = 0
     held: bool = False  # nothing was decoded because people have stopped the job
+    _waiting: deque[int] = field(default_factory=deque)  # of the wave that was begun
 
     @classmethod
     def begin(cls, lease: Lease, folder: JobFolder) -> Self:
@@ -38,7 +44,13 @@ class ChunkWork:
         if folder.control().stopped:
             return cls(lease, folder, [], held=True)
         rows = folder.missing(lease.chunk, None)
-        return cls(lease, folder, rows, owed=set(range(len(rows))))
+        waves, poison = _waves(rows, lease.suspects)
+        return cls(lease, folder, rows, set(range(len(rows))), waves=waves, poison=poison)
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether it may kill its process, and so runs in one without other chunks."""
+        return bool(self.lease.suspects)
 
     @property
     def done(self) -> bool:
@@ -48,16 +60,25 @@ class ChunkWork:
     @property
     def in_engine(self) -> int:
         """Rows that the engine was asked for and has not answered."""
-        return self.given - (len(self.rows) - len(self.owed))
+        return len(self.given)
+
+    @property
+    def held_up(self) -> bool:
+        """Whether its next rows wait for the publication of those before."""
+        return bool(self.waves and self.unpublished and not self.given and not self._waiting)
 
     def requests(self, most: int) -> tuple[list[Request], list[Completion]]:
         """The next rows as the engine's requests; and those that cannot be one, as errors."""
         requests: list[Request] = []
-        impossible: list[Completion] = []
-        while self.given < len(self.rows) and len(requests) < most:
-            place, self.given = self.given, self.given + 1
+        impossible = [self._poisoned(place) for place in self.poison]
+        self.poison = []
+        if self.waves and not (self._waiting or self.given or self.unpublished):
+            self._waiting.extend(self.waves.popleft())
+        while self._waiting and len(requests) < most:
+            place = self._waiting.popleft()
             try:
                 requests.append(self._request(place))
+                self.given.add(place)
             except UsageError as error:
                 impossible.append(self._error(place, "invalid_sampling", error.message))
         return requests, impossible
@@ -81,6 +102,11 @@ class ChunkWork:
     def _request(self, place: int) -> Request:
         return self.folder.request(*self.rows[place], key=(self.lease.id, place))
 
+    def _poisoned(self, place: int) -> Completion:
+        cause = self.lease.suspects.cause
+        message = f"decoding this row alone ended the process {ALONE} times: {cause}"
+        return self._error(place, "poison", message)
+
     def _error(self, place: int, code: str, message: str) -> Completion:
         row, sample = self.rows[place]
         return Completion(
@@ -91,6 +117,23 @@ class ChunkWork:
             seed=row.seed,
             sample_index=sample,
         )
+
+
+def _waves(
+    rows: list[tuple[ChunkRow, int]], suspects: Suspects
+) -> tuple[deque[list[int]], list[int]]:
+    """Places of rows in the order of running: each group of suspects, then all others; poison."""
+    places = {(row.prompt_index, sample): place for place, (row, sample) in enumerate(rows)}
+    poison = [place for name, place in places.items() if name in suspects.poison]
+    left = dict.fromkeys(place for place in places.values() if place not in set(poison))
+    waves: deque[list[int]] = deque()
+    for group in suspects.groups:
+        wave = [places[name] for name in group if places.get(name) in left]
+        for place in wave:
+            del left[place]
+        waves.append(wave)
+    waves.append(list(left))
+    return deque(wave for wave in waves if wave), poison
 
 
 class Folders:

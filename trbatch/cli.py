@@ -110,6 +110,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
         "model": manifest.model,
         "revision": manifest.revision,
         "trust_remote_code": spec.trust_remote_code,
+        "gpu": settings["gpu"],
         "burst": True,
     }
     arguments = options.arguments_for(worker_command, worker)
@@ -155,10 +156,19 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     """Decode what is queued, until stopped.
 
     With --model it takes only that model's chunks; without, it loads what the next chunk needs.
-    The first Ctrl-C (or SIGTERM) finishes what was taken, the second hands it back.
+    This process only watches: a child of it decodes, one a GPU, and is replaced when it dies. The
+    first Ctrl-C (or SIGTERM) finishes what was taken within --grace, the second hands it back.
     """
+    from trbatch.flight import FlightRecord
+    from trbatch.supervisor import die_with_parent, supervise
+
     log_to_stderr("INFO")
-    context.exit(api.work(options.worker_config(settings)))
+    config = options.worker_config(settings)
+    if (flight := FlightRecord.inherited()) is not None:
+        die_with_parent()
+        context.exit(api.work(config, flight))
+    arguments = options.arguments_for(worker_command, options.for_children(settings))
+    context.exit(supervise(config, settings["gpu"], arguments))
 
 
 @commands.command("status", **options.example("trbatch status prompts-1a2b3c4d"))

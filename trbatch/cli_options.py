@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
+from trbatch import gpus
 from trbatch.config import PRIORITIES, EngineConfig, JobSpec, SamplingParams, WorkerConfig
 from trbatch.errors import UsageError
+from trbatch.stopping import next_time
 
 Decorator = Callable[[Any], Any]  # of a function that is to become a command
 
@@ -130,7 +132,7 @@ job_options = grouped(
 
 engine_options = grouped(
     _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
-    click.option("--gpu", type=int, help="The same as --device cuda:N."),
+    click.option("--gpu", default="", help="GPUs to use, a process each: 0, or 0,1, or all."),
     _setting(
         EngineConfig,
         "dtype",
@@ -171,6 +173,8 @@ worker_options = grouped(
     ),
     _setting(WorkerConfig, "publish_s", "Seconds between segments.", "--publish-seconds"),
     _setting(WorkerConfig, "chunks_in_flight", "Most chunks at once; 0: by the batch."),
+    _setting(WorkerConfig, "grace_s", "Seconds to finish when asked to stop.", "--grace"),
+    _setting(WorkerConfig, "until", "Stop at this hour, e.g. 07:00, in local time."),
 )
 
 redis_option = _setting(
@@ -220,24 +224,39 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     """The engine of the parsed `engine_options`.
 
     Raises:
-        UsageError: --gpu and another --device are both given, or a value is wrong.
+        UsageError: --gpu and --device are both given, or a value is wrong.
     """
     fields = picked(EngineConfig, settings)
-    gpu = settings.get("gpu")
-    if gpu is not None:
-        if gpu < 0:
-            raise UsageError(f"--gpu must be 0 or more, not {gpu}")
-        if fields["device"] not in (EngineConfig().device, f"cuda:{gpu}"):
+    if gpu := settings.get("gpu"):
+        gpus.chosen(gpu)
+        if fields["device"] != EngineConfig().device:
             raise UsageError(f"--gpu {gpu} and --device {fields['device']} contradict each other")
-        fields["device"] = f"cuda:{gpu}"
     return EngineConfig.from_dict(fields)
 
 
 def worker_config(settings: Mapping[str, Any]) -> WorkerConfig:
-    """The worker of the parsed options of a worker, an engine, the queue and a model."""
+    """The worker of the parsed options of a worker, an engine, the queue and a model.
+
+    Raises:
+        UsageError: a value is wrong.
+    """
+    if settings.get("until"):
+        next_time(settings["until"])
     return WorkerConfig.from_dict(
         picked(WorkerConfig, settings) | {"engine": engine_config(settings)}
     )
+
+
+def for_children(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker's settings as the processes that decode get them.
+
+    Not the GPU, which each is told apart, and not the queue's URL: arguments are for all to see. An
+    hour becomes a time, which stays the same for a process that is started after it.
+    """
+    until = settings["until"]
+    when = next_time(until).isoformat() if until else ""
+    left = {name: value for name, value in settings.items() if name not in ("gpu", "redis_url")}
+    return left | {"until": when}
 
 
 def arguments_for(command: click.Command, settings: Mapping[str, Any]) -> list[str]:

@@ -196,6 +196,8 @@ class WorkerConfig(_Config):
     redis_url: str = ""  # "": TRBATCH_REDIS_URL, REDIS_URL, else the embedded server
     publish_s: float = 2.0  # seconds between segments
     chunks_in_flight: int = 0  # 0: enough that the batch never drains at a chunk's end
+    grace_s: float = 60.0  # seconds to finish what was taken when asked to stop
+    until: str = ""  # stop at this hour, local time; "": no hour
     roots: tuple[str, ...] = ()  # job folders must lie below one of these; (): anywhere
     trust_remote_code: bool = False
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -206,6 +208,7 @@ class WorkerConfig(_Config):
         object.__setattr__(self, "roots", tuple(self.roots))
         _number("publish_s", self.publish_s, 0.0, 3600.0)
         _integer("chunks_in_flight", self.chunks_in_flight, 0)
+        _number("grace_s", self.grace_s, 0.0, 24 * 3600.0)
 
 
 def default_model(folder: Path | None = None) -> str:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
+from redis.backoff import ExponentialWithJitterBackoff
 
 from trbatch.errors import Unreachable, UsageError
 
@@ -27,6 +29,32 @@ _REFUSING = (
 _REFUSALS = re.compile(r"(?:^|[\s:@-])(MISCONF|LOADING|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|BUSY)\b")
 _PARTS = re.compile(r"(?s)([A-Za-z][\w+.-]*://)?(?:(.*)(@))?(.*)")
 _PASSWORD = re.compile(r"(?is)(password=).*?(?=&\w+=|$)")
+
+
+class Breaks(ExponentialWithJitterBackoff):
+    """Breaks between tries to reach a server, and what its client does meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(base=0.1, cap=2.0)
+        self._meanwhile: Callable[[], None] | None = None
+        self._thread = 0
+
+    def use(self, meanwhile: Callable[[], None]) -> None:
+        """Call this in every break, in the thread of this call alone. It may raise to end the wait.
+
+        It must not talk to the server.
+        """
+        self._meanwhile, self._thread = meanwhile, threading.get_ident()
+
+    def compute(self, failures: int) -> float:
+        """Seconds of the next break."""
+        if self._meanwhile is not None and threading.get_ident() == self._thread:
+            self._meanwhile()
+        return super().compute(failures)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Every connection of a client has the same breaks."""
+        return self
 
 
 def connect(url: str, **options: Any) -> redis.Redis:

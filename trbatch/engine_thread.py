@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
+from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import TrbatchError
+from trbatch.flight import FlightRecord
 from trbatch.queue import ModelKey
 
 logger = logging.getLogger("trbatch.worker")
@@ -42,7 +45,11 @@ class Copies(Protocol):
 
 
 class Engine(Protocol):
-    """What the worker needs of an engine. See `trbatch.engine.engine.Engine`."""
+    """What the worker needs of an engine. See `trbatch.engine.engine.Engine`.
+
+    Requests are begun in the order in which they were added: that tells which of them it may be
+    touching at any time, and so whom to suspect if it takes the process down.
+    """
 
     @property
     def capacity(self) -> int:
@@ -85,6 +92,23 @@ class Engine(Protocol):
 
 
 Loader = Callable[[ModelKey], Engine]
+
+
+def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
+    """Load a model and put an engine round it. Imports torch."""
+    from trbatch.engine.engine import Engine as TorchEngine
+    from trbatch.engine.loading import loading
+    from trbatch.models import load_model
+
+    with loading(model.name):
+        loaded = load_model(
+            model.name,
+            revision=model.revision,
+            device=config.engine.device,
+            dtype=config.engine.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return TorchEngine(loaded, config.engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +170,19 @@ class EngineThread:
     Args:
         load: makes an engine; called in the thread, may take minutes.
         save_s: seconds between savings of the matrices while there is work.
+        flight: where the engine's pulse and the rows in its hands are noted.
     """
 
-    def __init__(self, load: Loader, *, save_s: float = SAVE_S) -> None:
+    def __init__(
+        self, load: Loader, *, save_s: float = SAVE_S, flight: FlightRecord | None = None
+    ) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._load_engine = load
         self._save_s = save_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._engine: Engine | None = None
+        self._flight = flight or FlightRecord.create()
+        self._held: dict[Hashable, Request] = {}  # added and not answered, in this order
         self._stopping = False
         self._saved_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -224,6 +253,7 @@ class EngineThread:
             return events
 
     def _run(self) -> None:
+        self._flight.pulse.adopt()
         try:
             while not self._stopping:
                 self._obey()
@@ -235,6 +265,7 @@ class EngineThread:
     def _obey(self) -> None:
         """Carry out every order; without work, wait for one."""
         if not self._busy():
+            self._flight.pulse.idle()
             self._orders.get()()
         while not self._stopping and not self._orders.empty():
             self._orders.get()()
@@ -242,7 +273,11 @@ class EngineThread:
     def _step(self) -> None:
         if self._stopping or self._engine is None or not self._busy():
             return
-        if completions := self._engine.step():
+        with self._flight.pulse.step():
+            completions = self._engine.step()
+        if completions:
+            self._flight.pulse.finished(len(completions))
+            self._let_go(completion.key for completion in completions)
             self.events.put(Finished(completions))
         if time.monotonic() - self._saved_at > self._save_s:
             self._save()
@@ -253,13 +288,16 @@ class EngineThread:
     def _load(self, model: ModelKey) -> None:
         self._save()
         self._engine = None
+        self._held.clear()
         gc.collect()  # the old weights must be gone before the new ones come
         begin = time.monotonic()
         try:
-            self._engine = self._load_engine(model)
+            with self._flight.pulse.declared():
+                self._engine = self._load_engine(model)
         except Exception as error:  # noqa: BLE001  it is the worker's to judge
             self.events.put(LoadFailed(model, error))
             return
+        self._flight.pulse.ready()
         self._saved_at = time.monotonic()
         facts = {name: v for name, v in self._engine.stats().items() if isinstance(v, str)}
         self.events.put(Ready(model, self._engine.capacity, self._saved_at - begin, facts))
@@ -269,11 +307,28 @@ class EngineThread:
         for task in {request.task for request in requests}:
             self._engine.open_task(task)
         for request in requests:
+            self._note([request])  # a tokenizer may fail as badly as an engine
             self._engine.add(request)
+            self._held[request.key] = request
+        self._note_running()
 
     def _abort(self, keys: list[Hashable]) -> None:
         if self._engine is not None:
             self._engine.abort(keys)
+            self._let_go(keys)
+
+    def _let_go(self, keys: Iterable[Hashable]) -> None:
+        for key in keys:
+            self._held.pop(key, None)
+        self._note_running()
+
+    def _note_running(self) -> None:
+        """Note the rows that the next step may touch: the first so many of those added."""
+        assert self._engine is not None
+        self._note(islice(self._held.values(), self._engine.capacity))
+
+    def _note(self, requests: Iterable[Request]) -> None:
+        self._flight.note_running([(r.key, r.order, r.sample_index) for r in requests])
 
     def _with_copies(self, do: Callable[[Copies], None]) -> None:
         if self._engine is not None and self._engine.copies is not None:
@@ -296,7 +351,8 @@ class EngineThread:
         if self._engine is None:
             return
         try:
-            self._engine.save_tasks()
+            with self._flight.pulse.declared():
+                self._engine.save_tasks()
         except (OSError, TrbatchError) as error:  # a cold start next time, no reason to stop now
             logger.warning("the matrices could not be saved: %s", error)
 

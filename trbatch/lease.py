@@ -11,7 +11,7 @@ import logging
 import queue
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
@@ -20,18 +20,22 @@ from rq.command import parse_payload
 from rq.exceptions import DeserializationError, InvalidJobOperation
 from rq.executions import Execution
 from rq.job import Job, JobStatus
+from rq.registry import FailedJobRegistry, FinishedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.worker import SimpleWorker
 from rq.worker.base import WorkerStatus
 
+from trbatch import recovery
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.errors import TrbatchError
+from trbatch.flight import FlightRecord
 from trbatch.queue import FUNCTION, PREFIX, RETRIES
+from trbatch.suspects import Suspects
 
 logger = logging.getLogger("trbatch.worker")
 
 BEAT_S = 3.0  # between renewals
-LEASE_S = 30  # a dead worker's chunks come back after this; no step may hold the GIL as long
+LEASE_S = 15  # a dead worker's chunks come back after this; no step may hold the GIL as long
 WORKER_TTL_S = 60
 
 
@@ -50,6 +54,7 @@ class Lease:
     chunk: int
     generation: int
     attempt: int  # from 1
+    suspects: Suspects = field(default_factory=Suspects)  # rows that may have killed a worker
 
     @property
     def id(self) -> str:
@@ -58,12 +63,26 @@ class Lease:
 
 
 class LeaseWorker(SimpleWorker):
-    """What a worker says to Redis. The caller's loop decides when."""
+    """What a worker says to Redis. The caller's loop decides when.
+
+    Args:
+        connection: patient with a server that is away.
+        name: of the worker, never used before.
+        queues: whose abandoned chunks to bring back.
+        flight: where the leases are noted for whoever finds this worker dead, and where the
+            engine's pulse is: leases are renewed only while it beats.
+    """
 
     job_class = ChunkJob
     queue_class = ChunkQueue
 
-    def __init__(self, connection: redis.Redis, name: str, queues: Sequence[ChunkQueue]) -> None:
+    def __init__(
+        self,
+        connection: redis.Redis,
+        name: str,
+        queues: Sequence[ChunkQueue],
+        flight: FlightRecord | None = None,
+    ) -> None:
         super().__init__(
             list(queues),
             name=name,
@@ -76,9 +95,11 @@ class LeaseWorker(SimpleWorker):
         self.log.setLevel(logging.WARNING)  # a line per job and clean-up is rq's habit, not ours
         self.leases: dict[str, Lease] = {}
         self.shutdown_asked = False
+        self._flight = flight or FlightRecord.create()
         self._commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._last_beat = time.monotonic()
         self._no_reaping_until = 0.0
+        self._hung = False
 
     @property
     def connection_timeout(self) -> int:
@@ -87,6 +108,7 @@ class LeaseWorker(SimpleWorker):
 
     def open(self) -> None:
         """Appear among the workers and listen for commands."""
+        self._note()
         self.register_birth()  # type: ignore[no-untyped-call]
         self.subscribe()
         self.set_state(WorkerStatus.STARTED)
@@ -172,9 +194,11 @@ class LeaseWorker(SimpleWorker):
             logger.error("queue %s: %s", queue.name, error or "an entry that cannot be read")
             self._fail(job, queue, execution, error, final=True)
             return None
-        attempt = RETRIES - (job.retries_left or 0) + 1
-        lease = Lease(job, queue, execution, folder, chunk, generation, attempt)
+        lost, suspects = recovery.history(self.connection, job.id)
+        attempt = RETRIES - (job.retries_left or 0) + lost + 1
+        lease = Lease(job, queue, execution, folder, chunk, generation, attempt, suspects)
         self.leases[lease.id] = lease
+        self._note()
         return lease
 
     def holds(self, lease: Lease) -> bool:
@@ -200,18 +224,27 @@ class LeaseWorker(SimpleWorker):
         self._forget(lease)
         return True
 
-    def hand_back(self, lease: Lease) -> bool:
-        """Put the chunk back at the head of its queue; this costs it no retry."""
-        if not self.holds(lease):
-            self.drop(lease)
-            return False
-        with self.connection.pipeline() as pipeline:
-            # In this order: enqueue_job opens the transaction that the clean-up then joins.
-            lease.queue.enqueue_job(lease.job, pipeline=pipeline, at_front=True)
-            self.cleanup_execution(lease.job, pipeline=pipeline, execution=lease.execution)
-            pipeline.execute()
+    def hand_back(
+        self,
+        lease: Lease,
+        *,
+        lost: bool = False,
+        suspects: Suspects | None = None,
+        front: bool = True,
+    ) -> bool:
+        """Put the chunk back into its queue; this costs it no retry.
+
+        Args:
+            lost: whether its rows were begun in vain: it counts as an attempt.
+            suspects: who of its rows may kill workers; None: what is known stays.
+            front: of the queue, else behind all others.
+        """
+        back = recovery.give_back(
+            lease.queue, lease.job.id, lease.id, lost=lost, suspects=suspects, front=front
+        )
+        self.executions.pop(lease.id, None)
         self._forget(lease)
-        return True
+        return back
 
     def drop(self, lease: Lease) -> None:
         """Forget a lease that is somebody else's now."""
@@ -223,6 +256,8 @@ class LeaseWorker(SimpleWorker):
     def beat(self) -> list[Lease]:
         """Renew every lease, bring back what dead workers left. Call it every `BEAT_S` or sooner.
 
+        The leases of an engine that hangs are not renewed.
+
         Returns:
             The leases that were lost since the last call; they are dropped already.
         """
@@ -233,12 +268,13 @@ class LeaseWorker(SimpleWorker):
             # After an outage every lease looks run out; the owners get time to renew theirs.
             self._no_reaping_until = now + LEASE_S
         self._last_beat = now
-        lost = [lease for lease in self.leases.values() if not self._renew(lease)]
+        alive = self._engine_lives()
+        lost = [lease for lease in self.leases.values() if not self._renew(lease, alive)]
         for lease in lost:
             self.drop(lease)
         self._announce()
         if now >= self._no_reaping_until:
-            self.clean_registries()  # type: ignore[no-untyped-call]
+            self.clean_registries()
         return lost
 
     def stopped(self) -> list[Lease]:
@@ -275,10 +311,37 @@ class LeaseWorker(SimpleWorker):
         """Seconds until a lease runs out."""
         return LEASE_S
 
-    def _renew(self, lease: Lease) -> bool:
+    def clean_registries(self) -> None:
+        """Bring back what dead workers left, let rq forget what is old. One worker at a time."""
+        for found in self.queues:
+            assert isinstance(found, ChunkQueue)
+            if not found.acquire_maintenance_lock():
+                continue
+            try:
+                if back := recovery.recover(found):
+                    logger.info("%d chunks of workers that are gone are back in the queue", back)
+                for registry in (FinishedJobRegistry, FailedJobRegistry):
+                    registry(queue=found, job_class=ChunkJob).cleanup()
+                worker_registration.clean_worker_registry(found)
+            finally:
+                found.release_maintenance_lock()  # type: ignore[no-untyped-call]
+
+    def _engine_lives(self) -> bool:
+        """Whether the engine gave a sign of life in time; says so when that changes."""
+        hung = not self._flight.pulse.beats(LEASE_S)
+        if hung and not self._hung and self.leases:
+            logger.warning(
+                "the engine gives no sign of life; its %d chunks go to others in %d s",
+                len(self.leases), LEASE_S,
+            )  # fmt: skip
+        self._hung = hung
+        return not hung
+
+    def _renew(self, lease: Lease, alive: bool) -> bool:
         if not self.holds(lease):
             return False
-        self.maintain_heartbeats(lease.job, lease.execution)
+        if alive:
+            self.maintain_heartbeats(lease.job, lease.execution)
         return True
 
     def _announce(self) -> None:
@@ -302,8 +365,13 @@ class LeaseWorker(SimpleWorker):
             job.retries_left = 0
         self._finalize_failure(job, queue, execution, (type(error), error, error.__traceback__))
 
+    def _note(self) -> None:
+        leases = {one.id: (one.job.id, one.queue.name) for one in self.leases.values()}
+        self._flight.note_holdings(self.name, leases)
+
     def _forget(self, lease: Lease) -> None:
         self.leases.pop(lease.id, None)
+        self._note()
         if not self.leases:
             self.set_state(WorkerStatus.IDLE)
 

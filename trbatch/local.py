@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from trbatch.api import POLL_S, Job, Report
-from trbatch.errors import JobFailed
+from trbatch.errors import JobFailed, Unreachable
 from trbatch.job_status import JobStatus, job_failure
 
 WORKER_COMMAND = (sys.executable, "-m", "trbatch", "worker")
@@ -139,6 +139,7 @@ def run(
 
     Raises:
         JobFailed: the worker ended and rows are missing.
+        Unreachable: the same, since the queue or the storage was away for minutes.
     """
     status = job.status()
     if status.finished and status.state != "failed":
@@ -167,7 +168,8 @@ def _check_helped(status: JobStatus, code: int) -> None:
             f"job {status.id} is paused; {progress.rows_done} of {progress.rows} rows are done",
             hint=f"trbatch continue {status.path}, then the same command again",
         )
-    raise JobFailed(
+    kind = Unreachable if code == Unreachable.exit_code else JobFailed
+    raise kind(
         f"the worker ended with exit code {code}; job {status.id} has "
         f"{progress.rows_done} of {progress.rows} rows",
         hint="its last lines say why; the same command again goes on where it stopped",

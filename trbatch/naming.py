@@ -1,9 +1,10 @@
-"""Names: a job's id and task, made from its input's path, and its model's as all will call it."""
+"""Names: of a job and its task, from its input's path; of a model as all call it; of a worker."""
 
 from __future__ import annotations
 
 import os
 import re
+import uuid
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,9 @@ def default_task(path: str) -> str:
         project = next(marked, parents[0]).name
     undated = slug(_DATE.sub("", stem(path)))
     return slug(f"{project}-{undated}" if undated != "unnamed" else project)
+
+
+def worker_name(name: str) -> str:
+    """Never made twice, not even by a restarted container: segments are named after it."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return f"{safe}-{os.getpid()}-{uuid.uuid4().hex[:6]}"

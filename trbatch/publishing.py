@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from trbatch.engine.sequence import Completion
 from trbatch.errors import Unreachable
+from trbatch.patience import Patience
 
 logger = logging.getLogger("trbatch.worker")
 
 REPORT_S = 30.0
-PATIENCE_S = 120.0  # a storage that fails for longer ends the worker
 
 
 class Segments(Protocol):
@@ -56,8 +56,7 @@ class Publisher:
         self._published = published
         self._waiting: dict[str, _Waiting] = {}
         self._last = time.monotonic()
-        self._failing_since: float | None = None
-        self._failures = 0
+        self._patience = Patience("the storage of a job")
 
     def add(self, path: str, folder: Segments, row: dict[str, Any], owner: Hashable) -> None:
         """Keep a finished row of the job at `path`."""
@@ -70,15 +69,19 @@ class Publisher:
         """Rows that no segment holds yet."""
         return sum(len(waiting.rows) for waiting in self._waiting.values())
 
+    @property
+    def failing(self) -> bool:
+        """Whether the storage refused the last rows; more of them would only pile up."""
+        return self._patience.failing
+
     def publish_if_due(self, *, hurry: bool = False) -> None:
         """Publish when it is time, or at once when in a `hurry`. A failing storage gets breaks.
 
         Raises:
             Unreachable: the storage has failed for longer than two minutes.
         """
-        break_s = min(0.5 * 2**self._failures, 15.0) if self._failing_since is not None else 0.0
-        wait_s = max(0.0 if hurry else self._every_s, break_s)
-        if self._waiting and time.monotonic() - self._last >= wait_s:
+        due = hurry or time.monotonic() - self._last >= self._every_s
+        if self._waiting and due and self._patience.due:
             self.publish()
 
     def publish(self) -> None:
@@ -91,22 +94,15 @@ class Publisher:
             try:
                 waiting.folder.publish(self._worker, waiting.rows, facts=self.facts)
             except (OSError, Unreachable) as error:
-                self._failed(path, error)
+                logger.warning("%s: rows could not be published, trying again: %s", path, error)
+                self._patience.failed(error)
                 continue
             finally:
                 self._last = time.monotonic()
             del self._waiting[path]
             for owner in waiting.owners:
                 self._published(owner)
-            self._failing_since, self._failures = None, 0
-
-    def _failed(self, path: str, error: Exception) -> None:
-        now = time.monotonic()
-        self._failing_since = now if self._failing_since is None else self._failing_since
-        self._failures += 1
-        logger.warning("%s: rows could not be published, trying again: %s", path, error)
-        if now - self._failing_since > PATIENCE_S:
-            raise Unreachable(f"{path}: the storage keeps failing: {error}") from error
+            self._patience.worked()
 
 
 class Report:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry as ConnectionRetry
 from rq import Queue, Retry
 from rq.job import Job, JobStatus
@@ -30,7 +29,7 @@ from rq.worker_registration import get_keys
 from trbatch import server
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.config import PRIORITIES
-from trbatch.connection import connect, mask_url, reaching
+from trbatch.connection import Breaks, connect, mask_url, reaching
 from trbatch.errors import UsageError
 from trbatch.naming import model_name
 
@@ -141,9 +140,18 @@ class WorkerInfo:
 class JobQueue:
     """One connection to the queue: put chunks in, ask what became of them."""
 
-    def __init__(self, connection: redis.Redis, url: str) -> None:
+    def __init__(
+        self,
+        connection: redis.Redis,
+        url: str,
+        breaks: Breaks | None = None,
+        *,
+        embedded: bool = False,
+    ) -> None:
         self.connection = connection
         self.url = url
+        self.breaks = breaks or Breaks()  # while the server is away
+        self.embedded = embedded  # ours, so that we may start it again
 
     @classmethod
     def connect(cls, url: str = "", *, patient: bool = False) -> Self:
@@ -157,8 +165,10 @@ class JobQueue:
             UsageError: the URL is none, or the server is older than Redis 6.2.
         """
         url = url or os.environ.get("TRBATCH_REDIS_URL") or os.environ.get("REDIS_URL") or ""
+        embedded = not url
         url = url or server.ensure()
-        connection = _connection(url, attempts=3)
+        breaks = Breaks()
+        connection = _connection(url, breaks, attempts=3)
         with reaching(url):
             version = get_version(connection)
         if version < MINIMUM_SERVER:
@@ -166,8 +176,8 @@ class JobQueue:
             raise UsageError(f"{mask_url(url)} is Redis {found}; 6.2 or newer is needed")
         if patient:
             connection.close()
-            connection = _connection(url, attempts=200)
-        return cls(connection, url)
+            connection = _connection(url, breaks, attempts=200)
+        return cls(connection, url, breaks, embedded=embedded)
 
     def close(self) -> None:
         """Give the connection back."""
@@ -343,9 +353,8 @@ class JobQueue:
         return found
 
 
-def _connection(url: str, *, attempts: int) -> redis.Redis:
-    waits = ConnectionRetry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), attempts)
-    return connect(url, socket_timeout=10.0, retry=waits)
+def _connection(url: str, breaks: Breaks, *, attempts: int) -> redis.Redis:
+    return connect(url, socket_timeout=10.0, retry=ConnectionRetry(breaks, attempts))
 
 
 def chunk_id(job: Folder, chunk: int) -> str:

@@ -1,13 +1,86 @@
-"""Signals for as long as a worker runs. What they mean is the worker's to say."""
+"""When a worker stops: signals, the time it is given after the first, an hour to be gone by."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+from trbatch.errors import UsageError
+
+SAME_SIGNAL_S = 0.5  # a terminal and a parent may both pass on the same Ctrl-C
+
+
+class Stops:
+    """How often a worker was asked to stop, and what that means now.
+
+    Once: finish what was taken within `grace_s` seconds. Twice, or when these are over: hand it
+    back. Three times: leave at once; leases run out by themselves.
+
+    Args:
+        grace_s: seconds after the first request.
+        until: an hour like `07:00`, or a day and an hour, at which to stop as if asked; "": none.
+    """
+
+    def __init__(self, grace_s: float, until: str = "") -> None:
+        self.count = 0
+        self.exit_code = 0
+        self.asked_at = 0.0  # monotonic
+        self._grace_s = grace_s
+        self._deadline = float("inf")  # monotonic
+        self._until = next_time(until).timestamp() if until else float("inf")
+
+    def ask(self, number: int) -> None:
+        """Somebody asked, by this signal. May be called in a signal's handler."""
+        now = time.monotonic()
+        if now - self.asked_at < SAME_SIGNAL_S:
+            return
+        self.asked_at = now
+        self.exit_code = 128 + number
+        self._begin(now)
+        if self.count > 2:
+            raise KeyboardInterrupt
+
+    def look(self) -> int:
+        """How often it was asked by now, by the clock as well."""
+        now = time.monotonic()
+        if not self.count and time.time() >= self._until:
+            self._begin(now)
+        if self.count == 1 and now >= self._deadline:
+            self.count = 2
+        return self.count
+
+    def _begin(self, now: float) -> None:
+        self.count += 1
+        if self.count == 1:
+            self._deadline = now + self._grace_s
+
+
+def next_time(text: str, now: datetime.datetime | None = None) -> datetime.datetime:
+    """The next time that the clock on the wall shows this hour; with a day, that time itself.
+
+    Raises:
+        UsageError: it is neither `HH:MM` nor an ISO day and hour.
+    """
+    now = now or datetime.datetime.now()
+    try:
+        if "T" in text or " " in text:
+            return datetime.datetime.fromisoformat(text)
+        if ":" not in text:
+            raise ValueError
+        hour = datetime.time.fromisoformat(text.zfill(5))
+    except ValueError:
+        raise UsageError(
+            f"--until must be an hour like 07:00, not {text!r}",
+            hint="or a day and an hour, e.g. 2026-11-23T07:00; both in local time",
+        ) from None
+    today = datetime.datetime.combine(now.date(), hour)
+    return today if today > now else today + datetime.timedelta(days=1)
 
 
 @contextlib.contextmanager

@@ -7,24 +7,24 @@ rows of the last seconds. Torch is imported where an engine is made and nowhere 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import signal
 import socket
 import time
-import uuid
 from collections.abc import Hashable
 from functools import partial
 
+from trbatch import server
+from trbatch.aftermath import settle_leases
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
-from trbatch.connection import reaching
+from trbatch.connection import mask_url, reaching
 from trbatch.engine.sequence import Completion
 from trbatch.engine_thread import (
     Broken,
     Changes,
-    Engine,
     EngineThread,
     Event,
     Finished,
@@ -32,15 +32,20 @@ from trbatch.engine_thread import (
     LoadFailed,
     Ready,
     Whole,
+    load_engine,
 )
-from trbatch.errors import JobFailed, ModelError, TrbatchError, WorkerError
+from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
+from trbatch.flight import FlightRecord
 from trbatch.holds import Holds, requeue_if_resumed
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
+from trbatch.naming import worker_name
+from trbatch.patience import Patience
 from trbatch.publishing import Publisher, Report
 from trbatch.queue import JobQueue, ModelKey
+from trbatch.recovery import Witness
 from trbatch.sharing import Sharing
-from trbatch.stopping import signals_to
+from trbatch.stopping import Stops, signals_to
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -49,15 +54,19 @@ BUSY_S = 0.05  # the longest wait for the engine while it works
 ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
 LEAVE_S = 0.5  # the same when somebody is tired of waiting
 AHEAD = 1024  # requests in the engine, at least: a row may ask for a thousand samples
-SAME_SIGNAL_S = 0.5  # a terminal and a parent may both pass on the same Ctrl-C
+
+_LOST = "chunk %d of %s: its lease was lost; what is finished is kept"
 
 
-def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
-    """Work until stopped by a signal or, with `config.burst`, until the queue is empty.
+def run_worker(
+    config: WorkerConfig, *, load: Loader | None = None, flight: FlightRecord | None = None
+) -> int:
+    """Work until stopped by a signal, at an hour, or with `config.burst` by an empty queue.
 
     Args:
         config: which model, which queue, how to decode.
         load: makes the engine of a model; the default loads it with torch.
+        flight: its supervisor's record of it, if it has a supervisor.
 
     Returns:
         0; 4 if chunks were refused because their model could not be loaded; 128 plus the signal's
@@ -70,26 +79,9 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
         Unreachable: the queue or the storage was away for minutes.
     """
     with JobQueue.connect(config.redis_url, patient=True) as jobs, reaching(jobs.url):
-        worker = BatchWorker(config, jobs, load or partial(load_engine, config))
-        with signals_to(worker.request_stop):
+        worker = BatchWorker(config, jobs, load or partial(load_engine, config), flight)
+        with signals_to(worker.stop.ask):
             return worker.run()
-
-
-def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
-    """Load a model and put an engine round it. Imports torch."""
-    from trbatch.engine.engine import Engine as TorchEngine
-    from trbatch.engine.loading import loading
-    from trbatch.models import load_model
-
-    with loading(model.name):
-        loaded = load_model(
-            model.name,
-            revision=model.revision,
-            device=config.engine.device,
-            dtype=config.engine.dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
-        return TorchEngine(loaded, config.engine)
 
 
 class BatchWorker:
@@ -99,32 +91,41 @@ class BatchWorker:
         config: see `WorkerConfig`.
         jobs: the queue, on a patient connection.
         load: makes the engine of a model, in the engine's thread.
+        flight: what is known of this worker should it die; None: nobody reads it.
     """
 
-    def __init__(self, config: WorkerConfig, jobs: JobQueue, load: Loader) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        jobs: JobQueue,
+        load: Loader,
+        flight: FlightRecord | None = None,
+    ) -> None:
         self.config = config
         self.jobs = jobs
-        self.name = _worker_name(config)
+        self.name = worker_name(config.name or f"{socket.gethostname()}-{config.engine.device}")
         self.fixed = _fixed_model(config)
         self.model: ModelKey | None = None  # that the engine holds
         self.loading: ModelKey | None = None
         self.capacity = 0
         self.chunks: dict[str, ChunkWork] = {}
         self.refused = 0
-        self.stops = 0  # how often we were asked to stop
-        self.exit_code = 0
+        self.stop = Stops(config.grace_s, config.until)
+        self._flight = flight or FlightRecord.create()
         self._folders = Folders(config.roots)
-        self._engine = EngineThread(load)
+        self._reading = Patience("reading chunks")
+        self._witness = Witness()
+        self._engine = EngineThread(load, flight=self._flight)
         self._sharing = Sharing(self._engine, jobs)
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
-        self._leases = LeaseWorker(jobs.connection, self.name, self._watched())
+        self._leases = LeaseWorker(jobs.connection, self.name, self._watched(), self._flight)
         self._report = Report()
         self._holds = Holds()
-        self._asked_at = 0.0
         self._looked_at = 0.0
 
     def run(self) -> int:
         """Work until there is a reason to stop. See `run_worker`."""
+        self.jobs.breaks.use(self._while_away)
         self._leases.open()
         self._engine.start()
         try:
@@ -134,43 +135,50 @@ class BatchWorker:
                 self._take_chunks()
                 self._feed_engine()
                 self._hear_engine()
-                self._publisher.publish_if_due(hurry=not self._owed_rows())
+                self._publisher.publish_if_due(hurry=self._waits_for_publication())
                 self._finish_chunks()
         finally:
             self._wind_up()
-        return self.exit_code or (JobFailed.exit_code if self.refused else 0)
-
-    def request_stop(self, number: int) -> None:
-        """Stop: the first time finish what was taken, the second time hand it back.
-
-        The third time leave at once; leases run out by themselves. `number` is the signal's.
-        """
-        now = time.monotonic()
-        if now - self._asked_at < SAME_SIGNAL_S:
-            return
-        self._asked_at = now
-        self.stops += 1
-        self.exit_code = 128 + number
-        if self.stops > 2:
-            raise KeyboardInterrupt
+        return self.stop.exit_code or (JobFailed.exit_code if self.refused else 0)
 
     def _may_stop(self) -> bool:
-        if self._leases.shutdown_asked and not self.stops:
-            self.request_stop(signal.SIGINT)
-        if self.stops > 1:
+        if self._leases.shutdown_asked and not self.stop.count:
+            self.stop.ask(signal.SIGINT)
+        if self.stop.look() > 1:
             return True
         if self.chunks:
             return False
-        return self.stops > 0 or (self.config.burst and self._nothing_waits())
+        return self.stop.count > 0 or (self.config.burst and self._nothing_waits())
+
+    def _while_away(self) -> None:
+        """The queue's server is away: publish what is finished, and leave if it is time to."""
+        if self.jobs.embedded:
+            with contextlib.suppress(TrbatchError):  # then it is tried again in the next break
+                server.ensure()
+        events = self._engine.next_events(0.0)
+        for event in events:
+            if isinstance(event, Finished):
+                self._heed(event)
+            else:
+                self._engine.events.put(event)  # for when it is back
+        self._publisher.publish_if_due()
+        if self.stop.look() > 1:
+            raise Unreachable(
+                f"asked to stop while the queue at {mask_url(self.jobs.url)} is away",
+                hint="chunks in flight come back when their leases run out; finished rows are kept",
+            )
 
     def _nothing_waits(self) -> bool:
+        """Whether nothing is left that is nobody's; what the dead have left comes back yet."""
         if self.fixed is not None:
-            return self.jobs.waiting(self.fixed) == 0
-        return self.jobs.longest_waiting() is None
+            waits = self.jobs.waiting(self.fixed) > 0
+        else:
+            waits = self.jobs.longest_waiting() is not None
+        return not waits and self._witness.all_live(self._leases.queues)
 
     def _beat(self) -> None:
         for lease in self._leases.beat():
-            logger.warning("chunk %d of %s: its lease was lost", lease.chunk, lease.folder)
+            logger.warning(_LOST, lease.chunk, lease.folder)
             self._abandon(lease)
         for lease in self._leases.stopped():
             logger.info("chunk %d of %s: stopped on request", lease.chunk, lease.folder)
@@ -195,11 +203,11 @@ class BatchWorker:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
         work = self.chunks.pop(lease.id, None)
         if work is not None:
-            self._engine.abort([(lease.id, place) for place in work.owed if place < work.given])
+            self._engine.abort([(lease.id, place) for place in work.given])
 
     def _choose_model(self) -> None:
         """See to it that the engine holds the model that the next chunk needs."""
-        if self.stops or self.loading or self.chunks:
+        if self.stop.count or self.loading or self.chunks:
             return
         if self.fixed is not None:
             wanted: ModelKey | None = self.fixed
@@ -223,7 +231,7 @@ class BatchWorker:
         return [self.jobs.queue(name) for name in names]
 
     def _take_chunks(self) -> None:
-        if self.stops or self.model is None or not self._room():
+        if self.stop.count or self.model is None or not self._room():
             return
         if self._looked_at and not self._look_again():
             return
@@ -232,7 +240,7 @@ class BatchWorker:
             self._looked_at = time.monotonic()
             return
         queues = [self.jobs.queue(name) for name in self.model.queue_names]
-        while self._room() and not self.stops:
+        while self._room() and not self.stop.count:
             lease = self._leases.take_first(queues)
             if lease is None:
                 self._looked_at = time.monotonic()
@@ -250,12 +258,20 @@ class BatchWorker:
 
     def _room(self) -> bool:
         """Whether to take another chunk: the engine should never see the end of what it has."""
+        if any(work.quarantined for work in self.chunks.values()):
+            return False
+        if self._publisher.failing or not self._reading.due:
+            return False
         if self.config.chunks_in_flight:
             return len(self.chunks) < self.config.chunks_in_flight
         return self._owed_rows() < 2 * self.capacity
 
     def _owed_rows(self) -> int:
         return sum(len(work.owed) for work in self.chunks.values())
+
+    def _waits_for_publication(self) -> bool:
+        """Whether nothing goes on before the finished rows are published."""
+        return not self._owed_rows() or any(work.held_up for work in self.chunks.values())
 
     def _begin(self, lease: Lease) -> None:
         """Take a chunk's missing rows on."""
@@ -266,16 +282,24 @@ class BatchWorker:
             logger.error("chunk %d refused: %s", lease.chunk, error)
             self._leases.fail(lease, error, final=True)
             return
+        except Unreachable as error:  # the storage's fault: the chunk waits, behind the others
+            logger.warning("chunk %d of %s goes back: %s", lease.chunk, lease.folder, error)
+            self._leases.hand_back(lease, front=False)
+            self._reading.failed(error)
+            return
         except Exception as error:  # noqa: BLE001  whatever it is, it is this chunk's failure
             logger.error("chunk %d of %s cannot be read: %s", lease.chunk, lease.folder, error)
             self._leases.fail(lease, error)
             return
+        self._reading.worked()
         self.chunks[lease.id] = work
 
     def _feed_engine(self) -> None:
         """Give the engine rows: more than it decodes together, not all samples of all at once."""
         room = max(AHEAD, 4 * self.capacity) - sum(w.in_engine for w in self.chunks.values())
         for work in self.chunks.values():
+            if work.quarantined and len(self.chunks) > 1:  # first the others come to their end
+                continue
             requests, impossible = work.requests(max(room, 0))
             room -= len(requests)
             for completion in impossible:
@@ -322,6 +346,7 @@ class BatchWorker:
             return
         result = work.result(completion, place, self.name)
         work.owed.discard(place)
+        work.given.discard(place)
         work.unpublished += 1
         work.failed_rows += completion.finish_reason == "error"
         self._publisher.add(work.lease.folder, work.folder, result, work)
@@ -335,10 +360,10 @@ class BatchWorker:
         for work in [work for work in self.chunks.values() if work.done]:
             del self.chunks[work.lease.id]
             result = {"rows": len(work.rows), "failed": work.failed_rows}
-            self._leases.finish(work.lease, result)
-            if work.held:
+            if not self._leases.finish(work.lease, result):
+                logger.warning(_LOST, work.lease.chunk, work.lease.folder)
+            elif work.held:
                 requeue_if_resumed(self.jobs, work.folder, work.lease.chunk)
-            logger.debug("chunk %d of %s is done", work.lease.chunk, work.folder.id)
             if all(other.folder is not work.folder for other in self.chunks.values()):
                 self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
@@ -360,8 +385,17 @@ class BatchWorker:
         """The engine raised. Keep what is finished, put the rest back, end."""
         self._publisher.publish()
         self._finish_chunks()
-        for lease_id in list(self.chunks):
-            self._leases.fail(self.chunks.pop(lease_id).lease, error)
+        machines = OSError | MemoryError | Unreachable
+        if isinstance(error, machines) or isinstance(error.__cause__, machines):
+            self._hand_back_all()  # no row's fault
+        held = [work.lease for work in self.chunks.values()]
+        if held:
+            cause = f"{type(error).__name__}: {error}"[:200]
+            leases = {lease.id: (lease.job.id, lease.queue.name) for lease in held}
+            logger.error("%s", settle_leases(self.jobs, leases, self._flight.running(), cause))
+        for lease in held:
+            self._leases.drop(lease)
+            self._abandon(lease)
         raise TrbatchError(
             f"the engine failed: {type(error).__name__}: {error}",
             hint="its chunks went back to the queue; `trbatch status` shows them",
@@ -372,13 +406,17 @@ class BatchWorker:
         try:
             self._hear_last()
             self._publisher.publish()
-            if self.stops <= 2:
+            if self.stop.count <= 2:
                 self._finish_chunks()
                 self._hand_back_all()
                 self._sharing.close()
         finally:
-            patient = self.stops <= 2  # else somebody is tired of waiting, perhaps for the queue
-            if not self._engine.stop(ENGINE_STOP_S if patient else LEAVE_S):
+            patient = self.stop.count <= 2  # else somebody is tired of waiting
+            nothing_to_save = self.loading is not None
+            stopped = self._engine.stop(
+                ENGINE_STOP_S if patient and not nothing_to_save else LEAVE_S
+            )
+            if not stopped and not nothing_to_save:
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._report.last(self.name)
             if patient:
@@ -390,7 +428,7 @@ class BatchWorker:
             match event:
                 case Finished():
                     self._heed(event)
-                case Changes() | Whole() if self.stops <= 2:
+                case Changes() | Whole() if self.stop.count <= 2:
                     self._heed(event)
                 case Broken(error):
                     logger.warning("the engine failed at the end: %s", error)
@@ -405,10 +443,3 @@ class BatchWorker:
 
 def _fixed_model(config: WorkerConfig) -> ModelKey | None:
     return ModelKey.of(config.model, config.revision) if config.model else None
-
-
-def _worker_name(config: WorkerConfig) -> str:
-    """Never used twice, not even by a restarted container: segments are named after it."""
-    name = config.name or f"{socket.gethostname()}-{config.engine.device}-{os.getpid()}"
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return f"{safe}-{uuid.uuid4().hex[:6]}"

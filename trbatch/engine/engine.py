@@ -31,6 +31,7 @@ from trbatch.engine.tasks import Task, Tasks
 from trbatch.engine.text import EncodingFailed, StopChecker, encode
 from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
+from trbatch.flight import declared
 
 MAX_TASKS = 8  # matrices in memory
 _NOBODY = MAX_TASKS  # one more, that stays empty
@@ -114,7 +115,8 @@ class Engine:
 
     def open_task(self, key: TaskKey) -> Task:
         """Make a task's matrix ready, from its saved file if there is one. Harmless twice."""
-        return self._tasks.open(key, busy=self._busy_tasks())
+        with declared():  # a store may be slow
+            return self._tasks.open(key, busy=self._busy_tasks())
 
     def save_tasks(self) -> None:
         """Write the matrices of tasks that changed since the last time."""

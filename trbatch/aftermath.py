@@ -1,0 +1,94 @@
+"""What becomes of the chunks of a worker that died: at once back in the queue, with suspects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import redis
+from rq import worker_registration
+from rq.worker import BaseWorker
+
+from trbatch import recovery
+from trbatch.flight import FlightRecord, Row
+from trbatch.queue import JobQueue
+from trbatch.suspects import ALONE
+
+
+@dataclass(frozen=True, slots=True)
+class Aftermath:
+    """What `settle` did: chunks put back, rows under suspicion, rows that are poison now."""
+
+    chunks: int = 0
+    suspects: int = 0
+    poison: int = 0
+
+    def __str__(self) -> str:
+        words = f"chunks back in the queue: {self.chunks}"
+        if self.poison:
+            return f"{words}, rows found to be poison: {self.poison}"
+        return f"{words}, suspect rows, to run apart: {self.suspects}" if self.suspects else words
+
+
+def settle(jobs: JobQueue, flight: FlightRecord, cause: str, *, own: bool) -> Aftermath:
+    """Put back what a dead worker held, by its flight record.
+
+    Args:
+        jobs: the queue.
+        flight: of the worker.
+        cause: of its death, in words.
+        own: whether it died of what it did, so that the rows in its engine are suspects; a worker
+            that somebody killed leaves no suspects.
+    """
+    worker, leases = flight.holdings()
+    running = flight.running() if own else {}
+    done = settle_leases(jobs, leases, running, cause)
+    if worker:
+        _forget(jobs.connection, worker)
+    return done
+
+
+def settle_leases(
+    jobs: JobQueue,
+    leases: Mapping[str, tuple[str, str]],
+    running: Mapping[str, Sequence[Row]],
+    cause: str,
+) -> Aftermath:
+    """Put these leases' entries back into their queues, those with suspects to the very front.
+
+    Args:
+        jobs: the queue.
+        leases: by execution, the entry and the name of its queue.
+        running: of the leases whose rows are suspects, these rows.
+        cause: of the worker's end, in words.
+    """
+    alone = sum(map(len, running.values())) == 1
+    chunks = suspected = poison = 0
+    # The last to be put back is the first to be taken.
+    innocent_first = sorted(leases, key=lambda execution: execution in running)
+    for execution in innocent_first:
+        entry, queue = leases[execution]
+        suspects = None
+        if rows := running.get(execution):
+            _, before = recovery.history(jobs.connection, entry)
+            suspects = before.after_crash(rows, cause, alone=alone)
+        found = jobs.queue(queue)
+        if not recovery.give_back(found, entry, execution, lost=True, suspects=suspects):
+            continue  # its lease has run out before: others have it
+        chunks += 1
+        if suspects is not None and rows:
+            suspected += len(rows)
+            poison += sum(suspects.alone.get(row, 0) == ALONE for row in rows)
+    return Aftermath(chunks, suspected, poison)
+
+
+def _forget(connection: redis.Redis, worker: str) -> None:
+    """Take a dead worker off the list of those that live."""
+    key = f"{BaseWorker.redis_worker_namespace_prefix}{worker}"
+    queues = connection.hget(key, "queues")
+    with connection.pipeline() as pipeline:
+        pipeline.srem(worker_registration.REDIS_WORKER_KEYS, key)
+        for name in (queues or b"").decode(errors="replace").split(","):  # type: ignore[union-attr]
+            pipeline.srem(worker_registration.WORKERS_BY_QUEUE_KEY % name, key)
+        pipeline.delete(key)
+        pipeline.execute()

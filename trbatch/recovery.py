@@ -1,0 +1,183 @@
+"""Chunks back into the queue when their worker lets go of them, or is gone. Knows rq's keys.
+
+Each move is one script on the server, so that of several who do it at once exactly one succeeds:
+rq's own clean-up reads, decides and writes in separate steps, and two of them at a time enqueue a
+chunk twice. None of it costs the chunk a retry: those are for failures of the chunk itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+from rq import Queue
+from rq.defaults import RQ_KEY_PREFIX
+from rq.executions import WORKER_EXECUTIONS_KEY_TEMPLATE, ExecutionRegistry
+from rq.utils import as_text, current_timestamp, now, utcformat
+
+from trbatch import chunk_job
+from trbatch.chunk_job import ChunkJob, ChunkQueue
+from trbatch.suspects import Suspects
+
+LOST = "trbatch_lost"  # field of an entry: how often a worker lost it or let go of it half done
+SUSPECTS = "trbatch_suspects"  # field of an entry: see `suspects`
+
+_MOST = 1000  # entries a call; the server does nothing else meanwhile
+
+# An execution ends and its entry waits again; nothing happens if it has ended already.
+_REQUEUE = """
+local function requeue(wip, queue, job, id, member, names, lost, suspects, front)
+  if redis.call('ZREM', wip, member) == 0 then return 0 end
+  redis.call('DEL', names.execution)
+  redis.call('ZREM', names.executions, names.id)
+  -- pcall: an entry may be anything that somebody put there, and must not stop the others.
+  if redis.pcall('HGET', job, 'status') ~= 'started' then return 0 end
+  local worker = redis.call('HGET', job, 'worker_name')
+  if worker then redis.call('SREM', string.format(names.worker, worker), member) end
+  redis.call('HSET', job, 'status', 'queued', 'enqueued_at', names.now)
+  redis.call('HINCRBY', job, 'trbatch_lost', lost)
+  if suspects ~= '' then redis.call('HSET', job, 'trbatch_suspects', suspects) end
+  redis.call(front and 'LPUSH' or 'RPUSH', queue, id)
+  return 1
+end
+local function names_of(member)
+  local id, execution = string.match(member, '^(.*):([^:]*)$')
+  if not id then return nil end
+  return {
+    job = ARGV[1] .. id, entry = id, id = execution, now = ARGV[5],
+    execution = ARGV[2] .. member, executions = ARGV[3] .. id, worker = ARGV[4],
+  }
+end
+"""
+
+_GIVE_BACK = (
+    _REQUEUE
+    + """
+local names = names_of(ARGV[6])
+if not names then return 0 end
+return requeue(KEYS[1], KEYS[2], names.job, names.entry, ARGV[6], names,
+               ARGV[7], ARGV[8], ARGV[9] == '1')
+"""
+)
+
+_RECOVER = (
+    _REQUEUE
+    + """
+local back = 0
+local over = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[6], 'LIMIT', 0, tonumber(ARGV[7]))
+for _, member in ipairs(over) do
+  local names = names_of(member)
+  if names then
+    back = back + requeue(KEYS[1], KEYS[2], names.job, names.entry, member, names, 1, '', true)
+  else
+    redis.call('ZREM', KEYS[1], member)
+  end
+end
+return back
+"""
+)
+
+# Between its pop and its lease an id lies in a list of its own. One that nobody leases goes back.
+_UNSTICK = """
+local back = 0
+for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, tonumber(ARGV[4]))) do
+  if redis.pcall('HGET', ARGV[1] .. id, 'status') ~= 'queued' then
+    redis.call('LREM', KEYS[1], 1, id)
+  else
+    local key = KEYS[1] .. ':seen:' .. id
+    local seen = redis.call('GET', key)
+    if not seen then
+      redis.call('SET', key, ARGV[2], 'EX', 60)
+    elseif tonumber(ARGV[2]) - tonumber(seen) >= tonumber(ARGV[3]) then
+      redis.call('DEL', key)
+      redis.call('LREM', KEYS[1], 1, id)
+      redis.call('LPUSH', KEYS[2], id)
+      back = back + 1
+    end
+  end
+end
+return back
+"""
+
+
+def give_back(
+    queue: ChunkQueue,
+    entry: str,
+    execution: str,
+    *,
+    lost: bool = False,
+    suspects: Suspects | None = None,
+    front: bool = True,
+) -> bool:
+    """Put an entry that somebody holds back into its queue.
+
+    Args:
+        queue: where it came from.
+        entry: the rq job's id.
+        execution: whose the entry is; if it is no longer, nothing happens.
+        lost: whether its rows were begun and did not end as they should.
+        suspects: who may have killed its worker; None changes nothing.
+        front: of the queue, else behind all others.
+
+    Returns:
+        Whether this call put it back.
+    """
+    member = f"{entry}:{execution}"
+    known = suspects.to_json() if suspects else ""
+    arguments: list[str | int | float] = [member, int(lost), known, int(front)]
+    return bool(_call(queue, _GIVE_BACK, arguments))
+
+
+def recover(queue: ChunkQueue) -> int:
+    """Put back the entries whose lease ran out, and those that nobody leased after their pop.
+
+    Returns:
+        How many.
+    """
+    back = _call(queue, _RECOVER, [current_timestamp(), _MOST])
+    keys = [queue.intermediate_queue_key, queue.key]
+    stuck = (_prefix_of_jobs(), current_timestamp(), chunk_job.STUCK_S, _MOST)
+    return back + int(queue.connection.eval(_UNSTICK, 2, *keys, *stuck))
+
+
+class Witness:
+    """Tells leases that somebody renews from those that the dead have left."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, bytes], float] = {}  # of each lease: its end, when first seen
+
+    def all_live(self, queues: Sequence[Queue]) -> bool:
+        """Whether every lease of these queues was renewed since it was first seen here."""
+        ends: dict[tuple[str, bytes], float] = {}
+        for queue in queues:
+            key = queue.started_job_registry.key
+            found: Any = queue.connection.zrange(key, 0, -1, withscores=True)
+            ends.update({(key, member): end for member, end in found})
+        self._first = {lease: self._first.get(lease, end) for lease, end in ends.items()}
+        return all(end != self._first[lease] for lease, end in ends.items())
+
+
+def history(connection: redis.Redis, entry: str) -> tuple[int, Suspects]:
+    """How often workers lost this entry, and who may have killed them."""
+    key = as_text(ChunkJob.key_for(entry))
+    lost, suspects = connection.hmget(key, LOST, SUSPECTS)
+    times = int(lost) if lost and lost.isdigit() else 0  # it comes out of Redis
+    return times, Suspects.from_json(suspects)
+
+
+def _call(queue: ChunkQueue, script: str, arguments: Sequence[str | int | float]) -> int:
+    keys = [queue.started_job_registry.key, queue.key]
+    names = [
+        _prefix_of_jobs(),
+        f"{RQ_KEY_PREFIX}:execution:",
+        ExecutionRegistry.key_template.format(""),
+        WORKER_EXECUTIONS_KEY_TEMPLATE.format("%s"),
+        utcformat(now()),
+    ]
+    found = queue.connection.eval(script, len(keys), *keys, *names, *arguments)
+    return int(found)
+
+
+def _prefix_of_jobs() -> str:
+    return as_text(ChunkJob.key_for(""))
