@@ -274,10 +274,11 @@ def test_run_of_a_paused_job_says_how_it_goes_on(tmp_path: Path, echo_worker: No
     assert "trbatch continue" in result.stderr
 
 
-def test_the_command_is_run_when_the_worker_of_run_dies(
-    tmp_path: Path, hook_file: Path, echo_worker: None
+def test_the_command_is_run_when_the_worker_of_run_ends_too_early(
+    tmp_path: Path, hook_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_rows(tmp_path / "in.jsonl", [{"prompt": "die"}])
+    monkeypatch.setattr(local, "WORKER_COMMAND", (sys.executable, "-c", "raise SystemExit(9)"))
+    path = write_rows(tmp_path / "in.jsonl", 4)
     assert invoke("run", path, "--model", MODEL, "--on-complete", SHOW).exit_code == 4
     told = json.loads(hook_file.read_text())
     assert (told["TRBATCH_EXIT_CODE"], told["TRBATCH_ROWS_OK"]) == ("4", "0")
