@@ -190,7 +190,24 @@ def test_progress_is_seen_by_a_folder_opened_before(spec: JobSpec) -> None:
     assert watcher.progress().rows_done == 0
     decode(job, 0, 1, 2)
     assert watcher.progress().complete
-    assert watcher.done() == job.done()
+    assert watcher.missing_chunks() == job.missing_chunks() == []
+
+
+def test_where_comparing_keys_takes_long_it_is_done_now_and_then(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    JobFolder.submit(spec)
+    write_lines(Path(spec.input), *prompts(12))
+    job = JobFolder.submit(spec)
+    assert job.progress().rows_done == 0
+    monkeypatch.setattr("trbatch.job.QUICK_COUNT_S", -1.0)
+    job._count_took = 1e6
+    decode(job, 0, 1)
+    assert job.progress().rows_done == 0
+    assert job.progress(exact=True).rows_done == 8
+    job._count_took = 0.0
+    decode(job, 2)
+    assert job.progress().complete
 
 
 def test_busy_time_counts_once_what_two_workers_share() -> None:

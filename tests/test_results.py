@@ -400,7 +400,7 @@ def test_a_damaged_segment_is_named_and_the_old_output_stays(tmp_path: Path) -> 
 
 
 def test_groups_of_rows_join_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trbatch.dataset._GROUP_ROWS", 3)
+    monkeypatch.setattr("trbatch.joining._GROUP_ROWS", 3)
     names = [f"r{i}" for i in range(11)]
     job = make_job(tmp_path, *prompts(*names))
     rows = [row for index in range(job.manifest.chunks) for row in job.chunk_rows(index)]

@@ -144,29 +144,6 @@ def test_a_jobs_model_that_could_be_loaded_before_is_not_to_blame(
     assert run_worker(config(jobs.url, model=""), load=Loaded()) == 0
 
 
-def test_a_jobs_model_that_fails_in_an_unknown_way_fails_that_job_alone(
-    jobs: JobQueue, tmp_path: Path
-) -> None:
-    bad = submit(jobs, tmp_path, 4, name="bad", model="maker/bad")
-    good = submit(jobs, tmp_path, 8, name="good")
-    load = Loaded(refuse={"maker/bad": TypeError("NoneType has no items")})
-    assert run_worker(config(jobs.url, model=""), load=load) == 4
-    assert "TypeError: NoneType has no items" in jobs.failures(bad.id)[0]
-    assert texts_of(good) == expected(8)
-
-
-def test_a_worker_that_cannot_load_anything_fails_no_chunk(jobs: JobQueue, tmp_path: Path) -> None:
-    job = submit(jobs, tmp_path, 12)
-    load = Loaded(refuse={MODEL: WorkerError("no GPU that torch can use")})
-    with pytest.raises(WorkerError, match="no GPU") as caught:
-        run_worker(config(jobs.url, model=""), load=load)
-    assert caught.value.exit_code == 4
-    counts = jobs.counts(job.id)
-    assert (counts.queued, counts.failed) == (3, 0)
-    assert run_worker(config(jobs.url, model=""), load=Loaded()) == 0
-    assert texts_of(job) == expected(12)
-
-
 @pytest.mark.parametrize(
     "engine", [{"device": "cuda:99"}, {"device": "cpu", "max_model_len": 10**8}]
 )

@@ -18,7 +18,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trbatch.api import collect, generate, status, submit, wait
+    from trbatch.api import (
+        cancel,
+        collect,
+        generate,
+        pause,
+        prune,
+        resume,
+        retry,
+        status,
+        submit,
+        wait,
+    )
     from trbatch.config import JobSpec, SamplingParams
     from trbatch.errors import TrbatchError
 
@@ -27,8 +38,13 @@ __all__ = [
     "JobSpec",
     "SamplingParams",
     "TrbatchError",
+    "cancel",
     "collect",
     "generate",
+    "pause",
+    "prune",
+    "resume",
+    "retry",
     "status",
     "submit",
     "wait",
@@ -38,8 +54,13 @@ _HOMES = {
     "JobSpec": "trbatch.config",
     "SamplingParams": "trbatch.config",
     "TrbatchError": "trbatch.errors",
+    "cancel": "trbatch.api",
     "collect": "trbatch.api",
     "generate": "trbatch.api",
+    "pause": "trbatch.api",
+    "prune": "trbatch.api",
+    "resume": "trbatch.api",
+    "retry": "trbatch.api",
     "status": "trbatch.api",
     "submit": "trbatch.api",
     "wait": "trbatch.api",

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from trbatch import control_verbs, pruning
 from trbatch.config import (
     SAMPLING_FIELDS,
     EngineConfig,
@@ -20,10 +20,11 @@ from trbatch.config import (
     WorkerConfig,
     refuse_unknown,
 )
-from trbatch.errors import JobFailed, TimedOut
-from trbatch.figures import Progress
+from trbatch.errors import TimedOut
 from trbatch.job import JobFolder
-from trbatch.queue import Counts, JobQueue, ModelKey
+from trbatch.job_status import JobStatus, job_failure, job_status
+from trbatch.moments import seconds_of
+from trbatch.pruning import Pruned
 from trbatch.results import Receipt
 from trbatch.results import collect as collect_results
 
@@ -31,41 +32,30 @@ if TYPE_CHECKING:
     from trbatch.engine.sequence import Completion
     from trbatch.flight import FlightRecord
 
+__all__ = [
+    "Job",
+    "JobStatus",
+    "Pruned",
+    "cancel",
+    "collect",
+    "generate",
+    "job_failure",
+    "pause",
+    "prune",
+    "resume",
+    "retry",
+    "status",
+    "submit",
+    "wait",
+    "work",
+]
+
 POLL_S = 0.5  # between looks at a job that is waited for
 
 _JOB_FIELDS = tuple(field.name for field in dataclasses.fields(JobSpec))
 
 Prompt = str | Sequence[Mapping[str, Any]]
-Report = Callable[["JobStatus"], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobStatus:
-    """How far a job is and who works on it."""
-
-    id: str
-    path: str
-    state: str  # queued, in_progress, completed, failed
-    model: str
-    task: str
-    progress: Progress
-    chunks: Counts  # of the queue; all 0 once every row is there
-    workers: int  # alive and holding this model; 0 once every row is there
-    failures: Mapping[int, str]  # chunk -> the last line of what went wrong
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing more will happen by itself."""
-        return self.state in ("completed", "failed")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every figure as JSON-serialisable values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {
-            "progress": self.progress.to_dict(),
-            "chunks": dataclasses.asdict(self.chunks),
-            "failures": {str(chunk): reason for chunk, reason in self.failures.items()},
-        }
+Report = Callable[[JobStatus], None]
 
 
 class Job:
@@ -108,40 +98,10 @@ class Job:
         Raises:
             Unreachable: the queue cannot be asked, and rows are missing.
         """
-        progress = self.folder.progress()
-        if progress.complete:
-            return self._status("completed", progress, Counts(), 0, {})
-        with JobQueue.connect(self.redis_url) as jobs:
-            counts = jobs.counts(self.id)
-            failures = jobs.failures(self.id) if counts.failed else {}
-            model = str(ModelKey(self.folder.manifest.model, self.folder.manifest.revision))
-            workers = sum(worker.model == model for worker in jobs.workers())
-        # Once more: the last rows may have come between the first look and the queue's answer.
-        progress = self.folder.progress()
-        return self._status(_state(progress, counts), progress, counts, workers, failures)
-
-    def _status(
-        self,
-        state: str,
-        progress: Progress,
-        chunks: Counts,
-        workers: int,
-        failures: Mapping[int, str],
-    ) -> JobStatus:
-        return JobStatus(
-            id=self.id,
-            path=self.path,
-            state=state,
-            model=self.folder.manifest.model,
-            task=self.folder.manifest.task,
-            progress=progress,
-            chunks=chunks,
-            workers=workers,
-            failures=failures,
-        )
+        return job_status(self.folder, self.redis_url)
 
     def wait(self, timeout: float | None = None, *, report: Report | None = None) -> JobStatus:
-        """Wait until every row is there.
+        """Wait until every row is there. A paused job is waited for until it has gone on.
 
         Args:
             timeout: seconds after which to give up; None waits for ever.
@@ -149,6 +109,8 @@ class Job:
 
         Raises:
             JobFailed: rows are missing and nobody works on them any more.
+            Cancelled: somebody cancelled the job.
+            Expired: the job's deadline passed.
             TimedOut: the time limit passed first.
         """
         end = None if timeout is None else time.monotonic() + timeout
@@ -158,7 +120,9 @@ class Job:
                 report(status)
             if status.state == "completed":
                 return status
-            if status.state == "failed":
+            if status.state == "expired" and status.chunks.queued:
+                control_verbs.clear(self.folder, self.redis_url)
+            if status.finished:
                 raise job_failure(status)
             if end is not None and time.monotonic() >= end:
                 done = f"{status.progress.rows_done} of {status.progress.rows} rows"
@@ -168,10 +132,48 @@ class Job:
                 )
             time.sleep(POLL_S)
 
-    def resume(self) -> int:
-        """Enqueue the chunks that still lack rows and neither wait nor run. Returns how many."""
-        with JobQueue.connect(self.redis_url) as jobs:
-            return jobs.enqueue(self.folder, self.folder.missing_chunks())
+    def resume(self, *, deadline: str = "") -> int:
+        """Go on with a job that was paused, cancelled or lost from the queue.
+
+        Enqueues the chunks that still lack rows and neither wait nor run. Returns how many.
+
+        Args:
+            deadline: a new one, in the words of `submit`; "none" lifts it, "" leaves it.
+
+        Raises:
+            UsageError: the deadline has passed and no other is given.
+        """
+        return control_verbs.resume(self.folder, self.redis_url, deadline)
+
+    def pause(self) -> JobStatus:
+        """Take the job's waiting chunks out of the queue and let workers give up the others.
+
+        Finished rows are kept; a row that is half done is begun anew by `resume`.
+        """
+        control_verbs.hold(self.folder, self.redis_url, "paused")
+        return self.status()
+
+    def cancel(self) -> JobStatus:
+        """End the job. Finished rows are kept, and `collect` writes the others as cancelled.
+
+        A job whose rows are all there stays completed; `resume` takes back a cancellation.
+        """
+        control_verbs.hold(self.folder, self.redis_url, "cancelled")
+        return self.status()
+
+    def retry(self, codes: Iterable[str] = ()) -> int:
+        """Decode failed rows again. Rows that are bad in the input stay error rows.
+
+        Args:
+            codes: only failures of these error codes; () of all.
+
+        Returns:
+            How many rows are to be decoded again.
+
+        Raises:
+            UsageError: the job is held, or chunks of it are running now.
+        """
+        return control_verbs.retry(self.folder, self.redis_url, codes)
 
     def collect(self, output: str | Path = "", *, format: str = "parquet") -> Receipt:
         """Write the dataset: every row exactly once, in input order.
@@ -196,10 +198,12 @@ def submit(input: str | Path | JobSpec, *, redis_url: str = "", **settings: Any)
         InputError: the file is unusable or an id is repeated; nothing was enqueued.
         ResumeRefused: a job of this name exists and was made with other settings.
         Unreachable: the queue cannot be reached; the job folder is kept.
+
+    A job that is paused or cancelled stays so, and nothing of it is enqueued.
     """
     spec = job_spec(input, settings)
     job = Job(JobFolder.submit(_absolute_output(spec)), redis_url)
-    job.resume()
+    control_verbs.enqueue(job.folder, redis_url)
     return job
 
 
@@ -247,9 +251,52 @@ def collect(
     return _opened(job, store, redis_url).collect(output, format=format)
 
 
-def resume(job: str | Path | Job, *, store: str | Path = "", redis_url: str = "") -> int:
-    """Enqueue what a job still lacks. Returns how many chunks were added."""
-    return _opened(job, store, redis_url).resume()
+def resume(
+    job: str | Path | Job, *, deadline: str = "", store: str | Path = "", redis_url: str = ""
+) -> int:
+    """Go on with a job. Returns how many chunks were enqueued; see `Job.resume`."""
+    return _opened(job, store, redis_url).resume(deadline=deadline)
+
+
+def pause(job: str | Path | Job, *, store: str | Path = "", redis_url: str = "") -> JobStatus:
+    """Stop decoding a job until it is resumed. See `Job.pause`."""
+    return _opened(job, store, redis_url).pause()
+
+
+def cancel(job: str | Path | Job, *, store: str | Path = "", redis_url: str = "") -> JobStatus:
+    """End a job and keep what is done. See `Job.cancel`."""
+    return _opened(job, store, redis_url).cancel()
+
+
+def retry(
+    job: str | Path | Job,
+    codes: Iterable[str] = (),
+    *,
+    store: str | Path = "",
+    redis_url: str = "",
+) -> int:
+    """Decode a job's failed rows again. Returns how many; see `Job.retry`."""
+    return _opened(job, store, redis_url).retry(codes)
+
+
+def prune(
+    jobs: Iterable[str | Path] = (),
+    *,
+    older_than: str = "",
+    force: bool = False,
+    dry_run: bool = False,
+    store: str | Path = "",
+    redis_url: str = "",
+) -> list[Pruned]:
+    """Make collected jobs small and remove old ones. See `pruning.prune`."""
+    return pruning.prune(
+        list(map(str, jobs)),
+        store=str(store),
+        redis_url=redis_url,
+        older_than_s=seconds_of(older_than) if older_than else None,
+        force=force,
+        dry_run=dry_run,
+    )
 
 
 def work(config: WorkerConfig, flight: FlightRecord | None = None) -> int:
@@ -306,26 +353,6 @@ def generate(
     return generate_with(
         Engine(loaded, settings), list(prompts), sampling or SamplingParams(), seed=seed
     )
-
-
-def job_failure(status: JobStatus) -> JobFailed:
-    """The error of a job whose missing rows nobody works on."""
-    progress = status.progress
-    missing = progress.rows - progress.rows_done
-    reasons = sorted(set(status.failures.values()))
-    words = f": {'; '.join(reasons[:3])}" if reasons else "; no chunk of it is in the queue"
-    return JobFailed(
-        f"job {status.id} lacks {missing} of {progress.rows} rows{words}",
-        hint=f"trbatch resume {status.path}",
-    )
-
-
-def _state(progress: Progress, chunks: Counts) -> str:
-    if progress.complete:
-        return "completed"
-    if not chunks.open:
-        return "failed"
-    return "in_progress" if chunks.started or progress.rows_ok else "queued"
 
 
 def _opened(job: str | Path | Job, store: str | Path, redis_url: str) -> Job:

@@ -34,22 +34,25 @@ class ChunkWork:
     poison: list[int] = field(default_factory=list)
     unpublished: int = 0
     failed_rows: int = 0
+    held: bool = False  # nothing was decoded because people have stopped the job
     _waiting: deque[int] = field(default_factory=deque)  # of the wave that was begun
 
     @classmethod
     def begin(cls, lease: Lease, folder: JobFolder) -> Self:
-        """The chunk with what its job still lacks; nothing if the job has moved on.
+        """The chunk with what its job still lacks; nothing if the job has moved on or is held.
 
         Raises:
-            BadChunk: the job has no such chunk, or not for this model's queue.
+            BadChunk: the job has no such chunk, or not for this model's queues.
         """
         manifest = folder.manifest
         if manifest.generation != lease.generation:
             return cls(lease, folder, [])
         if lease.chunk >= manifest.chunks:
             raise BadChunk(f"job {folder.id} has {manifest.chunks} chunks, none {lease.chunk}")
-        if ModelKey(manifest.model, manifest.revision).queue_name != lease.queue.name:
+        if lease.queue.name not in ModelKey(manifest.model, manifest.revision).queue_names:
             raise BadChunk(f"job {folder.id} is for {manifest.model}, not for this queue")
+        if folder.control().stopped:
+            return cls(lease, folder, [], held=True)
         rows = folder.missing(lease.chunk, None)
         waves, poison = _waves(rows, lease.suspects)
         return cls(lease, folder, rows, set(range(len(rows))), waves=waves, poison=poison)
@@ -107,8 +110,7 @@ class ChunkWork:
         )
 
     def _request(self, place: int) -> Request:
-        request = self.folder.request(*self.rows[place])
-        return replace(request, key=(self.lease.id, place))
+        return self.folder.request(*self.rows[place], key=(self.lease.id, place))
 
     def _poisoned(self, place: int) -> Completion:
         cause = self.lease.suspects.cause

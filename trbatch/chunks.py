@@ -174,6 +174,15 @@ def read_keys(file: BinaryIO) -> Iterator[Key]:
     return _keys(table)
 
 
+def passed_names(schema: pa.Schema) -> list[str]:
+    """Names of a chunk's passed-through columns."""
+    return (
+        [field.name for field in schema.field(_PASSTHROUGH).type]
+        if _PASSTHROUGH in schema.names
+        else []
+    )
+
+
 def read_schema(file: BinaryIO) -> passthrough.Schema:
     """Names and types of a chunk's passed-through columns."""
     schema = pq.ParquetFile(file).schema_arrow

@@ -14,6 +14,7 @@ import click
 from trbatch import __version__, api
 from trbatch import cli_options as options
 from trbatch.cli_bench import bench_group
+from trbatch.cli_jobs import JOB_COMMANDS
 from trbatch.cli_matrix import matrix_group
 from trbatch.cli_output import (
     print_error,
@@ -23,11 +24,20 @@ from trbatch.cli_output import (
     print_status,
     print_summary,
 )
-from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, TrbatchError
+from trbatch.errors import (
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    Cancelled,
+    Expired,
+    JobFailed,
+    TrbatchError,
+)
 from trbatch.figures import Progress
+from trbatch.hooks import on_complete
 from trbatch.logs import log_to_stderr
 from trbatch.outputs import check_output
 from trbatch.progress import Reporter, reporter
+from trbatch.results import Receipt
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -80,12 +90,16 @@ def main() -> None:
 @options.sampling_options
 @options.job_options
 @options.engine_options
+@options.on_complete_option
 @options.redis_option
 @options.log_format_option
 @options.json_option
 @click.pass_context
 def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
-    """Submit INPUT, decode it here, and collect it."""
+    """Submit INPUT, decode it here, and collect it.
+
+    A job that was cancelled meanwhile, or was not done by its --deadline, is collected as well.
+    """
     from trbatch.local import run
 
     log_to_stderr("WARNING", settings["log_format"])
@@ -93,20 +107,25 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     engine = options.engine_config(settings)  # wrong values are told before anything is enqueued
     check_output(settings["output"], os.path.abspath(input), settings["format"])
     job = api.submit(spec, redis_url=settings["redis_url"])
-    with reporter() as show:
-        _say_submitted(job, show)
-        manifest = job.folder.manifest
-        worker = dataclasses.asdict(engine) | {
-            "model": manifest.model,
-            "revision": manifest.revision,
-            "trust_remote_code": spec.trust_remote_code,
-            "gpu": settings["gpu"],
-            "burst": True,
-            "log_format": settings["log_format"],
-        }
-        arguments = options.arguments_for(worker_command, worker)
-        status = run(job, arguments, report=show.update, on_line=show.log)
-    _collect(context, job, status.progress, settings)
+    manifest = job.folder.manifest
+    worker = dataclasses.asdict(engine) | {
+        "model": manifest.model,
+        "revision": manifest.revision,
+        "trust_remote_code": spec.trust_remote_code,
+        "gpu": settings["gpu"],
+        "burst": True,
+        "log_format": settings["log_format"],
+    }
+    arguments = options.arguments_for(worker_command, worker)
+    try:
+        with reporter() as show:
+            _say_submitted(job, show)
+            status = run(job, arguments, report=show.update, on_line=show.log)
+    except JobFailed as error:
+        context.exit(_ended_badly(job, error, settings["on_complete"]))
+    receipt = _collect(job, status.progress, settings)
+    code = on_complete(settings["on_complete"], status, receipt.exit_code, receipt.output)
+    context.exit(code)
 
 
 @commands.command(
@@ -123,7 +142,7 @@ def submit_command(input: str, **settings: Any) -> None:
     """Check INPUT and enqueue it. Prints the job's id alone on stdout.
 
     INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages'. The same
-    command again continues the same job.
+    command again continues the same job: of an input that has grown, only the new rows are decoded.
     """
     log_to_stderr("WARNING", settings["log_format"])
     job = api.submit(options.job_spec(input, settings), redis_url=settings["redis_url"])
@@ -177,19 +196,28 @@ def status_command(job: str | None, out: str, redis_url: str, as_json: bool) -> 
 @commands.command("wait", **options.example("trbatch wait prompts-1a2b3c4d --timeout 3600"))
 @click.argument("job")
 @click.option("--timeout", type=float, help="Give up after so many seconds (exit code 6).")
+@options.on_complete_option
 @options.store_option
 @options.redis_option
 @options.json_option
 @click.pass_context
 def wait_command(
-    context: click.Context, job: str, timeout: float | None, out: str, redis_url: str, as_json: bool
+    context: click.Context, /, job: str, timeout: float | None, as_json: bool, **settings: str
 ) -> None:
-    """Wait until every row of JOB is there."""
-    with reporter() as show:
-        status = api.wait(job, timeout, store=out, redis_url=redis_url, report=show.update)
+    """Wait until every row of JOB is there.
+
+    Exits with 5 if it was cancelled and with 6 if its deadline passed.
+    """
+    opened = api.Job.open(job, store=settings["out"], redis_url=settings["redis_url"])
+    try:
+        with reporter() as show:
+            status = opened.wait(timeout, report=show.update)
+    except (JobFailed, Cancelled, Expired) as error:
+        context.exit(_ended_badly(opened, error, settings["on_complete"], as_json=as_json))
     if as_json:
         print_json(status.to_dict())
-    context.exit(EXIT_ROWS_FAILED if status.progress.rows_failed else EXIT_OK)
+    code = EXIT_ROWS_FAILED if status.progress.rows_failed else EXIT_OK
+    context.exit(on_complete(settings["on_complete"], status, code))
 
 
 @commands.command(
@@ -207,22 +235,7 @@ def collect_command(context: click.Context, /, job: str, **settings: Any) -> Non
     Every row is in it exactly once, in input order; failed rows carry an error code and message.
     """
     opened = api.Job.open(job, store=settings["out"])
-    _collect(context, opened, opened.folder.progress(), settings)
-
-
-@commands.command("resume", **options.example("trbatch resume prompts-1a2b3c4d"))
-@click.argument("job")
-@options.store_option
-@options.redis_option
-@options.json_option
-def resume_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
-    """Enqueue what JOB still lacks."""
-    opened = api.Job.open(job, store=out, redis_url=redis_url)
-    chunks = opened.resume()
-    if as_json:
-        print_json({"id": opened.id, "path": opened.path, "chunks_enqueued": chunks})
-    else:
-        click.echo(f"{opened.id}: {chunks} chunks enqueued")
+    context.exit(_collect(opened, opened.folder.progress(), settings).exit_code)
 
 
 @commands.group("server", **options.example("trbatch server status"))
@@ -264,30 +277,51 @@ def server_status(as_json: bool) -> None:
     print_server(server.status(), as_json=as_json)
 
 
+for job_command in JOB_COMMANDS:
+    commands.add_command(job_command)
 commands.add_command(bench_group)
 commands.add_command(matrix_group)
 
 
-def _collect(
-    context: click.Context, job: api.Job, progress: Progress, settings: dict[str, Any]
-) -> None:
+def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Receipt:
     receipt = job.collect(settings["output"], format=settings["format"])
     print_summary(receipt, progress, as_json=settings["as_json"])
-    context.exit(receipt.exit_code)
+    return receipt
+
+
+def _ended_badly(job: api.Job, error: TrbatchError, command: str, *, as_json: bool = False) -> int:
+    """Tell of a job that lacks rows and that nobody works on. Returns the exit code."""
+    print_error(error)
+    if not command and not as_json:
+        return error.exit_code
+    status = job.status()
+    if as_json:
+        print_json(status.to_dict())
+    return on_complete(command, status, error.exit_code)
 
 
 def _say_submitted(job: api.Job, show: Reporter) -> None:
     manifest = job.folder.manifest
     bad = f", {manifest.rows_failed:,} of them unusable" if manifest.rows_failed else ""
-    verb = "continues" if job.folder.continued else "submitted"
+    what = f"{manifest.rows:,} rows{bad}, model {manifest.model}, task {manifest.task}"
     fields = {"job": job.id, "folder": job.path, "rows": manifest.rows}
-    show.log(
-        f"{verb} job {job.id}: {manifest.rows:,} rows{bad}, model {manifest.model}, "
-        f"task {manifest.task}\n  in {job.path}",
-        event=verb,
-        rows_unusable=manifest.rows_failed,
-        **fields,
-    )
+    fields["rows_unusable"] = manifest.rows_failed
+    if not job.folder.continued:
+        line = f"submitted job {job.id}: {what}\n  in {job.path}"
+        show.log(line, event="submitted", **fields)
+        return
+    progress = job.folder.progress()
+    left = f"{progress.rows - progress.rows_done:,} of {progress.rows:,} rows are to be decoded"
+    if job.folder.reread:
+        line = f"continues job {job.id} with its input read anew: {what}; {left}"
+    else:
+        line = f"same input and settings: job {job.id}, {what}; {left}"
+    show.log(f"{line}\n  in {job.path}", event="continues", **fields)
+    control = job.folder.control()
+    if control.stopped and not progress.complete:
+        how = control.hold or "past its deadline"
+        line = f"  it is {how} and stays so; `trbatch resume {job.id}` takes it up again"
+        show.log(line, event="held", job=job.id, how=how)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

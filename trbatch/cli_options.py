@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from trbatch import gpus
-from trbatch.config import EngineConfig, JobSpec, SamplingParams, WorkerConfig
+from trbatch.config import PRIORITIES, EngineConfig, JobSpec, SamplingParams, WorkerConfig
 from trbatch.errors import UsageError
 from trbatch.logs import FORMATS
 from trbatch.stopping import next_time
@@ -110,6 +110,19 @@ job_options = grouped(
     _setting(JobSpec, "seed", "Of the whole job. Without it: random, kept in the job.", type=int),
     _setting(JobSpec, "prompt_column", "Field or column of the prompt."),
     _setting(JobSpec, "id_column", "Field of the row's id. Without it: custom_id, id, row number."),
+    _setting(JobSpec, "max_row_bytes", "A longer row of the input is an error row."),
+    _setting(
+        JobSpec,
+        "deadline",
+        "Rows that are not done by then become error rows: 8h, 07:00, 2026-11-22T07:00. Without "
+        "it: none, or as it was.",
+    ),
+    _setting(
+        JobSpec,
+        "priority",
+        "Workers take the chunks of more urgent jobs first. Without it: normal, or as it was.",
+        metavar=f"[{'|'.join(PRIORITIES)}]",
+    ),
     _setting(
         JobSpec,
         "resume",
@@ -197,6 +210,15 @@ format_option = click.option(
     default="parquet",
     show_default=True,
     help="Parquet, or lines as OpenAI's batch API writes them.",
+)
+
+on_complete_option = click.option(
+    "on_complete",
+    "--on-complete",
+    default="",
+    metavar="COMMAND",
+    help="Run by the shell once the job has ended, however; TRBATCH_JOB, TRBATCH_STATUS, "
+    "TRBATCH_EXIT_CODE, TRBATCH_ROWS_OK, … tell it how. Its exit code counts if ours is 0.",
 )
 
 json_option = click.option("as_json", "--json", is_flag=True, help="Print JSON on stdout.")

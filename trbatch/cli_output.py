@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from trbatch import logs
-from trbatch.api import JobStatus
 from trbatch.connection import mask_url
 from trbatch.errors import TrbatchError
 from trbatch.figures import Progress
-from trbatch.progress import describe
+from trbatch.job_status import JobStatus
+from trbatch.moments import written
+from trbatch.progress import describe, duration
+from trbatch.pruning import Pruned
 from trbatch.queue import JobQueue
 from trbatch.results import Receipt
 from trbatch.server import ServerStatus
@@ -71,19 +74,47 @@ def print_status(status: JobStatus, *, as_json: bool) -> None:
         print_json(status.to_dict())
         return
     chunks = status.chunks
-    print_pairs(
-        {
-            "job": status.id,
-            "state": status.state,
-            "progress": describe(status),
-            "chunks": f"{chunks.queued} queued, {chunks.started} running, {chunks.failed} failed",
-            "workers": str(status.workers),
-            "model": status.model,
-            "task": status.task,
-            "folder": status.path,
-            **{f"chunk {number}": reason for number, reason in status.failures.items()},
-        }
-    )
+    words = f"{status.state}, paused" if status.paused else status.state
+    behind = f", {status.ahead} chunks of more urgent jobs wait" if status.ahead else ""
+    pairs = {
+        "job": status.id,
+        "state": words,
+        "progress": describe(status),
+        "chunks": f"{chunks.queued} queued, {chunks.started} running, {chunks.failed} failed",
+        "priority": f"{status.priority}{behind}",
+        "workers": str(status.workers),
+        "model": status.model,
+        "task": status.task,
+        "folder": status.path,
+    }
+    if status.deadline is not None:
+        left = status.deadline - time.time()
+        when = f"{duration(left)} left" if left > 0 else "passed"
+        pairs["deadline"] = f"{written(status.deadline)}, {when}"
+    for lease in status.leases:
+        since = "" if lease.running_s is None else f" for {duration(lease.running_s)}"
+        pairs[f"chunk {lease.chunk}"] = (
+            f"at {lease.worker}{since}, attempt {lease.attempt}, "
+            f"lease of {duration(max(lease.left_s, 0.0))}"
+        )
+    for code, rows in status.errors.items():
+        pairs[f"failed: {code or 'unknown'}"] = f"{rows:,} rows"
+    for number, reason in status.failures.items():
+        pairs[f"failed: chunk {number}"] = reason
+    print_pairs(pairs)
+
+
+def print_pruned(done: Iterable[Pruned], *, dry_run: bool, as_json: bool) -> None:
+    """What was done with each job, and how much room that makes."""
+    records = [dataclasses.asdict(one) for one in done]
+    if as_json:
+        print_json({"dry_run": dry_run, "jobs": records})
+        return
+    freed = sum(record["bytes"] for record in records)
+    for record in records:
+        record["bytes"] = f"{record['bytes']:,}"
+    print_rows(records, "no job lies here")
+    click.echo(f"{freed / 2**20:,.1f} MiB {'would go, at most' if dry_run else 'freed'}")
 
 
 def print_queue(redis_url: str, *, as_json: bool) -> None:

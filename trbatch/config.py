@@ -22,6 +22,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TREE_SIZE = 81
 GREEDY_BELOW = 1e-5  # a temperature below it divides float32 logits to infinity
 MAX_SAMPLES = 1024  # of a row
+PRIORITIES = ("high", "normal", "low")  # in the order in which workers take chunks
+MAX_ROW_BYTES = 4 << 20  # a chunk of such rows still fits into memory
 _INT32 = 2**31 - 1
 
 
@@ -130,6 +132,9 @@ class JobSpec(_Config):
     seed: int | None = None  # of the job; None: random, kept in the manifest
     prompt_column: str = "prompt"
     id_column: str = ""  # "": custom_id, else id, else the row number
+    max_row_bytes: int = MAX_ROW_BYTES  # a longer row is an error row
+    deadline: str = ""  # a span or a point in time; see `moments.moment_of`; "": none, or as it was
+    priority: str = ""  # high, normal, low; "": normal, or as it was
     resume: str = "if_possible"
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
@@ -139,9 +144,11 @@ class JobSpec(_Config):
         if not self.input:
             raise UsageError("a job needs an input file")
         _integer("chunk_size", self.chunk_size, 1)
+        _integer("max_row_bytes", self.max_row_bytes, 1, 1 << 30)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
         _choice("resume", self.resume, ("never", "always", "if_possible"))
+        _choice("priority", self.priority, ("", *PRIORITIES))
 
 
 TREES = ("best_first", "learned", "paper")
@@ -292,4 +299,4 @@ def _number(name: str, value: Any, low: float, high: float, *, open_below: bool 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise UsageError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value!r}")

@@ -1,44 +1,33 @@
 """From segments to one dataset: every row exactly once, in input order.
 
-Rows are joined by key, never by position. Memory holds the keys of all rows but the texts of only a
-few thousand: the input's chunks are taken group by group, of each segment only the group's rows.
+Rows are joined by key, never by position; see `joining`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from array import array
-from collections.abc import Iterator
 from typing import BinaryIO
 
 import orjson
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 import trbatch
-from trbatch import chunks, passthrough
 from trbatch.figures import Figures, covered_seconds
 from trbatch.ids import RepeatCheck
 from trbatch.job import JobFolder
+from trbatch.joining import Index, Joiner
 from trbatch.outputs import check_output, target
 from trbatch.receipt import Receipt
-from trbatch.schema import SCHEMA, Key
-from trbatch.segments import read_outcomes, reading
 from trbatch.sinks import Group, JsonSink, ParquetSink, Sink
 from trbatch.storage import writing
-
-_GROUP_ROWS = 8192  # rows whose texts are held at a time
-_INPUT = "input:"  # before a passed-through column's name while it stands beside a chunk's own
-_RANKS = {"error": 1, "cancelled": 2}  # what wins when a row is there twice: text, error, nothing
 
 
 def collect(job: JobFolder, output: str | None = None, format: str = "parquet") -> Receipt:
     """Write the dataset of a job, with stats, errors and a receipt in the job folder.
 
     Rows that no segment holds yet are left out and counted as missing; the receipt then is not
-    complete. Columns of the input keep their types and names, but for names that a result column
-    has: those get the prefix `input_`.
+    complete. Where the job was cancelled or its deadline has passed they are rows that say so.
+    Columns of the input keep their types and names, but for names that a result column has: those
+    get the prefix `input_`.
 
     Args:
         job: whose rows; may still be running.
@@ -51,8 +40,8 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
     """
     place = _target(job, output or "", format)
     inputs = job.passthrough_schema()
-    index = _Index.of(job)
-    joiner = _Joiner(job, index, inputs)
+    index = Index.of(job)
+    joiner = Joiner(job, index, inputs, job.control().row_end())
     tally = _Tally()
     with writing(place) as file, job.folder.writing("errors.jsonl") as errors:
         sink: Sink = (
@@ -66,30 +55,8 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
         sink.close()
     receipt = _receipt(job, place, index, joiner, tally)
     job.folder.write("stats.json", orjson.dumps(receipt.stats, option=orjson.OPT_INDENT_2))
-    job.mark(complete=receipt.complete)
+    job.mark(complete=receipt.complete and not joiner.ended)
     return receipt
-
-
-class _Index:
-    """Which row of which segment each key's result is, and how many were in vain."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.places: dict[Key, tuple[int, int, int]] = {}  # rank, segment, row
-        self.rows = 0
-
-    @classmethod
-    def of(cls, job: JobFolder) -> _Index:
-        """The index of all segments that there are now; the oldest wins among equals."""
-        index = cls()
-        index.names = job.ledger.names()
-        for number, name in enumerate(index.names):
-            with reading(job.folder, name) as file:
-                for row, (key, reason) in enumerate(read_outcomes(file)):
-                    place = (_RANKS.get(reason, 0), number, row)
-                    index.places[key] = min(place, index.places.get(key, place))
-                    index.rows += 1
-        return index
 
 
 class _Tally:
@@ -128,109 +95,6 @@ _COUNTED = [
 ]
 
 
-class _Joiner:
-    """Joins a group of the input's rows with their results.
-
-    Args:
-        job: whose chunks and segments.
-        index: where each result is.
-        inputs: names and types of the passed-through columns.
-    """
-
-    def __init__(self, job: JobFolder, index: _Index, inputs: passthrough.Schema) -> None:
-        self.missing = 0
-        self.used = 0
-        self._job = job
-        self._index = index
-        self._inputs = inputs
-
-    def groups(self) -> Iterator[Group]:
-        """The whole output, some thousand rows at a time, in input order."""
-        waiting: list[pa.Table] = []
-        rows = 0
-        for number in range(self._job.manifest.chunks):
-            waiting.append(self._asked(number))
-            rows += waiting[-1].num_rows
-            if rows >= _GROUP_ROWS:
-                yield self._group(pa.concat_tables(waiting))
-                waiting, rows = [], 0
-        if waiting:
-            yield self._group(pa.concat_tables(waiting))
-
-    def _asked(self, number: int) -> pa.Table:
-        """A chunk with its passed-through columns, in their common types, behind its own."""
-        table = self._job.chunk_table(number)
-        values = passthrough.cast(chunks.passed_through(table), self._inputs)
-        table = table.select(chunks.SCHEMA.names)
-        for name, column in zip(self._inputs.types, values, strict=True):
-            table = table.append_column(_INPUT + name, column)
-        return table
-
-    def _group(self, asked: pa.Table) -> Group:
-        positions = array("q")  # of each output row: the row of `asked`
-        places: list[tuple[int, int] | None] = []  # its segment and row there; None: a bad row
-        ids, marks, samples = (
-            asked.column(name).to_pylist() for name in ("custom_id", "fingerprint", "samples")
-        )
-        for position, (name, mark, count) in enumerate(zip(ids, marks, samples, strict=True)):
-            if count == 0:
-                positions.append(position)
-                places.append(None)
-            for sample in range(count):
-                place = self._index.places.get((name, mark, sample))
-                if place is None:
-                    self.missing += 1
-                    continue
-                positions.append(position)
-                places.append(place[1:])
-        self.used += len(places) - places.count(None)
-        chosen = asked.take(pa.array(positions, pa.int64()))
-        results = self._results(places, chosen)
-        first_input = len(chunks.SCHEMA)
-        inputs = chosen.select(range(first_input, chosen.num_columns))
-        inputs = inputs.rename_columns(list(self._inputs.types))
-        return Group(results, inputs, chosen.column("line"))
-
-    def _results(self, places: list[tuple[int, int] | None], chosen: pa.Table) -> pa.Table:
-        """The result columns of the chosen rows: each from its segment, or of a bad row."""
-        of_segment: dict[int, list[tuple[int, int]]] = {}  # (row there, row of the output)
-        bad: list[int] = []
-        for position, place in enumerate(places):
-            if place is None:
-                bad.append(position)
-            else:
-                of_segment.setdefault(place[0], []).append((place[1], position))
-        pieces = [self._bad_rows(chosen.take(pa.array(bad, pa.int64())))]
-        order = list(bad)
-        for number, pairs in of_segment.items():
-            name = self._index.names[number]
-            with reading(self._job.folder, name) as file:
-                segment = pq.ParquetFile(file).read(use_threads=False)
-            pieces.append(segment.take(pa.array([row for row, _ in pairs])).cast(SCHEMA))
-            order += [position for _, position in pairs]
-        results = pa.concat_tables(pieces).take(pc.array_sort_indices(pa.array(order, pa.int64())))
-        # A row may have moved in the input since it was decoded.
-        at = SCHEMA.get_field_index("prompt_index")
-        return results.set_column(at, SCHEMA.field(at), chosen.column("prompt_index"))
-
-    def _bad_rows(self, bad: pa.Table) -> pa.Table:
-        """Result rows of input rows that never went to a worker."""
-        manifest = self._job.manifest
-        known = {
-            "custom_id": bad.column("custom_id"),
-            "sample_index": [0] * bad.num_rows,
-            "prompt_index": bad.column("prompt_index"),
-            "finish_reason": ["error"] * bad.num_rows,
-            "error_code": bad.column("error_code"),
-            "error_message": bad.column("error_message"),
-            "attempts": [0] * bad.num_rows,
-            "model": [manifest.model] * bad.num_rows,
-            "task": [manifest.task] * bad.num_rows,
-        }
-        nothing = [None] * bad.num_rows
-        return pa.table([known.get(name, nothing) for name in SCHEMA.names], schema=SCHEMA)
-
-
 def _target(job: JobFolder, output: str, format: str) -> str:
     """Where the dataset goes; the file that the job itself names, only if that fits the format."""
     check_output(output, job.manifest.input.path, format)
@@ -255,7 +119,7 @@ def _metadata(job: JobFolder) -> dict[str, str]:
     }
 
 
-def _receipt(job: JobFolder, target: str, index: _Index, joiner: _Joiner, tally: _Tally) -> Receipt:
+def _receipt(job: JobFolder, target: str, index: Index, joiner: Joiner, tally: _Tally) -> Receipt:
     figures = tally.figures
     receipt = Receipt(
         job=job.id,
@@ -264,14 +128,15 @@ def _receipt(job: JobFolder, target: str, index: _Index, joiner: _Joiner, tally:
         rows_ok=figures.rows_ok,
         rows_failed=figures.rows_failed,
         rows_cancelled=figures.rows_cancelled,
+        rows_expired=joiner.expired,
         rows_missing=joiner.missing,
-        duplicates=index.rows - len(index.places),
+        duplicates=index.rows - len(index),
         repeated=len(tally.keys.repeated()),
     )
     busy_s = covered_seconds(span for _, span in job.ledger.footers())
     stats = {
         "receipt": receipt.to_dict(),
-        "rows_outdated": len(index.places) - joiner.used,
+        "rows_outdated": len(index) - joiner.used,
         "figures": figures.to_dict(),
         "mean_acceptance_length": figures.mean_acceptance_length,
         "draft_acceptance_rate": figures.draft_acceptance_rate,

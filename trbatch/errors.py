@@ -8,6 +8,7 @@
     ├── JobFailed             4   the job cannot be finished
     ├── Cancelled             5   somebody cancelled it
     ├── TimedOut              6   a time limit passed first
+    │   └── Expired           6   the job's own: its deadline
     ├── ResumeRefused         7   a job of this name exists and was made with other settings
     └── Unreachable          75   Redis or the storage cannot be reached
 
@@ -80,6 +81,10 @@ class TimedOut(TrbatchError):
     """A time limit passed before the work was done."""
 
     exit_code = 6
+
+
+class Expired(TimedOut):
+    """The job's deadline passed before all of its rows were done."""
 
 
 class ResumeRefused(TrbatchError):

@@ -3,6 +3,8 @@
     <store>/<job>/manifest.json                  what was asked, and what the input was
                   chunks/<reading>/00000.parquet the checked input, one lease of work a file
                   segments/<worker>-….parquet    finished rows, published every few seconds
+                  control.json                   paused, cancelled, deadline, priority
+                  retries/….json                 which failed rows are to be decoded again
                   errors.jsonl stats.json        written by collect
                   _SUCCESS | _PARTIAL            whether collect found every row
     <store>/matrices/                            the tasks' warm matrices
@@ -14,7 +16,8 @@ a segment holds its key: (id, request fingerprint, sample).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+import time
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +26,7 @@ import pyarrow as pa
 from trbatch import chunks, passthrough
 from trbatch.chunks import ChunkRow
 from trbatch.config import JobSpec, default_store
+from trbatch.control import Control
 from trbatch.engine.sequence import Request, TaskKey
 from trbatch.errors import InputError
 from trbatch.figures import Figures, Progress, covered_seconds
@@ -31,11 +35,13 @@ from trbatch.naming import MATRICES
 from trbatch.schema import Key
 from trbatch.segments import Ledger, SegmentWriter
 from trbatch.storage import LocalFolder, folder
-from trbatch.submission import MANIFEST, submit
+from trbatch.submission import MANIFEST, MARKS, submit
 
 __all__ = ["ChunkRow", "JobFolder", "Key"]
 
-_MARKS = ("_SUCCESS", "_PARTIAL")
+QUICK_COUNT_S = 0.2  # comparing all keys is no burden at any time
+COUNT_RESTS = 3  # times that it took: the pause after a comparison that took longer
+_NOT_COUNTED = ((frozenset[str](), 0), (0, 0))  # segments and retries seen; rows ok and failed
 
 
 class JobFolder:
@@ -49,10 +55,13 @@ class JobFolder:
         self.folder = folder(path)
         self.path = self.folder.path
         self.manifest = self._read_manifest()
-        self.continued = False  # whether `submit` found the job there already
+        self.continued = False  # whether `submit` found the job there already,
+        self.reread = False  # and read its input anew
         self.ledger = Ledger(self.folder)
         self._segments = SegmentWriter(self.folder)
-        self._counted: tuple[frozenset[str], tuple[int, int]] = (frozenset(), (0, 0))
+        self._task_key: TaskKey | None = None  # asked for with every row
+        self._count_ended = self._count_took = 0.0  # seconds
+        self._counted: tuple[tuple[frozenset[str], int], tuple[int, int]] = _NOT_COUNTED
 
     @classmethod
     def submit(cls, spec: JobSpec) -> Self:
@@ -64,7 +73,7 @@ class JobFolder:
         """
         submission = submit(spec)
         job = cls(submission.path)
-        job.continued = submission.continued
+        job.continued, job.reread = submission.continued, submission.reread
         return job
 
     @classmethod
@@ -114,6 +123,11 @@ class JobFolder:
     @property
     def task_key(self) -> TaskKey:
         """The matrix that this job's rows read and write: the store's, or one of its own."""
+        if self._task_key is None:
+            self._task_key = self._named_task()
+        return self._task_key
+
+    def _named_task(self) -> TaskKey:
         manifest, folder = self.manifest, self.matrices
         if self.spec.private_matrix:
             return TaskKey(manifest.matrix, apart=self.path)
@@ -123,7 +137,8 @@ class JobFolder:
     def refresh(self) -> None:
         """Read the manifest again: the input may have been read anew since."""
         self.manifest = self._read_manifest()
-        self._counted = (frozenset(), (0, 0))
+        self._task_key = None
+        self._counted = _NOT_COUNTED
 
     def chunk_rows(self, index: int) -> list[ChunkRow]:
         """The rows of a chunk, bad ones included."""
@@ -139,11 +154,16 @@ class JobFolder:
         """Names and types of the passed-through columns, over all chunks."""
         return passthrough.unified(self._chunk_schemas())
 
-    def done(self) -> Set[Key]:
-        """Keys of the rows that the segments hold, failed ones included, cancelled ones not."""
-        return self.ledger.outcomes().keys()
+    def control(self) -> Control:
+        """What people want of the job now; read anew at each call."""
+        return Control.of(self.folder)
 
-    def missing(self, index: int, done: Set[Key] | None = None) -> list[tuple[ChunkRow, int]]:
+    def done(self) -> Container[Key]:
+        """The rows that the segments hold, failed ones included, cancelled ones not."""
+        self.ledger.refresh()
+        return self.ledger
+
+    def missing(self, index: int, done: Container[Key] | None = None) -> list[tuple[ChunkRow, int]]:
         """Rows of a chunk and their samples that still have to be decoded.
 
         Args:
@@ -162,15 +182,15 @@ class JobFolder:
         """Chunks of which at least one row still has to be decoded."""
         done = self.done()
         asked = [i for i, samples in enumerate(self.manifest.chunk_samples) if samples]
-        if not done:
+        if not len(self.ledger):
             return asked
         return [i for i in asked if any(key not in done for key in self._chunk_keys(i))]
 
-    def request(self, row: ChunkRow, sample_index: int) -> Request:
-        """One sample of a good row as the engine takes it; its key is the row's `Key`."""
+    def request(self, row: ChunkRow, sample_index: int, key: Hashable | None = None) -> Request:
+        """One sample of a good row as the engine takes it; its key is the row's `Key` if None."""
         assert row.error is None, f"row {row.custom_id} cannot be decoded: {row.error}"
         return Request(
-            key=row.key(sample_index),
+            key=row.key(sample_index) if key is None else key,
             sampling=row.sampling(self.spec.sampling),
             seed=row.seed,
             sample_index=sample_index,
@@ -199,11 +219,12 @@ class JobFolder:
         """
         return self._segments.publish(worker, results, facts or {})
 
-    def progress(self) -> Progress:
+    def progress(self, *, exact: bool = False) -> Progress:
         """How far the job is. Reads only footers that it has not read yet.
 
         Keys are compared as well once the footers claim that nothing is missing, and always when
-        the input was read anew: only keys can tell a duplicate or an outdated row.
+        the input was read anew or rows are retried: only keys can tell a duplicate or an outdated
+        row. Where that takes long it is done now and then, unless it must be `exact`.
         """
         footers = self.ledger.footers()
         figures = Figures()
@@ -211,8 +232,9 @@ class JobFolder:
             figures.add(one)
         ok, failed = figures.rows_ok, figures.rows_failed
         asked = sum(self.manifest.chunk_samples)
-        if ok + failed >= asked or self.manifest.generation:
-            ok, failed = self._exact_counts()
+        self.ledger.retries.refresh()
+        if ok + failed >= asked or self.manifest.generation or self.ledger.retries:
+            ok, failed = self.outcomes() if exact or self._count_is_due() else self._counted[1]
         busy = covered_seconds(span for _, span in footers)
         left = asked - ok - failed
         paced = busy > 0 and ok + failed > 0
@@ -234,24 +256,31 @@ class JobFolder:
 
     def mark(self, *, complete: bool) -> None:
         """Leave `_SUCCESS` or `_PARTIAL` in the folder, and only that one."""
-        right, wrong = _MARKS if complete else _MARKS[::-1]
+        right, wrong = MARKS if complete else MARKS[::-1]
         self.folder.remove(wrong)
         self.folder.write(right, b"")
 
-    def _exact_counts(self) -> tuple[int, int]:
+    def outcomes(self) -> tuple[int, int]:
         """How many of the rows asked for succeeded and failed, by their keys."""
-        names = frozenset(self.ledger.names())
-        if self._counted[0] == names:
+        seen = (frozenset(self.ledger.refresh()), len(self.ledger.retries))
+        if self._counted[0] == seen:
             return self._counted[1]
-        outcomes = self.ledger.outcomes()
+        start = time.monotonic()
         ok = failed = 0
         for index in range(self.manifest.chunks):
             for key in self._chunk_keys(index):
-                succeeded = outcomes.get(key)
+                succeeded = self.ledger.succeeded(key)
                 ok += succeeded is True
                 failed += succeeded is False
-        self._counted = (names, (ok, failed))
+        self._counted = (seen, (ok, failed))
+        self._count_ended = time.monotonic()
+        self._count_took = self._count_ended - start
         return ok, failed
+
+    def _count_is_due(self) -> bool:
+        """Whether to compare all keys again: not too often where it takes seconds."""
+        rested = time.monotonic() - self._count_ended
+        return self._count_took < QUICK_COUNT_S or rested > COUNT_RESTS * self._count_took
 
     def _chunk_keys(self, index: int) -> Iterator[Key]:
         with self.folder.open(self.manifest.chunk_name(index)) as file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,10 @@ class LeaseWorker(SimpleWorker):
             pipeline.hset(self.key, "queues", ",".join(self.queue_names()))
             worker_registration.register(self, pipeline)
             pipeline.execute()
+
+    def take_first(self, queues: Iterable[ChunkQueue]) -> Lease | None:
+        """The next chunk of the first of these queues that has one."""
+        return next((lease for queue in queues if (lease := self.take(queue))), None)
 
     def take(self, queue: ChunkQueue) -> Lease | None:
         """The next chunk of this queue, leased; None if there is none.

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from trbatch.api import POLL_S, Job, JobStatus, Report, job_failure
+from trbatch.api import POLL_S, Job, Report
 from trbatch.errors import JobFailed, Unreachable
+from trbatch.job_status import JobStatus, job_failure
 
 WORKER_COMMAND = (sys.executable, "-m", "trbatch", "worker")
 LEAVE_S = 15.0  # for a worker in burst mode to notice that nothing is left, and to save
@@ -133,19 +134,22 @@ def run(
         report: is given the job's status about twice a second.
         on_line: is given each line that the worker writes.
 
+    Returns:
+        The status of the job once it is completed, cancelled or expired.
+
     Raises:
         JobFailed: the worker ended and rows are missing.
         Unreachable: the same, since the queue or the storage was away for minutes.
     """
     status = job.status()
-    if status.state == "completed":
+    if status.finished and status.state != "failed":
         return status
     with WorkerProcess(arguments, job.redis_url, on_line) as worker:
         while True:
             code = worker.poll()  # before the status: what it did last must show there
             status = job.status()
             report(status)
-            if status.state == "completed":
+            if status.finished and status.state != "failed":
                 return status
             if status.state == "failed":
                 raise job_failure(status)
@@ -156,9 +160,14 @@ def run(
 
 def _check_helped(status: JobStatus, code: int) -> None:
     """Go on without a worker of our own only while another one holds the model."""
-    if code == 0 and status.workers:
+    if code == 0 and status.workers and not status.paused:
         return
     progress = status.progress
+    if status.paused:
+        raise JobFailed(
+            f"job {status.id} is paused; {progress.rows_done} of {progress.rows} rows are done",
+            hint=f"trbatch continue {status.path}, then the same command again",
+        )
     kind = Unreachable if code == Unreachable.exit_code else JobFailed
     raise kind(
         f"the worker ended with exit code {code}; job {status.id} has "

@@ -17,8 +17,18 @@ from trbatch.errors import InputError, UsageError
 FORMAT = 1  # of the job folder
 _CHUNK_FOLDER = re.compile(r"chunks/[\w-]+")  # inside the job folder, whoever wrote the manifest
 
-# Settings that change neither the rows nor how they are decoded.
-_FREE_SETTINGS = ("input", "out", "output", "name", "resume", "chunk_size")
+# Settings that change neither the good rows nor how they are decoded.
+_FREE_SETTINGS = (
+    "input",
+    "out",
+    "output",
+    "name",
+    "resume",
+    "chunk_size",
+    "max_row_bytes",
+    "deadline",
+    "priority",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +77,7 @@ class Manifest:
     generation: int  # how often the input was read anew
     chunk_folder: str  # name below the job folder
     chunk_samples: tuple[int, ...]  # by chunk: samples to decode
+    errors: dict[str, int] = dataclasses.field(default_factory=dict)  # bad rows by error code
     format: int = FORMAT
 
     @property

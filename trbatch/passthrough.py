@@ -6,6 +6,7 @@ Values that no Arrow type holds are kept as JSON text.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
+# What pyarrow raises of a value that Python has no form for.
+UNREADABLE = (ValueError, OverflowError, pa.ArrowException)
 _DEEPEST = 8  # nested levels kept as Arrow types; below, JSON text
 _WIDEST = 256  # keys of an object kept as a struct; above, JSON text: its keys are data
 
@@ -95,6 +98,40 @@ def cast(columns: Columns, schema: Schema) -> list[pa.Array]:
         # Not safe: a whole number too large for a double loses digits rather than the job.
         arrays.append(array.cast(kind, safe=False))
     return arrays
+
+
+def dictionaries(table: pa.Table, rows: int) -> list[dict[str, Any]]:
+    """The rows of a table, which may have no columns, as dictionaries.
+
+    What Python has no form for is text: times of nanoseconds, dates beyond the year 9999, text that
+    is not valid UTF-8.
+    """
+    if not table.num_columns:
+        return [{} for _ in range(rows)]
+    names = table.column_names
+    columns = [_python_values(column) for column in table.columns]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _python_values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        return typing.cast(list[Any], column.to_pylist())
+    except UNREADABLE:
+        return [_python_value(scalar) for scalar in column]
+
+
+def _python_value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if hasattr(scalar, "as_buffer"):
+            return scalar.as_buffer().to_pybytes().decode(errors="replace")
+    except UNREADABLE:
+        pass  # as text, then
+    try:
+        return scalar.cast(pa.string()).as_py()
+    except UNREADABLE:
+        return f"a value of type {scalar.type} that cannot be written as text"
 
 
 def _column(values: list[Any]) -> tuple[pa.Array, bool]:

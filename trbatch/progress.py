@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from trbatch import logs
-from trbatch.api import JobStatus
+from trbatch.job_status import JobStatus
 
 LINE_S = 30.0  # between lines where there is no terminal
 
@@ -74,7 +74,11 @@ def _details(status: JobStatus) -> str:
         parts.append(f"acceptance length {progress.mean_acceptance_length:.2f}")
     if not status.finished and progress.seconds_left is not None:
         parts.append(f"{duration(progress.seconds_left)} left")
-    if not status.finished and not status.workers:
+    if status.progress.rows_cancelled:
+        parts.append(f"{status.progress.rows_cancelled:,} cancelled")
+    if status.paused:
+        parts.append("paused")
+    elif not status.finished and not status.workers:
         parts.append(f"no worker holds {status.model} yet")
     if status.chunks.failed:
         parts.append(f"{status.chunks.failed} chunks failed")

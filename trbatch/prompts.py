@@ -6,7 +6,7 @@ A bad row comes out as an error row. Only what makes a whole file unusable raise
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any, BinaryIO, cast
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from trbatch.config import SAMPLING_FIELDS, SamplingParams
+from trbatch import passthrough
+from trbatch.config import MAX_ROW_BYTES, SamplingParams
 from trbatch.errors import InputError
-from trbatch.merging import is_absent
+from trbatch.input_limits import MAX_NESTING, Expansion, is_too_deep, read_lines, too_large
+from trbatch.parquet_input import read_parquet
 from trbatch.rows import Row, RowChecker
 
 __all__ = ["Batch", "Row", "check_repeats", "read_batches", "read_rows"]
@@ -27,6 +28,7 @@ _JSON_LINES = (".jsonl", ".json", ".ndjson")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BUFFER = 1 << 20  # bytes
+_BATCH = 1024  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ def read_rows(
     prompt_column: str = "prompt",
     id_column: str = "",
     sampling: SamplingParams | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[Row]:
     """Every row of a file, in order, bad ones as error rows.
 
@@ -54,11 +57,19 @@ def read_rows(
         InputError: the file is missing, unreadable, empty or of an unknown kind.
     """
     for batch in read_batches(
-        path, 1024, prompt_column=prompt_column, id_column=id_column, sampling=sampling
+        path,
+        _BATCH,
+        prompt_column=prompt_column,
+        id_column=id_column,
+        sampling=sampling,
+        max_row_bytes=max_row_bytes,
     ):
         if batch.columns is not None:
-            for row, passthrough in zip(batch.rows, batch.columns.to_pylist(), strict=True):
-                row.passthrough = passthrough
+            names = [field.name for field in batch.columns.type]
+            table = pa.table(batch.columns.flatten(), names)
+            passed = passthrough.dictionaries(table, len(batch.rows))
+            for row, fields in zip(batch.rows, passed, strict=True):
+                row.passthrough = fields
         yield from batch.rows
 
 
@@ -69,8 +80,13 @@ def read_batches(
     prompt_column: str = "prompt",
     id_column: str = "",
     sampling: SamplingParams | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[Batch]:
     """The rows of a file in batches of `size`, the last one smaller.
+
+    Args:
+        max_row_bytes: a longer line, or a longer text or binary value of Parquet, makes its row an
+            error row.
 
     Raises:
         InputError: the file is missing, unreadable, empty or of an unknown kind.
@@ -80,11 +96,14 @@ def read_batches(
     place = "{}, row {}" if kind == "parquet" else "{}:{}"
     checker = RowChecker(lambda line: place.format(name, line), prompt_column, id_column, sampling)
     count = 0
-    with _input_errors(name), _opened(name, compression) as file:
+    with _input_errors(name), _opened(name, compression) as (file, expansion):
         if kind == "parquet":
-            batches = _read_parquet(file, name, size, checker, prompt_column, id_column)
+            tables = read_parquet(
+                file, name, size, checker, prompt_column, id_column, max_row_bytes
+            )
+            batches: Iterator[Batch] = (Batch(rows, columns) for rows, columns in tables)
         else:
-            batches = _read_json_lines(file, name, size, checker)
+            batches = _read_json_lines(file, expansion, name, size, checker, max_row_bytes)
         for batch in batches:
             count += len(batch.rows)
             yield batch
@@ -145,45 +164,58 @@ def _input_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(name: str, compression: str | None) -> Iterator[BinaryIO]:
+def _opened(name: str, compression: str | None) -> Iterator[tuple[BinaryIO, Expansion]]:
     with _open(name) as file:
         if compression is None:
-            yield file
+            yield file, Expansion(name, None)
         else:
             with pa.CompressedInputStream(file, compression) as stream:
-                yield cast(BinaryIO, io.BufferedReader(cast(Any, stream), _BUFFER))
+                plain = io.BufferedReader(cast(Any, stream), _BUFFER)
+                yield cast(BinaryIO, plain), Expansion(name, file)
 
 
 def _open(name: str) -> BinaryIO:
     if "://" in name:
         import fsspec  # here: it takes longer to import than a local file needs
 
-        return cast(BinaryIO, fsspec.open(name, "rb").open())
+        # Buffered by us: a store's own file does not read a part of a line.
+        return io.BufferedReader(fsspec.open(name, "rb").open(), _BUFFER)
     return open(name, "rb", buffering=_BUFFER)
 
 
-def _read_json_lines(file: BinaryIO, name: str, size: int, checker: RowChecker) -> Iterator[Batch]:
+def _read_json_lines(
+    file: BinaryIO, expansion: Expansion, name: str, size: int, checker: RowChecker, most: int
+) -> Iterator[Batch]:
     rows: list[Row] = []
     index = 0
-    for line, text in enumerate(file, start=1):
-        if line == 1:
+    for line, text in read_lines(file, most, expansion):
+        if line == 1 and text:
             text = text.removeprefix(_BYTE_ORDER_MARK)
-        if text.isspace() or not text:
+        if text is not None and (text.isspace() or not text):
             continue
-        if index == 0:
+        if index == 0 and text is not None:
             _refuse_array(text, name)
-        try:
-            row = checker.row(orjson.loads(text), index, line)
-        except orjson.JSONDecodeError as error:
-            cause = f"not valid JSON at character {error.colno}, {error.msg.partition(':')[0]}"
-            row = checker.bad(index, line, "invalid_json", f"{cause}; a line is one JSON object")
-        rows.append(row)
+        rows.append(_json_row(text, index, line, checker, most))
         index += 1
         if len(rows) == size:
             yield Batch(rows)
             rows = []
     if rows:
         yield Batch(rows)
+
+
+def _json_row(text: bytes | None, index: int, line: int, checker: RowChecker, most: int) -> Row:
+    if text is None:
+        return checker.bad(index, line, "row_too_large", too_large("the row", most))
+    try:
+        fields = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        cause = f"not valid JSON at character {error.colno}, {error.msg.partition(':')[0]}"
+        return checker.bad(index, line, "invalid_json", f"{cause}; a line is one JSON object")
+    if is_too_deep(text, fields):
+        cause = f"the row is nested more than {MAX_NESTING} levels deep; make it flatter"
+        return checker.bad(index, line, "too_deeply_nested", cause)
+    return checker.row(fields, index, line)
 
 
 def _refuse_array(text: bytes, name: str) -> None:
@@ -194,113 +226,3 @@ def _refuse_array(text: bytes, name: str) -> None:
             f"{name} holds one JSON array, not one object a line",
             hint="turn it into JSON Lines, e.g. jq -c '.[]' file.json > file.jsonl",
         )
-
-
-def _read_parquet(
-    file: BinaryIO, name: str, size: int, checker: RowChecker, prompt_column: str, id_column: str
-) -> Iterator[Batch]:
-    parquet = pq.ParquetFile(file)
-    names = parquet.schema_arrow.names
-    _check_columns(names, name, prompt_column, id_column)
-    ids = id_column or ("custom_id" if "custom_id" in names else "id")
-    read = {prompt_column, "messages", "sampling", ids, *SAMPLING_FIELDS}
-    if id_column == "":
-        read.add("id")  # of rows whose custom_id is null
-    if prompt_column not in names and "messages" not in names:
-        read |= {"body", "url", "method"}
-    fields = [column for column in names if column in read]
-    passed = [c for c in names if c not in read or (c == "id" and ids == "custom_id")]
-    index = 0
-    for table in _rebatched(parquet.iter_batches(size), size):
-        rows = []
-        for values in _dictionaries(table.select(fields), {"custom_id", "id", ids}):
-            if isinstance(values, str):
-                rows.append(checker.bad(index, index + 1, "invalid_characters", values))
-            else:
-                rows.append(checker.row(values, index, index + 1))
-            index += 1
-        yield Batch(rows, _struct(table.select(passed)))
-
-
-def _check_columns(names: list[str], name: str, prompt_column: str, id_column: str) -> None:
-    listed = ", ".join(names)
-    if len(set(names)) < len(names):
-        raise InputError(f"{name} has two columns of one name", hint=f"columns: {listed}")
-    if not {prompt_column, "messages", "body"} & set(names):
-        raise InputError(
-            f"{name} has neither a column {prompt_column!r} nor a column 'messages'",
-            hint=f"name the prompts' column with --prompt-column; columns: {listed}",
-        )
-    if id_column and id_column not in names:
-        raise InputError(f"{name} has no column {id_column!r}", hint=f"columns: {listed}")
-
-
-def _rebatched(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
-    """Tables of exactly `size` rows, the last one smaller, whatever the file's row groups are."""
-    waiting: list[pa.RecordBatch] = []
-    count = 0
-    for batch in batches:
-        waiting.append(batch)
-        count += batch.num_rows
-        while count >= size:
-            table = pa.Table.from_batches(waiting)
-            yield table.slice(0, size)
-            count -= size
-            waiting = table.slice(size).to_batches()
-    if count:
-        yield pa.Table.from_batches(waiting)
-
-
-def _dictionaries(table: pa.Table, ids: Set[str]) -> Iterator[dict[str, Any] | str]:
-    """Each row as a dictionary without nulls, or as a text that says why it cannot be one.
-
-    Args:
-        table: the columns that are read.
-        ids: names of those that hold whole numbers even where they are stored as floats, as pandas
-            does once one of them is absent.
-    """
-    columns = [
-        _whole(_values(column)) if name in ids else _values(column)
-        for name, column in zip(table.column_names, table.columns, strict=True)
-    ]
-    for values in zip(*columns, strict=True):
-        row = dict(zip(table.column_names, values, strict=True))
-        broken = [name for name, value in row.items() if isinstance(value, UnicodeDecodeError)]
-        if broken:
-            yield f"column {broken[0]!r} is not valid UTF-8"
-            continue
-        if isinstance(row.get("messages"), list):
-            row["messages"] = [_without_nulls(message) for message in row["messages"]]
-        yield {name: value for name, value in row.items() if not is_absent(value)}
-
-
-def _whole(values: list[Any]) -> list[Any]:
-    return [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-
-
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    try:
-        return cast(list[Any], column.to_pylist())
-    except UnicodeDecodeError:  # of one row; the others are good
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return error
-
-
-def _without_nulls(message: Any) -> Any:
-    """A Parquet struct has a null for every key that another row's message has."""
-    if not isinstance(message, dict):
-        return message
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
-
-
-def _struct(table: pa.Table) -> pa.StructArray:
-    columns = [column.combine_chunks() for column in table.columns]
-    if not columns:
-        return pa.array([{}] * table.num_rows, pa.struct([]))
-    return pa.StructArray.from_arrays(columns, names=table.column_names)

@@ -1,7 +1,8 @@
 """The queue: which chunks wait, run and failed. The only owner of Redis names and of rq.
 
 A queued chunk is one rq job: a constant function name and JSON `[job folder, chunk, generation]`.
-There is one rq queue per model, so that a worker is only handed chunks of the model it holds.
+There is one rq queue per model and priority, so that a worker is only handed chunks of the model it
+holds, the more urgent first.
 What a chunk holds, and which of its rows are done, is written in the job folder and not here.
 """
 
@@ -27,10 +28,11 @@ from rq.worker_registration import REDIS_WORKER_KEYS, get_keys
 
 from trbatch import server
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
+from trbatch.config import PRIORITIES
 from trbatch.connection import Breaks, connect, mask_url, reaching
 from trbatch.errors import UsageError
 from trbatch.naming import model_name
-from trbatch.untrusted import answers_of, failure_of, number_of, text_of
+from trbatch.untrusted import answers_of, entry_of, failure_of, number_of, text_of
 
 PREFIX = "trbatch:"  # of every key that rq does not make itself
 MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
@@ -76,8 +78,18 @@ class ModelKey:
     @property
     def queue_name(self) -> str:
         """The rq queue of this model: a readable part and a hash that keeps names apart."""
+        return self.queue_of("normal")
+
+    @property
+    def queue_names(self) -> tuple[str, ...]:
+        """The rq queues of this model, the most urgent first."""
+        return tuple(self.queue_of(priority) for priority in PRIORITIES)
+
+    def queue_of(self, priority: str) -> str:
+        """The rq queue of this model's chunks of a priority."""
         slug = re.sub(r"[^A-Za-z0-9]+", "-", Path(self.name).name).strip("-").lower()[:40]
-        return f"trbatch-{slug}-{_digest(self.name, self.revision)}"
+        name = f"trbatch-{slug}-{_digest(self.name, self.revision)}"
+        return name if priority == "normal" else f"{name}-{priority}"
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -100,10 +112,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
-    """One model's queue: chunks waiting, running and failed."""
+    """One model's queue of one priority: chunks waiting, running and failed."""
 
     name: str
     model: ModelKey
+    priority: str
     queued: int
     started: int
     failed: int
@@ -187,14 +200,14 @@ class JobQueue:
             name, connection=self.connection, job_class=ChunkJob, serializer=JSONSerializer
         )
 
-    def enqueue(self, job: Folder, chunks: Sequence[int]) -> int:
+    def enqueue(self, job: Folder, chunks: Sequence[int], priority: str = "normal") -> int:
         """Queue these chunks of a job; those that wait or run already are left alone.
 
         Returns:
             How many chunks were added.
         """
         model = ModelKey(job.manifest.model, job.manifest.revision)
-        queue = self.queue(model.queue_name)
+        queue = self.queue(model.queue_of(priority))
         added = 0
         turn = self.connection.lock(f"{PREFIX}enqueue:{job.id}", timeout=LOCK_S)
         with reaching(self.url), turn:
@@ -209,11 +222,11 @@ class JobQueue:
         """Count no chunk of an earlier generation any more that has come to its end."""
         ours = chunk_id(job, 0).rpartition("-")[0]  # of this generation
         store = ours.rpartition("-")[0]  # of this job folder
-        ids = [text_of(rq_id) for rq_id in self.connection.smembers(_index_key(job.id))]
+        ids = self.ids(job.id)
         older = [i for i in ids if i.startswith(f"{store}-") and not i.startswith(f"{ours}-")]
         over = [i for i, status in self._statuses(older).items() if not _is_open(status)]
         if over:
-            self.connection.srem(_index_key(job.id), *over)
+            self.connection.srem(index_key(job.id), *over)
 
     def _enqueue_batch(self, queue: ChunkQueue, job: Folder, chunks: Sequence[int]) -> int:
         ids = {chunk: chunk_id(job, chunk) for chunk in chunks}
@@ -224,10 +237,11 @@ class JobQueue:
         with self.connection.pipeline() as pipeline:
             # What an earlier round left behind would be merged into the new job's hash.
             pipeline.delete(*(ChunkJob.key_for(rq_id) for rq_id in fresh.values()))
-            pipeline.zrem(queue.failed_job_registry.key, *fresh.values())
-            pipeline.zrem(queue.finished_job_registry.key, *fresh.values())
-            pipeline.sadd(_index_key(job.id), *fresh.values())
-            pipeline.expire(_index_key(job.id), FAILURE_TTL_S)
+            for name in ModelKey(job.manifest.model, job.manifest.revision).queue_names:
+                pipeline.zrem(self.queue(name).failed_job_registry.key, *fresh.values())
+                pipeline.zrem(self.queue(name).finished_job_registry.key, *fresh.values())
+            pipeline.sadd(index_key(job.id), *fresh.values())
+            pipeline.expire(index_key(job.id), FAILURE_TTL_S)
             queue.enqueue_many(
                 [_job_data(job, chunk, rq_id) for chunk, rq_id in fresh.items()], pipeline=pipeline
             )
@@ -237,8 +251,7 @@ class JobQueue:
     def counts(self, job_id: str) -> Counts:
         """Chunks of a job by where they are. A job that was never enqueued has none anywhere."""
         with reaching(self.url):
-            ids = [text_of(rq_id) for rq_id in self.connection.smembers(_index_key(job_id))]
-            found = list(self._statuses(ids).values())
+            found = list(self._statuses(self.ids(job_id)).values())
         queued = sum(status in WAITING for status in found)
         failed = found.count(JobStatus.FAILED) + found.count(JobStatus.STOPPED)
         return Counts(
@@ -248,21 +261,35 @@ class JobQueue:
     def failures(self, job_id: str) -> dict[int, str]:
         """Of each failed chunk of a job, the last line of what went wrong."""
         with reaching(self.url):
-            ids = [text_of(rq_id) for rq_id in self.connection.smembers(_index_key(job_id))]
-            statuses = self._statuses(ids)
-            failed = [rq_id for rq_id in ids if statuses[rq_id] == JobStatus.FAILED]
+            failed = self.ids(job_id, JobStatus.FAILED)
             found = [failure_of(rq_id, self.connection) for rq_id in failed]
         return dict(sorted(one for one in found if one is not None))
+
+    def ids(self, job_id: str, status: JobStatus | None = None) -> list[str]:
+        """The rq jobs of a job's chunks; only those of a status unless that is None."""
+        ids = [text_of(rq_id) for rq_id in self.connection.smembers(index_key(job_id))]
+        if status is None:
+            return ids
+        return [rq_id for rq_id, found in self._statuses(ids).items() if found == status]
+
+    def fetch(self, ids: Sequence[str]) -> list[ChunkJob]:
+        """These rq jobs, without those that are gone."""
+        found = (entry_of(rq_id, self.connection) for rq_id in ids)
+        return [job for job in found if job is not None]
 
     def models(self) -> dict[str, ModelKey]:
         """Every queue that was ever filled, by name, and its model."""
         with reaching(self.url):
             found: dict[bytes, bytes] = self.connection.hgetall(MODELS_KEY)  # type: ignore[assignment]
-        known = [_model(name, model) for name, model in found.items()]
-        return {model.queue_name: model for model in known if model is not None}
+        known = {name: _model(name, model) for name, model in found.items()}
+        return {name.decode(): model for name, model in known.items() if model is not None}
 
-    def longest_waiting(self) -> ModelKey | None:
-        """The model whose next chunk was enqueued first; None if nothing waits."""
+    def longest_waiting(self, held: ModelKey | None = None) -> ModelKey | None:
+        """The model of the most urgent chunk that waits; None if nothing waits.
+
+        Among the equally urgent the model that is `held` comes first, then the one whose next chunk
+        was enqueued first.
+        """
         models = self.models()
         with reaching(self.url), self.connection.pipeline(transaction=False) as pipeline:
             for name in models:
@@ -275,13 +302,22 @@ class JobQueue:
             for _, rq_id in heads:
                 pipeline.hget(ChunkJob.key_for(rq_id), "enqueued_at")
             since = [text_of(answer or b"") for answer in answers_of(pipeline)]
-        found = zip(since, (name for name, _ in heads), strict=True)
-        return models[min(found)[1]] if heads else None
+        found = [
+            (PRIORITIES.index(priority_of(name)), models[name] != held, when, name)
+            for when, (name, _) in zip(since, heads, strict=True)
+        ]
+        return models[min(found)[-1]] if found else None
 
     def waiting(self, model: ModelKey) -> int:
-        """Chunks of this model that nobody has taken yet."""
-        with reaching(self.url):
-            return int(self.connection.llen(self.queue(model.queue_name).key))
+        """Chunks of this model that nobody has taken yet, of whatever priority."""
+        return sum(self.waiting_by_priority(model).values())
+
+    def waiting_by_priority(self, model: ModelKey) -> dict[str, int]:
+        """Chunks of this model that nobody has taken yet, the most urgent first."""
+        with reaching(self.url), self.connection.pipeline(transaction=False) as pipeline:
+            for name in model.queue_names:
+                pipeline.llen(self.queue(name).key)
+            return dict(zip(PRIORITIES, pipeline.execute(), strict=True))
 
     def queues(self) -> list[QueueInfo]:
         """Every model's queue with what waits, runs and failed in it."""
@@ -296,7 +332,9 @@ class JobQueue:
                     pipeline.zcard(queue.failed_job_registry.key)
                     queued, started, failed = pipeline.execute()
                 workers = len(get_keys(queue=queue))
-                infos.append(QueueInfo(name, model, queued, started, failed, workers))
+                infos.append(
+                    QueueInfo(name, model, priority_of(name), queued, started, failed, workers)
+                )
         return infos
 
     def workers(self) -> list[WorkerInfo]:
@@ -333,6 +371,12 @@ def chunk_id(job: Folder, chunk: int) -> str:
     """The rq job of a chunk: the same chunk of the same job folder always has the same."""
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", job.id)[:60]
     return f"{slug}-{_digest(os.fspath(job.path))}-{job.manifest.generation}-{chunk}"
+
+
+def priority_of(queue_name: str) -> str:
+    """The priority of the chunks in an rq queue of ours."""
+    last = queue_name.rpartition("-")[2]
+    return last if last in PRIORITIES else "normal"
 
 
 def _job_data(job: Folder, chunk: int, rq_id: str) -> EnqueueData:
@@ -379,7 +423,7 @@ def _model(name: bytes, value: bytes) -> ModelKey | None:
     if not isinstance(model, str) or not isinstance(revision, str):
         return None
     found = ModelKey(model, revision)
-    return found if found.queue_name.encode() == name else None
+    return found if name in (one.encode() for one in found.queue_names) else None
 
 
 def matrix_key(model: str, task: str) -> str:
@@ -387,7 +431,8 @@ def matrix_key(model: str, task: str) -> str:
     return f"{PREFIX}matrix:{_digest(model, task)}"
 
 
-def _index_key(job_id: str) -> str:
+def index_key(job_id: str) -> str:
+    """The set of the rq jobs of one job's chunks."""
     return f"{PREFIX}chunks:{job_id}"
 
 

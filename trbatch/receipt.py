@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, JobFailed
+from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, Cancelled, Expired, JobFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +19,10 @@ class Receipt:
     rows_ok: int
     rows_failed: int
     rows_cancelled: int
-    rows_missing: int  # in no segment, and so not in the dataset either
-    duplicates: int  # rows that another segment held already; left out
-    repeated: int  # rows of the dataset whose (id, sample) another row has: 0, or a bug
+    rows_expired: int = 0  # of the failed ones: those that the deadline cut off
+    rows_missing: int = 0  # in no segment, and so not in the dataset either
+    duplicates: int = 0  # rows that another segment held already; left out
+    repeated: int = 0  # rows of the dataset whose (id, sample) another row has: 0, or a bug
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)  # as in stats.json
 
     @property
@@ -39,14 +40,19 @@ class Receipt:
         """What the command line exits with."""
         if not self.complete:
             return JobFailed.exit_code
-        return EXIT_ROWS_FAILED if self.rows_failed or self.rows_cancelled else EXIT_OK
+        if self.rows_cancelled:
+            return Cancelled.exit_code
+        if self.rows_expired:
+            return Expired.exit_code
+        return EXIT_ROWS_FAILED if self.rows_failed else EXIT_OK
 
     def __str__(self) -> str:
         """The receipt in words."""
         out = f"{self.rows_ok} ok + {self.rows_failed} failed + {self.rows_cancelled} cancelled"
         dropped = f"; {self.duplicates} duplicates left out" if self.duplicates else ""
         if self.complete:
-            return f"complete: {self.rows_in} rows in = {out}, each id once{dropped}"
+            late = f"; the deadline cut {self.rows_expired} off" if self.rows_expired else ""
+            return f"complete: {self.rows_in} rows in = {out}, each id once{dropped}{late}"
         problems = []
         if self.rows_missing:
             problems.append(f"{self.rows_missing} missing")

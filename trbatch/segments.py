@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any, BinaryIO, TypeVar, cast
 
 import orjson
 import pyarrow as pa
@@ -19,15 +21,19 @@ import pyarrow.parquet as pq
 
 from trbatch.errors import JobFailed
 from trbatch.figures import Figures
+from trbatch.keymap import KeyMap
 from trbatch.naming import slug
+from trbatch.retries import Retries
 from trbatch.schema import KEY_COLUMNS, SCHEMA, Key
 from trbatch.storage import Folder
 
 FOLDER = "segments"
+T = TypeVar("T")
 
 _FIGURES = b"trbatch.figures"
 _SPAN = b"trbatch.span"
 _FACTS = b"trbatch.facts"
+_NOT_DONE = frozenset({"cancelled", ""})
 
 
 class SegmentWriter:
@@ -48,15 +54,11 @@ class SegmentWriter:
         assert not unknown, f"no such result columns: {sorted(unknown)}"
         ended = max(int(self._now() * 1e6), self._last + 1)
         span = (self._started(rows, ended), ended / 1e6)
-        metadata = {
-            _FIGURES: orjson.dumps(Figures.of(rows).to_dict()),
-            _SPAN: orjson.dumps(span),
-            _FACTS: orjson.dumps(dict(facts)),
-        }
+        metadata = footer(Figures.of(rows), span, facts)
         table = pa.Table.from_pylist(list(rows), SCHEMA).replace_schema_metadata(metadata)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        name = f"{slug(worker)}-{self._token}-{ended:016d}.parquet"
+        name = segment_name(worker, self._token, ended)
         self._job.write(f"{FOLDER}/{name}", memoryview(sink.getvalue()))
         self._last = ended
         return name
@@ -67,14 +69,50 @@ class SegmentWriter:
         return max(ended / 1e6 - longest, self._last / 1e6)
 
 
+def footer(
+    figures: Figures, span: tuple[float, float], facts: Mapping[str, str]
+) -> dict[bytes, bytes]:
+    """What a segment's file says of itself.
+
+    Args:
+        figures: sums over its rows.
+        span: when the work on them began and ended, Unix seconds.
+        facts: of the engine, e.g. its dtype.
+    """
+    return {
+        _FIGURES: orjson.dumps(figures.to_dict()),
+        _SPAN: orjson.dumps(span),
+        _FACTS: orjson.dumps(dict(facts)),
+    }
+
+
+def segment_name(worker: str, token: str, ended: int) -> str:
+    """The file name of a segment that was ended at this Unix time in microseconds."""
+    return f"{slug(worker)}-{token}-{ended:016d}.parquet"
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Segment names by time of publication, oldest first."""
-    return sorted(names, key=lambda name: (_published(name), name))
+    return sorted(names, key=lambda name: (published(name), name))
 
 
-def _published(name: str) -> int:
+def published(name: str) -> int:
+    """When a segment was published, Unix time in microseconds; 0 if its name does not tell."""
     digits = name.removesuffix(".parquet").rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
+
+
+def consistently(names: Callable[[], list[str]], read: Callable[[list[str]], T]) -> T:
+    """What `read` makes of the segments' names; once more if some went away meanwhile.
+
+    `prune` puts few segments in the place of many.
+    """
+    for _ in range(3):
+        try:
+            return read(names())
+        except FileNotFoundError:
+            continue
+    return read(names())
 
 
 @contextmanager
@@ -94,51 +132,90 @@ def reading(job: Folder, name: str) -> Iterator[BinaryIO]:
         ) from error
 
 
-def read_outcomes(file: BinaryIO) -> list[tuple[Key, str]]:
-    """Key and finish reason of each row of a segment, in its order."""
-    columns = [*KEY_COLUMNS, "finish_reason"]
-    table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
-    ids, marks, samples, reasons = (table[name].to_pylist() for name in columns)
-    return list(zip(zip(ids, marks, samples, strict=True), reasons, strict=True))
-
-
 class Ledger:
     """What the segments of a job hold; each segment is read once, however often one asks.
 
-    A cancelled row counts as not done. A row that both failed and succeeded has succeeded.
+    A cancelled row counts as not done, and so does a failed one that is to be retried. A row that
+    both failed and succeeded has succeeded.
     """
 
     def __init__(self, job: Folder) -> None:
         self._job = job
-        self._outcomes: dict[Key, bool] = {}  # whether it succeeded
+        self._outcomes = KeyMap()  # 0: succeeded, 1: failed
         self._read: set[str] = set()
         self._footers: dict[str, tuple[Figures, tuple[float, float]]] = {}
+        self._failures: dict[str, Counter[str]] = {}
+        self.retries = Retries(job)
 
     def names(self) -> list[str]:
         """The segments that there are now, oldest first."""
         return ordered(self._job.names(FOLDER))
 
-    def outcomes(self) -> Mapping[Key, bool]:
-        """Whether each row that is done has succeeded."""
-        for name in self.names():
+    def refresh(self) -> list[str]:
+        """Read the outcomes of new segments. Returns the segments that there are now."""
+        if self.retries.refresh():
+            self._outcomes, self._read = KeyMap(), set()
+        return consistently(self.names, self._read_new)
+
+    def _read_new(self, names: list[str]) -> list[str]:
+        for name in names:
             if name in self._read:
                 continue
             with reading(self._job, name) as file:
-                found = read_outcomes(file)
-            for key, reason in found:
-                if reason != "cancelled":
-                    self._outcomes[key] = reason != "error" or self._outcomes.get(key, False)
+                found = read_outcomes(file, partial(self.retries.void, name))
+            self._outcomes.add(
+                (key, reason == "error") for key, reason in found if reason not in _NOT_DONE
+            )
             self._read.add(name)
-        return self._outcomes
+        return names
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a row of this `Key` is done, by the segments that the last `refresh` saw."""
+        return self.succeeded(cast(Key, key)) is not None
+
+    def succeeded(self, key: Key) -> bool | None:
+        """Whether a row that is done has succeeded; None if it is not done."""
+        outcome = self._outcomes.get(key)
+        return None if outcome is None else outcome == 0
+
+    def __len__(self) -> int:
+        """Rows that are done, outdated ones included, by the last `refresh`."""
+        return len(self._outcomes)
 
     def footers(self) -> list[tuple[Figures, tuple[float, float]]]:
         """Of each segment: the sums over its rows, and when the work on them began and ended."""
-        names = self.names()
+        return [footer for _, footer in consistently(self.names, self._named_footers)]
+
+    def _named_footers(
+        self, names: list[str]
+    ) -> list[tuple[str, tuple[Figures, tuple[float, float]]]]:
         for name in names:
             if name not in self._footers:
                 with reading(self._job, name) as file:
                     self._footers[name] = _read_footer(file)
-        return [self._footers[name] for name in names]
+        return [(name, self._footers[name]) for name in names]
+
+    def failures(self) -> dict[str, Counter[str]]:
+        """Of each segment with failed rows that count: how many of which error code.
+
+        Reads only segments whose footers tell of failures. A row that failed twice counts twice.
+        """
+        self.retries.refresh()
+        return consistently(self.names, self._failures_in)
+
+    def _failures_in(self, names: list[str]) -> dict[str, Counter[str]]:
+        found = {}
+        for name, (figures, _) in self._named_footers(names):
+            if not figures.rows_failed:
+                continue
+            if name not in self._failures:
+                with reading(self._job, name) as file:
+                    self._failures[name] = Counter(_failed_codes(file))
+            counts = self._failures[name]
+            kept = {c: n for c, n in counts.items() if not self.retries.void(name, c)}
+            if kept:
+                found[name] = Counter(kept)
+        return found
 
     def facts(self) -> dict[str, list[str]]:
         """What workers said of themselves, e.g. {"dtype": ["bfloat16"]}: all distinct values."""
@@ -149,6 +226,27 @@ class Ledger:
             for key, value in orjson.loads(metadata[_FACTS]).items():
                 found.setdefault(key, set()).add(value)
         return {key: sorted(values) for key, values in found.items()}
+
+
+def read_outcomes(file: BinaryIO, void: Callable[[str | None], bool]) -> list[tuple[Key, str]]:
+    """Key and finish reason of each row of a segment, in its order.
+
+    Args:
+        void: whether a failure of this error code is to be retried; its reason becomes "".
+    """
+    columns = [*KEY_COLUMNS, "finish_reason", "error_code"]
+    table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
+    ids, marks, samples, reasons, codes = (table[name].to_pylist() for name in columns)
+    if "error" in reasons:
+        pairs = zip(reasons, codes, strict=True)
+        reasons = ["" if r == "error" and void(code) else r for r, code in pairs]
+    return list(zip(zip(ids, marks, samples, strict=True), reasons, strict=True))
+
+
+def _failed_codes(file: BinaryIO) -> list[str]:
+    table = pq.ParquetFile(file).read(columns=["finish_reason", "error_code"], use_threads=False)
+    pairs = zip(table["finish_reason"].to_pylist(), table["error_code"].to_pylist(), strict=True)
+    return [code or "" for reason, code in pairs if reason == "error"]
 
 
 def _read_footer(file: BinaryIO) -> tuple[Figures, tuple[float, float]]:

@@ -71,7 +71,7 @@ class JsonSink:
 
     def write(self, group: Group) -> None:
         """Write the lines of a group; a row's samples are never in two groups."""
-        inputs = group.inputs.to_pylist() or [{}] * group.results.num_rows
+        inputs = passthrough.dictionaries(group.inputs, group.results.num_rows)
         pairs = zip(group.results.to_pylist(), inputs, strict=True)
         for _, samples in itertools.groupby(pairs, key=lambda pair: pair[0]["prompt_index"]):
             rows = list(samples)

@@ -98,6 +98,10 @@ class Folder(ABC):
     def prune(self, below: str) -> None:
         """Remove folders that hold nothing: the folder `below` and this one."""
 
+    @abstractmethod
+    def usage(self, name: str) -> tuple[int, int]:
+        """How many files a file or a whole folder is, and their bytes."""
+
     def join(self, name: str) -> str:
         """The path or URL of a name below this folder."""
         return f"{self.path.rstrip('/')}/{name}"
@@ -226,6 +230,20 @@ class LocalFolder(Folder):
                 return []
             return sorted(name for name in entries if not name.startswith("."))
 
+    def folders(self, below: str) -> list[str]:
+        with self._errors("list", below):
+            try:
+                entries = os.scandir(os.path.join(self.path, below))
+                return sorted(entry.name for entry in entries if entry.is_dir())
+            except FileNotFoundError:
+                return []
+
+    def usage(self, name: str) -> tuple[int, int]:
+        with self._errors("list", name):
+            found = [Path(self.path, name), *Path(self.path, name).rglob("*")]
+            sizes = [path.stat().st_size for path in found if path.is_file()]
+            return len(sizes), sum(sizes)
+
     def remove(self, name: str) -> None:
         target = Path(self.path, name)
         with self._errors("remove", name):
@@ -241,14 +259,6 @@ class LocalFolder(Folder):
         with self._errors("read", name):
             found = os.stat(os.path.join(self.path, name))
             return Stat(found.st_size, found.st_mtime)
-
-    def folders(self, below: str) -> list[str]:
-        with self._errors("list", below):
-            try:
-                entries = list(os.scandir(os.path.join(self.path, below)))
-            except FileNotFoundError:
-                return []
-            return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 class RemoteFolder(Folder):
@@ -333,6 +343,12 @@ class RemoteFolder(Folder):
             found = (entry["name"] for entry in entries if entry["type"] == kind)
             return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
+    def usage(self, name: str) -> tuple[int, int]:
+        with self._errors("list", name):
+            found = self._files.find(self._at(name), detail=True)
+            sizes = [int(entry.get("size") or 0) for entry in found.values()]
+            return len(sizes), sum(sizes)
+
     def remove(self, name: str) -> None:
         with self._errors("remove", name), contextlib.suppress(FileNotFoundError):
             self._files.rm(self._at(name), recursive=True)
@@ -353,4 +369,4 @@ class RemoteFolder(Folder):
             return Stat(int(found["size"] or 0), modified)
 
     def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}".rstrip("/")

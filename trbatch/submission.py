@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,8 +18,10 @@ import pyarrow as pa
 import trbatch
 from trbatch import chunks
 from trbatch.config import JobSpec, default_model, default_store
-from trbatch.errors import ResumeRefused
+from trbatch.control import Control
+from trbatch.errors import InputError, ResumeRefused
 from trbatch.ids import RepeatCheck
+from trbatch.input_limits import MAX_COLUMNS
 from trbatch.manifest import InputState, Manifest, differences, settings
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
 from trbatch.outputs import check_output
@@ -27,16 +29,18 @@ from trbatch.prompts import Batch, check_repeats, read_batches, read_rows
 from trbatch.storage import Folder, LocalFolder, folder
 
 MANIFEST = "manifest.json"
+MARKS = ("_SUCCESS", "_PARTIAL")  # whether the last collect found every row
 _LOCAL_WRITERS = 1  # threads; more of them only contend with the one that reads and hashes
 _REMOTE_WRITERS = 8  # an object store takes much longer for a chunk than it takes to make one
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job folder that is ready for workers. `continued`: it was there already."""
+    """A job folder that is ready for workers."""
 
     path: str
-    continued: bool
+    continued: bool  # it was there already
+    reread: bool = False  # and its input was read anew
 
 
 def submit(spec: JobSpec) -> Submission:
@@ -52,6 +56,7 @@ def submit(spec: JobSpec) -> Submission:
         UsageError: the output cannot be written as any format, or there is no such model.
         ResumeRefused: the job cannot be continued as `spec.resume` asks.
     """
+    Control().asked(deadline=spec.deadline)  # a wrong one is told before anything is read
     spec = _resolved(spec)
     check_output(spec.output, spec.input)
     store = folder(spec.out)
@@ -67,8 +72,13 @@ def submit(spec: JobSpec) -> Submission:
             return Submission(job.path, continued=False)
         if spec.resume == "never":  # another number, or a refusal
             return submit(spec)
-    _continue(job, Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST)), spec)
-    return Submission(job.path, continued=True)
+    old = Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST))
+    reread = _continue(job, old, spec)
+    control = Control.of(job)
+    wanted = control.asked(priority=spec.priority, deadline=spec.deadline)
+    if wanted != control:
+        wanted.write(job)
+    return Submission(job.path, continued=True, reread=reread)
 
 
 def _resolved(spec: JobSpec) -> JobSpec:
@@ -111,26 +121,32 @@ def _job_id(spec: JobSpec, store: Folder) -> str:
 def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
     """Make the job; False if another command has made it in the meantime: that one counts."""
     seed = secrets.randbits(63) if spec.seed is None else spec.seed
+    control = Control().asked(priority=spec.priority, deadline=spec.deadline)
     manifest = _read_input(job, job_id, spec, seed, generation=0)
+    if control != Control():
+        control.write(job)  # before the manifest: from that on the job is there
     if job.create(MANIFEST, manifest.to_json()):
         return True
     job.remove(manifest.chunk_folder)
     return False
 
 
-def _continue(job: Folder, old: Manifest, spec: JobSpec) -> None:
+def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
+    """Continue a job. Returns whether its input was read anew."""
     changed = differences(settings(old.spec, old.model), settings(spec, spec.model))
     if changed and spec.resume != "always":
         raise ResumeRefused(
             f"job {old.id!r} was made with other settings: {'; '.join(changed)}",
-            hint="choose another --name, or --resume always to go on with the new settings",
+            hint="give those again, choose another --name, or --resume always to go on with the "
+            "new settings",
         )
     same_input = old.input.path == spec.input and old.input.holds()
-    if same_input and not changed:
+    same_limits = old.spec.max_row_bytes == spec.max_row_bytes
+    if same_input and same_limits and not changed:
         if spec.output != old.spec.output:
             spec = dataclasses.replace(old.spec, output=spec.output)
             job.write(MANIFEST, dataclasses.replace(old, spec=spec).to_json())
-        return
+        return False
     seed = old.job_seed if spec.seed is None else spec.seed
     new = _read_input(job, old.id, spec, seed, generation=old.generation + 1)
     if not same_input and (old.unnamed_rows or new.unnamed_rows):
@@ -141,6 +157,9 @@ def _continue(job: Folder, old: Manifest, spec: JobSpec) -> None:
             hint="give every row a 'custom_id' or 'id', or start a new job with --resume never",
         )
     job.write(MANIFEST, dataclasses.replace(new, created=old.created).to_json())
+    for mark in MARKS:
+        job.remove(mark)
+    return True
 
 
 def _read_input(
@@ -167,7 +186,8 @@ def _read_input(
         version=trbatch.__version__,
         input=state,
         rows=len(writer.ids),
-        rows_failed=writer.rows_failed,
+        rows_failed=writer.errors.total(),
+        errors=dict(writer.errors),
         unnamed_rows=writer.unnamed_rows,
         generation=generation,
         chunk_folder=writer.folder,
@@ -182,6 +202,7 @@ def _batches(spec: JobSpec) -> Iterator[Batch]:
         prompt_column=spec.prompt_column,
         id_column=spec.id_column,
         sampling=spec.sampling,
+        max_row_bytes=spec.max_row_bytes,
     )
 
 
@@ -205,8 +226,9 @@ class _ChunkWriter:
     def __init__(self, job: Folder, name: str, spec: JobSpec, job_seed: int) -> None:
         self.folder = name
         self.ids = RepeatCheck()
-        self.rows_failed = 0
+        self.errors: Counter[str] = Counter()  # bad rows by code
         self.unnamed_rows = 0
+        self._columns: set[str] = set()  # that pass through
         self.chunk_samples: list[int] = []
         self._job = job
         self._spec = spec
@@ -226,6 +248,13 @@ class _ChunkWriter:
     def write(self, batch: Batch) -> None:
         """Write the next chunk. Waits when the threads are far behind."""
         table, samples = chunks.encode(batch, self._hasher)
+        self._columns.update(chunks.passed_names(table.schema))
+        if len(self._columns) > MAX_COLUMNS:
+            place = f"{self._spec.input}: by line {batch.rows[-1].line:,}"
+            raise InputError(
+                f"{place} the rows have more than {MAX_COLUMNS:,} different fields",
+                hint='put what differs from row to row into one field, e.g. "data": {…}',
+            )
         number = len(self.chunk_samples)
         self._waiting.append(self._threads.submit(self._store, number, table))
         if len(self._waiting) > 4 * self._writers:
@@ -233,7 +262,8 @@ class _ChunkWriter:
         self.chunk_samples.append(samples)
         self.ids.add(row.id for row in batch.rows)
         for row in batch.rows:
-            self.rows_failed += row.request is None
+            if row.error is not None:
+                self.errors[row.error.code] += 1
             self.unnamed_rows += not row.named and row.request is not None
 
     def check_repeats(self) -> None:
@@ -251,6 +281,7 @@ class _ChunkWriter:
             prompt_column=spec.prompt_column,
             id_column=spec.id_column,
             sampling=spec.sampling,
+            max_row_bytes=spec.max_row_bytes,
         )
         for row in check_repeats(rows, repeated, spec.input):
             index, position = divmod(row.index, spec.chunk_size)

@@ -38,16 +38,24 @@ def answers_of(pipeline: Pipeline) -> list[Any]:
     return answers
 
 
-def failure_of(rq_id: str, connection: redis.Redis) -> tuple[int, str] | None:
-    """Number of a failed chunk and the last line of why; None if the entry is none of ours."""
+def entry_of(rq_id: str, connection: redis.Redis) -> ChunkJob | None:
+    """An entry that can be read and asks for what chunks ask for; None if there is none."""
     try:
         job = ChunkJob.fetch(rq_id, connection, JSONSerializer)
         arguments = job.args
     except (NoSuchJobError, DeserializationError):
         return None
+    assert isinstance(job, ChunkJob)
     match arguments:
-        case [str(), int(chunk), *_]:
-            assert isinstance(job, ChunkJob)
-            words = job.failure_text().strip() or "no reason given"
-            return chunk, printable(words.splitlines()[-1])
+        case [str(), int(), int()]:
+            return job
     return None
+
+
+def failure_of(rq_id: str, connection: redis.Redis) -> tuple[int, str] | None:
+    """Number of a failed chunk and the last line of why; None if the entry is none of ours."""
+    job = entry_of(rq_id, connection)
+    if job is None:
+        return None
+    words = job.failure_text().strip() or "no reason given"
+    return int(job.args[1]), printable(words.splitlines()[-1])

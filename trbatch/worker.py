@@ -38,6 +38,7 @@ from trbatch.engine_thread import (
 )
 from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.flight import FlightRecord
+from trbatch.holds import Holds, requeue_if_resumed
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.metrics import Metrics, Moment, metrics_on
@@ -128,6 +129,7 @@ class BatchWorker:
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
         self._leases = LeaseWorker(jobs.connection, self.name, self._watched(), self._flight)
         self._tell = Telling(self.name, metrics or Metrics())
+        self._holds = Holds()
         self._looked_at = 0.0
 
     def run(self) -> int:
@@ -193,10 +195,22 @@ class BatchWorker:
             logger.info("chunk %d of %s: stopped on request", lease.chunk, lease.folder)
             self._leases.stop_chunk(lease)
             self._abandon(lease)
+        self._release_held()
         self._sharing.tick()
         waiting, failures = self._publisher.rows, self._publisher.failures
         now = Moment(len(self.chunks), self._owed_rows(), waiting, failures, self._engine.stats)
         self._tell.moment(now, self.jobs)
+
+    def _release_held(self) -> None:
+        """Let go of the chunks of jobs that are paused, cancelled or past their deadline."""
+        held = self._holds.found(work.folder for work in self.chunks.values())
+        if held:
+            self._publisher.publish()  # first: who waits for their chunks to end may collect then
+        for work in [work for work in self.chunks.values() if work.folder in held]:
+            logger.info("chunk %d of %s: the job is held", work.lease.chunk, work.folder.id)
+            self._leases.finish(work.lease, {"rows": len(work.rows) - len(work.owed)})
+            self._abandon(work.lease)
+            requeue_if_resumed(self.jobs, work.folder, work.lease.chunk)
 
     def _abandon(self, lease: Lease) -> None:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
@@ -210,14 +224,12 @@ class BatchWorker:
             return
         if self.fixed is not None:
             wanted: ModelKey | None = self.fixed
-        elif self.model is not None and self.jobs.waiting(self.model):
-            wanted = self.model
-        elif not self._look_again():
+        elif not (self.model and self.jobs.waiting(self.model)) and not self._look_again():
             return
         else:
             if len(self._leases.queues) != len(queues := self._watched()):
                 self._leases.watch(queues)
-            wanted = self.jobs.longest_waiting()
+            wanted = self.jobs.longest_waiting(self.model)
         if wanted is not None and wanted != self.model:
             self._load(wanted)
 
@@ -234,7 +246,7 @@ class BatchWorker:
         self._engine.load(model)
 
     def _watched(self) -> list[ChunkQueue]:
-        names = [self.fixed.queue_name] if self.fixed is not None else list(self.jobs.models())
+        names = self.fixed.queue_names if self.fixed is not None else self.jobs.models()
         return [self.jobs.queue(name) for name in names]
 
     def _take_chunks(self) -> None:
@@ -242,9 +254,13 @@ class BatchWorker:
             return
         if self._looked_at and not self._look_again():
             return
-        queue = self.jobs.queue(self.model.queue_name)
+        if self.fixed is None and self.jobs.longest_waiting(self.model) != self.model:
+            # Another model's chunks are more urgent, or none wait.
+            self._looked_at = time.monotonic()
+            return
+        queues = [self.jobs.queue(name) for name in self.model.queue_names]
         while self._room() and not self.stop.count:
-            lease = self._leases.take(queue)
+            lease = self._leases.take_first(queues)
             if lease is None:
                 self._looked_at = time.monotonic()
                 return
@@ -368,10 +384,12 @@ class BatchWorker:
         for work in [work for work in self.chunks.values() if work.done]:
             del self.chunks[work.lease.id]
             result = {"rows": len(work.rows), "failed": work.failed_rows}
-            if self._leases.finish(work.lease, result):
-                self._tell.chunk_done(work.lease, result)
-            else:
+            if not self._leases.finish(work.lease, result):
                 self._tell.lease_lost(work.lease)
+            elif work.held:
+                requeue_if_resumed(self.jobs, work.folder, work.lease.chunk)
+            else:
+                self._tell.chunk_done(work.lease, result)
             if all(other.folder is not work.folder for other in self.chunks.values()):
                 self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
@@ -385,7 +403,8 @@ class BatchWorker:
         if self.fixed is not None or not its_fault:
             raise error
         logger.error("%s cannot be loaded, its chunks fail: %s", model, error)
-        while lease := self._leases.take(self.jobs.queue(model.queue_name)):
+        queues = [self.jobs.queue(name) for name in model.queue_names]
+        while lease := self._leases.take_first(queues):
             if self._folders.has_results(lease):
                 self._leases.hand_back(lease)
                 raise WorkerError(f"{model} could be loaded before, and now not: {error}")

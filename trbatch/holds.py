@@ -1,0 +1,51 @@
+"""Which jobs in a worker's hands were paused, cancelled or not done by their deadline."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+
+from trbatch.errors import TrbatchError
+from trbatch.job import JobFolder
+from trbatch.queue import JobQueue
+
+logger = logging.getLogger("trbatch.worker")
+
+LOOK_S = 2.0  # between looks at what people want of the jobs in hand
+
+
+class Holds:
+    """Looks at the jobs in hand every so often."""
+
+    def __init__(self) -> None:
+        self._looked_at = 0.0
+
+    def found(self, folders: Iterable[JobFolder]) -> set[JobFolder]:
+        """Those of the folders whose rows nobody should decode now; none between two looks."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_S:
+            return set()
+        self._looked_at = now
+        return {folder for folder in set(folders) if _held(folder)}
+
+
+def requeue_if_resumed(jobs: JobQueue, folder: JobFolder, chunk: int) -> None:
+    """Enqueue a chunk that we have just let go of if its job has been resumed meanwhile.
+
+    Who resumed it found the chunk in our hands and left it to us.
+    """
+    try:
+        control = folder.control()
+        if not control.stopped:
+            jobs.enqueue(folder, [chunk], control.priority)
+    except TrbatchError as error:
+        logger.warning("%s: cannot see whether the job goes on: %s", folder.id, error)
+
+
+def _held(folder: JobFolder) -> bool:
+    try:
+        return folder.control().stopped
+    except TrbatchError as error:  # the storage is away for a moment, or somebody edits the file
+        logger.warning("%s: cannot see whether the job is held: %s", folder.id, error)
+        return False
