@@ -93,6 +93,19 @@ def test_the_documented_users_can_do_all_that_trbatch_does(place: Place, tmp_pat
         assert done.exit_code == 0, done.output
 
 
+def test_the_documented_client_controls_its_jobs(place: Place, tmp_path: Path) -> None:
+    job = submit(tmp_path, place.client)
+    url = ["--redis-url", place.client]
+    for command in (
+        ["pause", job.id], ["continue", job.id], ["cancel", job.id], ["resume", job.id],
+        ["retry", job.id, "--failed"], ["prune"],
+    ):  # fmt: skip
+        done = invoke(*command, *(url if command[0] != "prune" else []))
+        assert done.exit_code == 0, (command, done.output)
+    assert work(place.worker) == 0
+    assert job.wait(10).state == "completed"
+
+
 def test_a_worker_of_these_rights_brings_back_what_a_dead_one_left(
     place: Place, tmp_path: Path
 ) -> None:
