@@ -23,6 +23,7 @@ from trbatch import api, cli
 from trbatch.config import WorkerConfig
 from trbatch.errors import Unreachable, UsageError
 from trbatch.job import JobFolder
+from trbatch.queue import JobQueue
 from trbatch.storage import RemoteFolder, folder
 from trbatch.worker import run_worker
 
@@ -102,7 +103,7 @@ def test_what_a_killed_worker_published_is_not_decoded_again(
         worker.send_signal(signal.SIGKILL)
     kept = JobFolder.open(job.path).progress().rows_ok
     assert 8 <= kept < 40
-    with api.JobQueue.connect(redis_url) as jobs:
+    with JobQueue.connect(redis_url) as jobs:
         jobs.connection.flushall()  # the queue is lost as well: the folder is the truth
     assert api.Job.open(job.path).resume() == 1
     decoded: list[EchoEngine] = []
