@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from trbatch import server
 
@@ -35,6 +36,19 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def redis_url(home: Path) -> str:
     """The URL of a running embedded server that belongs to this test alone."""
     return server.ensure()
+
+
+@pytest.fixture
+def full_disk(redis_url: str) -> Iterator[str]:
+    """A server that could not save, and refuses what writes as it does when its disk is full."""
+    in_the_way = server.status().folder / "dump.rdb"
+    (in_the_way / "below").mkdir(parents=True)
+    with redis.Redis.from_url(redis_url) as client:
+        client.config_set("save", "3600 1")
+        client.bgsave()
+        while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
+            pass
+        yield redis_url
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable
-from pathlib import Path
 from typing import Any
 
 from trbatch.config import WorkerConfig
-from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.queue import ModelKey
 
 
@@ -35,8 +34,8 @@ class EchoEngine:
     def unfinished(self) -> int:
         return len(self._requests)
 
-    def open_task(self, task: str, folder: Path | None, cold: bool) -> None:
-        self.tasks.append(task)
+    def open_task(self, key: TaskKey) -> None:
+        self.tasks.append(key.name)
 
     def add(self, request: Request) -> None:
         self._requests.append(request)

@@ -117,6 +117,23 @@ def test_an_unknown_setting_is_refused_before_anything_is_written(
     assert not (home / "jobs").exists()
 
 
+def test_a_misspelt_sampling_field_is_told_the_right_one(home: Path, prompts: Path) -> None:
+    for given in (prompts, JobSpec(input=str(prompts))):
+        with pytest.raises(UsageError, match="max_token'") as caught:
+            trbatch.submit(given, max_token=3)
+        assert "'max_tokens'" in (caught.value.hint or "")
+
+
+def test_sampling_fields_may_stand_beside_a_whole_spec(home: Path, prompts: Path) -> None:
+    spec = JobSpec(input=str(prompts), seed=3, sampling=SamplingParams(top_k=4, max_tokens=9))
+    assert api.job_spec(spec, {"max_tokens": 3, "seed": 5}) == JobSpec(
+        input=str(prompts), seed=5, sampling=SamplingParams(top_k=4, max_tokens=3)
+    )
+    assert api.job_spec(spec, {}) == spec
+    job = trbatch.submit(spec, model="org/echo", max_tokens=3)
+    assert job.folder.manifest.spec.sampling == SamplingParams(top_k=4, max_tokens=3)
+
+
 def test_a_repeated_id_enqueues_nothing(home: Path, tmp_path: Path) -> None:
     rows = [{"id": "same", "prompt": "a"}, {"id": "same", "prompt": "b"}]
     with pytest.raises(InputError, match="same"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import statistics
@@ -70,6 +71,18 @@ def test_the_bound_is_within_one_percent_of_students_for_any_number_of_runs(coun
     assert bench_speed.ratio_figures(ratios)["lower_95"] == pytest.approx(
         math.exp(bound[0]), rel=0.01
     )
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6, 41])
+def test_a_run_of_four_prompts_sees_four_quarters_of_the_file(count: int) -> None:
+    given = [bench_prompts.BenchPrompt(str(place)) for place in range(count)]
+    mixed = bench_speed.mixed(given)
+    assert sorted(mixed, key=lambda prompt: int(prompt.text)) == given
+    assert mixed == bench_speed.mixed(given), "another order each time"
+    borders = [quarter * count // 4 for quarter in range(1, 4)]
+    for start in range(0, count // 4 * 4 - 3, 4):
+        places = [int(prompt.text) for prompt in mixed[start : start + 4]]
+        assert len({bisect.bisect(borders, place) for place in places}) == 4
 
 
 def test_prompts_are_first_turns_prompts_or_last_messages(tmp_path: Path) -> None:

@@ -40,8 +40,12 @@ def test_a_row_is_what_the_model_says_after_opening_and_token(opening: list[int]
     assert (rows[90:] == -1).all()
 
 
-def test_rows_are_made_once_and_kept(model: CausalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = bigrams.rows_of(model, candidates=8)
+def test_rows_are_made_once_and_kept(
+    model: CausalModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="trbatch"):
+        first = bigrams.rows_of(model, candidates=8)
+    assert "what follows each of 97 tokens (once)" in caplog.text, "a start says what it waits for"
     assert first is not None
     assert first.shape == (tiny.VOCAB, 8)
     monkeypatch.setattr(bigrams, "make", lambda *_, **__: pytest.fail("made again"))

@@ -79,7 +79,9 @@ def test_the_commands_are_those_of_the_design() -> None:
     names = {" ".join(path) for path in COMMANDS if path}
     plain = "run submit worker status wait collect resume".split()
     grouped = ["server", *(f"server {verb}" for verb in ("start", "stop", "status"))]
-    assert names == {*plain, *grouped, "bench", "bench acceptance", "bench speed"}
+    grouped += ["bench", "bench acceptance", "bench speed", "matrix"]
+    grouped += [f"matrix {verb}" for verb in ("list", "show", "export", "import", "reset")]
+    assert names == {*plain, *grouped}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -100,6 +102,7 @@ def test_every_example_parses(path: tuple[str, ...], tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").touch()
     (tmp_path / "prompts.jsonl").touch()
+    (tmp_path / "m.safetensors").touch()
     words = (COMMANDS[path].epilog or "").split("trbatch ")[-1].split()
     command: click.Command = cli.commands
     context = None
@@ -117,7 +120,8 @@ def test_every_command_that_prints_data_has_json() -> None:
         if not isinstance(command, click.Group)
         and "as_json" not in {parameter.name for parameter in command.params}
     }
-    assert without == {"submit", "worker"}  # submit prints the id alone, a worker prints nothing
+    # What they print is an id, a file or a sentence; a worker prints nothing.
+    assert without == {"submit", "worker", "matrix export", "matrix import", "matrix reset"}
 
 
 @pytest.mark.parametrize("config", [SamplingParams, JobSpec, EngineConfig, WorkerConfig])
@@ -126,8 +130,12 @@ def test_defaults_on_the_command_line_are_those_of_the_config_classes(config: ty
     checked = 0
     for path, command in COMMANDS.items():
         for option in command.params:
-            # A benchmark has sizes of its own, a job's name is not a worker's.
-            if path[:1] == ("bench",) or option.name not in defaults or option.name == "name":
+            # A benchmark has sizes of its own, a job's name is not a worker's; a matrix is a file.
+            if (
+                path[:1] in (("bench",), ("matrix",))
+                or option.name not in defaults
+                or option.name == "name"
+            ):
                 continue
             if isinstance(option, click.Argument):
                 continue
@@ -193,6 +201,19 @@ def test_mistakes_of_the_user_end_with_2_and_a_message_on_stderr(
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "format"), [("x.csv", "parquet"), ("x.jsonl", "parquet"), ("x.parquet", "jsonl")]
+)
+def test_run_refuses_an_output_that_would_mislead_before_it_decodes_anything(
+    home: Path, prompts: Path, output: str, format: str
+) -> None:
+    result = invoke("run", prompts, "--model", "org/echo", "-o", output, "--format", format)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert output in result.stderr
+    assert "hint:" in result.stderr
+    assert not (home / "jobs").exists()
 
 
 @pytest.mark.parametrize(

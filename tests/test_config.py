@@ -54,25 +54,49 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones() -> None:
         ("max_tokens", 0),
         ("max_tokens", 1.5),
         ("max_tokens", True),
+        ("max_tokens", 2**31),
+        ("max_tokens", 1e300),
+        ("max_tokens", float("nan")),
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", "hot"),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -2),
+        ("top_k", 2**31),
         ("min_p", 1.5),
         ("seed", -1),
         ("seed", 2**63),
         ("n", 0),
+        ("n", 1025),
+        ("n", 3_000_000_000),
+        ("n", 1.5),
         ("stop", ("",)),
         ("stop", (1,)),
         ("stop_token_ids", (-1,)),
+        ("stop_token_ids", (2**31,)),
         ("ignore_eos", 1),
     ],
 )
 def test_a_wrong_sampling_value_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(UsageError, match=name):
         SamplingParams.from_dict({name: value})
+
+
+def test_whole_numbers_may_come_as_floats() -> None:
+    floats = {"max_tokens": 3.0, "top_k": 5.0, "seed": 7.0, "n": 2.0, "stop_token_ids": [9.0]}
+    taken = SamplingParams.from_dict(floats)
+    assert taken == SamplingParams(max_tokens=3, top_k=5, seed=7, n=2, stop_token_ids=(9,))
+    assert "." not in json.dumps({name: taken.to_dict()[name] for name in floats})
+
+
+@pytest.mark.parametrize(
+    ("temperature", "greedy"), [(0.0, True), (1e-45, True), (9e-6, True), (1e-5, False)]
+)
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy(
+    temperature: float, greedy: bool
+) -> None:
+    assert SamplingParams(temperature=temperature).greedy is greedy
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,17 @@ def test_requests_that_cannot_run_are_error_completions_and_the_others_run_on(
     assert "chat template" in done["c"].error_message
 
 
+def test_step_costs_timed_with_a_longer_cache_serve_a_shorter_one(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
+    tiny.engine(model, max_model_len=256)
+    (kept,) = (tmp_path / "costs").iterdir()
+    short = tiny.engine(model, max_model_len=48)
+    assert [*(tmp_path / "costs").iterdir()] == [kept]
+    assert short.budget.plain_seconds(1, 16) > 0
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_longest_text_ends_with_length_at_the_last_position(kind: str) -> None:
     """GPT-2 has a learned embedding for each position and none behind the last."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trbatch.config import JobSpec, SamplingParams
-from trbatch.engine.sequence import Completion
+from trbatch.engine.sequence import Completion, TaskKey
 from trbatch.errors import InputError, ResumeRefused, Unreachable, UsageError
 from trbatch.figures import covered_seconds
 from trbatch.job import ChunkRow, JobFolder
+from trbatch.manifest import Manifest
 from trbatch.naming import default_task, slug
-from trbatch.results import result_row
+from trbatch.results import collect, result_row
 from trbatch.storage import folder
 
 Result = dict[str, Any]
@@ -198,8 +201,15 @@ def test_a_repeated_id_names_both_lines_and_keeps_nothing(spec: JobSpec) -> None
     write_lines(Path(spec.input), *prompts(7), "", {"id": "r2", "prompt": "Again."})
     with pytest.raises(InputError, match="lines 3 and 9 have the same id 'r2'"):
         JobFolder.submit(spec)
-    files = [path for path in Path(spec.out).rglob("*") if path.is_file()]
-    assert files == []
+    assert list(Path(spec.out).iterdir()) == [], "not even an empty folder"
+
+
+def test_a_refused_change_of_the_input_leaves_the_job_as_it_was(spec: JobSpec) -> None:
+    job = JobFolder.submit(spec)
+    write_lines(Path(spec.input), {"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"})
+    with pytest.raises(InputError, match="same id"):
+        JobFolder.submit(spec)
+    assert len(all_rows(JobFolder.open(job.path))) == 10
 
 
 def test_a_bad_line_gives_way_when_its_number_is_an_id(spec: JobSpec) -> None:
@@ -244,6 +254,75 @@ def test_two_submits_at_once_end_in_one_job(spec: JobSpec, monkeypatch: pytest.M
     assert len(all_rows(job)) == 10
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_submit_that_is_overtaken_at_the_last_moment_continues_the_first_job(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    spec = changed(spec, seed=seed)
+    to_json = Manifest.to_json
+    made: list[JobFolder] = []
+
+    def overtaken(manifest: Manifest) -> bytes:
+        monkeypatch.setattr(Manifest, "to_json", to_json)
+        made.append(JobFolder.submit(spec))
+        return to_json(manifest)
+
+    monkeypatch.setattr(Manifest, "to_json", overtaken)
+    job = JobFolder.submit(spec)
+    (first,) = made
+    assert (job.continued, first.continued) == (True, False)
+    assert job.manifest == first.manifest
+    assert len(list(Path(job.path, "chunks").iterdir())) == 1
+    assert len(all_rows(job)) == 10
+
+
+def test_an_overtaken_submit_is_refused_or_renamed_as_if_it_had_come_later(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_json = Manifest.to_json
+
+    def overtaken_by(other: JobSpec) -> None:
+        def overtaken(manifest: Manifest) -> bytes:
+            monkeypatch.setattr(Manifest, "to_json", to_json)
+            JobFolder.submit(other)
+            return to_json(manifest)
+
+        monkeypatch.setattr(Manifest, "to_json", overtaken)
+
+    overtaken_by(changed(spec, name="taken", task="other"))
+    with pytest.raises(ResumeRefused, match="other settings"):
+        JobFolder.submit(changed(spec, name="taken"))
+    never = changed(spec, resume="never")
+    overtaken_by(never)
+    assert JobFolder.submit(never).id.endswith("-2")
+
+
+def test_of_many_that_create_a_file_one_does(tmp_path: Path) -> None:
+    ready = threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        ready.wait()
+        return folder(tmp_path).create("below/file", b"%d" % number)
+
+    with ThreadPoolExecutor(8) as threads:
+        created = list(threads.map(create, range(8)))
+    assert created.count(True) == 1
+    assert folder(tmp_path).read("below/file") == b"%d" % created.index(True)
+    assert len(list((tmp_path / "below").iterdir())) == 1
+
+
+def test_without_hard_links_a_file_is_created_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+    assert folder(tmp_path).create("file", b"first")
+    assert not folder(tmp_path).create("file", b"second")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
 def test_fingerprints_cover_everything_that_decides_a_text(spec: JobSpec) -> None:
     def fingerprint(row: dict[str, Any], **values: Any) -> str:
         write_lines(Path(spec.input), {"id": "a"} | row)
@@ -268,6 +347,7 @@ def test_fingerprints_cover_everything_that_decides_a_text(spec: JobSpec) -> Non
     assert fingerprint(plain | {"note": "passes through"}) == variants[0]
     assert fingerprint(plain | {"n": 4}) == variants[0]
     assert fingerprint(plain | {"temperature": 0.0}) == variants[0]
+    assert fingerprint(plain | {"max_tokens": 3.0}) == fingerprint(plain | {"max_tokens": 3})
 
 
 def test_a_row_seed_depends_on_job_seed_and_id_unless_given(spec: JobSpec) -> None:
@@ -284,6 +364,7 @@ def test_a_row_seed_depends_on_job_seed_and_id_unless_given(spec: JobSpec) -> No
     assert seeds(a, b, seed=2) != first
     assert seeds(a | {"seed": 5}, b) == [5, first[1]]
     assert seeds(a | {"seed": 5}, b, sampling=SamplingParams(seed=9)) == [5, 9]
+    assert seeds(a | {"seed": 5.0}, b) == [5, first[1]]
 
 
 def test_each_sample_is_missing_until_its_own_key_is_there(spec: JobSpec) -> None:
@@ -305,6 +386,13 @@ def test_each_sample_is_missing_until_its_own_key_is_there(spec: JobSpec) -> Non
     assert job.missing(0, frozenset())[1][1] == 1
 
 
+def test_a_row_of_too_many_samples_fails_alone(spec: JobSpec) -> None:
+    write_lines(Path(spec.input), {"prompt": "x", "n": 3_000_000_000}, {"prompt": "y", "n": 1024})
+    job = JobFolder.submit(spec)
+    assert [row.error and row.error.code for row in all_rows(job)] == ["invalid_sampling", None]
+    assert job.manifest.samples == 1025
+
+
 def test_a_cancelled_row_is_missing_and_a_failed_one_is_done(spec: JobSpec) -> None:
     job = JobFolder.submit(spec)
     rows = job.chunk_rows(0)
@@ -317,9 +405,10 @@ def test_a_cancelled_row_is_missing_and_a_failed_one_is_done(spec: JobSpec) -> N
 def test_a_request_is_what_the_engine_takes(spec: JobSpec) -> None:
     write_lines(Path(spec.input), {"id": "a", "prompt": "x", "max_tokens": 3})
     job = JobFolder.submit(changed(spec, task="t"))
+    assert job.task_key == TaskKey("t", job.matrices)
     row = job.chunk_rows(0)[0]
     request = job.request(row, 0)
-    assert (request.key, request.seed, request.task) == (row.key(0), row.seed, "t")
+    assert (request.key, request.seed, request.task) == (row.key(0), row.seed, job.task_key)
     assert (request.prompt, request.messages, request.sampling.max_tokens) == ("x", None, 3)
 
 
@@ -431,6 +520,30 @@ def test_a_local_model_is_named_by_its_absolute_path(
     assert JobFolder.submit(changed(spec, model="big")).manifest.model == "big"
 
 
+@pytest.mark.parametrize(
+    "model", ["./nothere", "/not/here", "~/nothere", "~nobody/x", "..", "w.gguf", "./empty"]
+)
+def test_a_local_model_that_is_not_there_is_refused_when_the_job_is_made(
+    spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="there is no") as caught:
+        JobFolder.submit(changed(spec, model=model))
+    assert "config.json" in (caught.value.hint or "")
+    assert not Path(spec.out).exists()
+
+
+def test_a_folder_or_file_called_like_a_hub_name_does_not_hide_it(
+    spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "smollm2-135m-instruct").mkdir()
+    (tmp_path / "gpt2").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m-instruct", "gpt2"):
+        assert JobFolder.submit(changed(spec, model=name)).manifest.model == name
+
+
 def test_matrices_lie_beside_the_jobs(spec: JobSpec, tmp_path: Path) -> None:
     assert JobFolder.submit(spec).matrices == tmp_path / "store" / "matrices"
 
@@ -493,6 +606,29 @@ def test_a_storage_that_cannot_be_written_is_unreachable(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(Unreachable, match="cannot write"):
         folder(tmp_path / "file").write("below", b"x")
+
+
+def test_a_place_where_no_folder_can_be_made_is_unreachable(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def makes_none(*_: Any, **__: Any) -> None:  # as below /proc, whoever asks
+        raise FileNotFoundError(2, "No such file or directory")
+
+    job = JobFolder.submit(spec)
+    monkeypatch.setattr("os.makedirs", makes_none)
+    with pytest.raises(Unreachable, match="cannot write"):
+        JobFolder.submit(changed(spec, name="other"))
+    with pytest.raises(Unreachable, match="cannot write"):
+        collect(job, "/nowhere/out.parquet")
+
+
+def test_a_file_that_is_missing_while_another_is_written_is_not_blamed_on_that(
+    tmp_path: Path,
+) -> None:
+    store = folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="other"), store.writing("file") as file:
+        file.write(store.read("other"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.long

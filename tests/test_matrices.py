@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from trbatch import matrices
 from trbatch.cli import commands
 from trbatch.engine import saved
+from trbatch.engine.sequence import TaskKey
 from trbatch.errors import InputError, UsageError
 from trbatch.lease import LeaseWorker
 from trbatch.matrices import Acceptance, Facts, matrix_file
-from trbatch.matrix_stream import MatrixStream, connect
-from trbatch.queue import JobQueue, matrix_key
+from trbatch.matrix_stream import MatrixStream, connect, stream_key
+from trbatch.queue import JobQueue
 
 TREE = [([0], 0.5), ([0, 0], 0.3), ([1], 0.1)]
 
@@ -176,7 +177,7 @@ def test_nothing_is_forgotten_under_a_worker_that_would_write_it_again(
 def test_reset_forgets_what_workers_share_too(store: Path, redis_url: str) -> None:
     put(store)
     with JobQueue.connect(redis_url) as jobs:
-        key = matrix_key("f00d", "mails")
+        key = stream_key("f00d", TaskKey("mails", store / "matrices"))
         connection = connect(jobs)
         MatrixStream(connection, key).join(b"rows")
         assert connection.exists(f"{key}:snapshot")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import huggingface_hub.errors
 import pytest
 import tiny
 import torch
@@ -20,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from trbatch import models
 from trbatch.config import DEFAULT_MODEL
-from trbatch.errors import ModelError
+from trbatch.engine import model
+from trbatch.errors import ModelError, WorkerError
 
 GGUF = b"GGUF, but not really"
 
@@ -90,6 +93,8 @@ def test_names_and_folders_resolve_to_what_transformers_loads(
     monkeypatch.chdir(tmp_path)
     assert models.resolve("mine") == models.resolve("./mine") == str(tmp_path / "mine")
     assert models.resolve("organisation/model") == "organisation/model"
+    (tmp_path / "organisation" / "model").mkdir(parents=True)
+    assert models.resolve("organisation/model") == "organisation/model", "no model lies there"
     assert models.resolve(DEFAULT_MODEL) == str(small_model)
 
 
@@ -267,17 +272,71 @@ def test_code_that_comes_with_a_model_does_not_run_unless_asked_for(model_folder
 
 def test_a_hub_name_that_cannot_be_had_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="cannot load model 'nobody/nothing'") as caught:
+    with pytest.raises(WorkerError, match="cannot load model 'nobody/nothing'") as caught:
         models.load_model("nobody/nothing", device="cpu")
     assert "hub name" in str(caught.value.hint)
 
 
-def test_a_device_that_is_not_there_is_refused(model_folder: Path) -> None:
-    with pytest.raises(ModelError, match="'abacus' is not a device"):
-        models.load_model(str(model_folder), device="abacus")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "[]",
+        "{",
+        '{"model_type": "llama", "hidden_size": "x"}',
+        '{"model_type": "llama", "num_hidden_layers": -1}',
+        '{"model_type": "nobody knows it"}',
+    ],
+)
+def test_whatever_a_config_makes_transformers_raise_is_the_models_fault(
+    model_folder: Path, text: str
+) -> None:
+    (model_folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"cannot load model|lacks") as caught:
+        models.load_model(str(model_folder), device="cpu")
+    assert not isinstance(caught.value, WorkerError)
+    assert str(model_folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no room for 1 GiB"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
+        ConnectionError("no route"),
+        type("ReadTimeout", (type("TransportError", (Exception,), {}),), {})("no answer"),
+        huggingface_hub.errors.LocalEntryNotFoundError("not in the cache"),
+        OSError(errno.ENOSPC, "no space left"),
+    ],
+)
+def test_what_this_machine_lacks_is_not_the_models_fault(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("wrapped, as transformers does") from error
+
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(WorkerError, match="cannot load model") as caught:
+        models.load_model(str(model_folder), device="cpu")
+    assert caught.value.hint and caught.value.exit_code == 4
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_model_is_looked_for() -> None:
+    with pytest.raises(WorkerError, match="'abacus' is not a device"):
+        models.load_model("/nowhere", device="abacus")
+    with pytest.raises(WorkerError, match="'meta' cannot be used"):
+        models.load_model("/nowhere", device="meta")
     if not torch.cuda.is_available():
-        with pytest.raises(ModelError, match="no GPU"):
-            models.load_model(str(model_folder), device="cuda:0")
+        with pytest.raises(WorkerError, match="no GPU"):
+            models.load_model("/nowhere", device="cuda:0")
+
+
+def test_options_that_this_model_cannot_have_are_the_workers_fault(model_folder: Path) -> None:
+    with pytest.raises(WorkerError, match="'float7' is not a dtype"):
+        models.load_model(str(model_folder), device="cpu", dtype="float7")
+    with pytest.raises(WorkerError, match="--max-model-len 100000000"):
+        tiny.engine(tiny.loaded(), max_model_len=100_000_000)
 
 
 def test_the_small_default_model_says_loudly_what_it_is(

@@ -149,7 +149,7 @@ BAD_ROWS = [
     ({"prompt": "Hi", "max_tokens": True}, "invalid_sampling"),
     ({"prompt": "Hi", "seed": -1}, "invalid_sampling"),
     ({"prompt": "Hi", "seed": 2**63}, "invalid_sampling"),
-    ({"prompt": "Hi", "seed": 1.0}, "invalid_sampling"),
+    ({"prompt": "Hi", "seed": 1.5}, "invalid_sampling"),
     ({"prompt": "Hi", "stop": 5}, "invalid_sampling"),
     ({"prompt": "Hi", "sampling": {"max_tokenz": 5}}, "invalid_sampling"),
     ({"prompt": "Hi", "sampling": "greedy"}, "invalid_sampling"),
@@ -295,6 +295,41 @@ def test_parquet_rows_keep_the_types_of_other_columns(tmp_path: Path) -> None:
     batch = next(read_batches(path, 10))
     assert batch.columns is not None
     assert batch.columns.type == pa.struct([("day", pa.date32())])
+
+
+def test_whole_numbers_that_a_table_made_floats_are_whole_again(tmp_path: Path) -> None:
+    nan = float("nan")
+    columns = {
+        "prompt": ["a", "b", "c", "d"],
+        "id": [3.0, None, nan, 2.5],
+        "max_tokens": [3.0, nan, None, None],
+        "temperature": [nan, 0.5, None, None],
+        "sampling": [{"seed": 4.0, "n": None}, {"seed": nan, "n": 2.0}, None, None],
+        "score": [1.0, 2.0, 3.0, 4.0],
+    }
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table(columns), path)
+    rows = list(read_rows(path))
+    assert [row.id for row in rows] == ["3", "2", "3", "4"]
+    assert [row.error and row.error.code for row in rows] == [None, None, None, "invalid_id"]
+    samplings = [row.request["sampling"] for row in rows[:2] if row.request]
+    assert samplings == [{"max_tokens": 3, "seed": 4}, {"temperature": 0.5, "n": 2}]
+    assert rows[2].request == {"prompt": "c"}
+    assert rows[0].passthrough == {"score": 1.0}
+
+
+def test_an_id_that_is_a_float_in_json_is_none(tmp_path: Path) -> None:
+    row = only_row(tmp_path, {"id": 3.0, "prompt": "a", "max_tokens": 3.0})
+    assert row.error is not None
+    assert row.error.code == "invalid_id"
+
+
+def test_a_row_that_asks_for_far_too_much_is_a_bad_row(tmp_path: Path) -> None:
+    for name in ("n", "max_tokens", "top_k"):
+        row = only_row(tmp_path, {"prompt": "a", name: 3_000_000_000})
+        assert row.error is not None
+        assert row.error.code == "invalid_sampling"
+        assert name in row.error.message
 
 
 def test_parquet_batches_do_not_follow_row_groups(tmp_path: Path) -> None:

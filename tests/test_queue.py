@@ -23,9 +23,9 @@ from rq.serializers import JSONSerializer
 
 from trbatch import lease as lease_module
 from trbatch.chunk_job import ChunkJob, ChunkQueue
-from trbatch.errors import Unreachable, UsageError
+from trbatch.errors import Unreachable
 from trbatch.lease import BadChunk, Lease, LeaseWorker
-from trbatch.queue import FUNCTION, RETRIES, JobQueue, ModelKey, chunk_id, mask_url
+from trbatch.queue import FUNCTION, RETRIES, JobQueue, ModelKey, chunk_id
 
 MODEL = ModelKey("maker/model")
 
@@ -217,9 +217,24 @@ def test_a_local_model_has_one_name_wherever_it_is_called_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").touch()
     monkeypatch.chdir(tmp_path)
     assert ModelKey.of("tiny") == ModelKey.of(str(tmp_path / "tiny"))
     assert ModelKey.of("maker/absent").name == "maker/absent"
+
+
+def test_a_folder_called_like_a_hub_name_changes_nothing(
+    jobs: JobQueue, worker: LeaseWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "maker" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert ModelKey.of("maker/model") == MODEL
+    jobs.enqueue(FakeFolder(), [0])
+    assert take(jobs, worker).chunk == 0
+    (tmp_path / "maker" / "model" / "config.json").touch()
+    assert ModelKey.of("maker/model") != MODEL, "now it is a model"
+    jobs.enqueue(FakeFolder(), [1])
+    assert take(jobs, worker).chunk == 1, "a manifest's name is final"
 
 
 def test_a_worker_gets_no_chunk_of_another_model(jobs: JobQueue, worker: LeaseWorker) -> None:
@@ -518,25 +533,6 @@ def test_a_wrong_password_is_unreachable(redis_url: str) -> None:
             JobQueue.connect(f"{redis_url}?password=wrong")
         connection.auth("right")
         connection.config_set("requirepass", "")
-
-
-def test_what_is_no_url_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="not a Redis URL"):
-        JobQueue.connect("localhost:6379")
-
-
-@pytest.mark.parametrize(
-    ("url", "masked"),
-    [
-        ("redis://host:6379/1", "redis://host:6379/1"),
-        ("redis://:secret@host/1", "redis://:***@host/1"),
-        ("rediss://me:secret@host:6380", "rediss://me:***@host:6380"),
-        ("unix:///run/s?db=1&password=secret", "unix:///run/s?db=1&password=***"),
-        ("redis://me@host", "redis://me@host"),
-    ],
-)
-def test_passwords_are_masked(url: str, masked: str) -> None:
-    assert mask_url(url) == masked
 
 
 def test_the_password_is_not_in_the_repr(redis_url: str) -> None:

@@ -358,6 +358,32 @@ def test_an_output_that_would_mislead_or_overwrite_is_refused(tmp_path: Path) ->
         collect(job, job.manifest.input.path, "jsonl")
     with pytest.raises(UsageError, match="format must be one of"):
         collect(job, None, "csv")
+    with pytest.raises(UsageError, match="would be lines of JSON"):
+        collect(job, str(tmp_path / "out.PARQUET"), "jsonl")
+    with pytest.raises(UsageError, match="would be a Parquet file"):
+        collect(job, str(tmp_path / "out.jsonl.gz"))
+
+
+def test_the_other_format_leaves_the_jobs_own_file_alone(tmp_path: Path) -> None:
+    own = tmp_path / "own.parquet"
+    job = make_job(tmp_path, *prompts("a"), output=str(own))
+    decode_all(job)
+    collect(job)
+    before = own.read_bytes()
+    assert collect(job, None, "jsonl").output == f"{job.path}/results.jsonl"
+    assert own.read_bytes() == before
+    lines = make_job(tmp_path, *prompts("a"), output=str(tmp_path / "own.jsonl"), name="lines")
+    assert collect(lines).output == f"{lines.path}/results.parquet"
+    assert collect(lines, None, "jsonl").output == str(tmp_path / "own.jsonl")
+
+
+def test_an_output_that_no_format_may_have_is_refused_when_the_job_is_made(tmp_path: Path) -> None:
+    for name in ("out.csv", "in.jsonl"):
+        with pytest.raises(UsageError, match=name):
+            make_job(tmp_path, *prompts("a"), output=str(tmp_path / name))
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "folder.csv").mkdir()
+    make_job(tmp_path, *prompts("a"), output=str(tmp_path / "folder.csv"))
 
 
 def test_a_damaged_segment_is_named_and_the_old_output_stays(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Sampled decoding: exact in distribution, and the same whatever the batch or the tree."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 import pytest
 import tiny
@@ -8,8 +11,9 @@ import torch
 from scipy import stats
 
 from trbatch.config import SamplingParams
+from trbatch.engine import sampling
 from trbatch.engine.model import from_network
-from trbatch.engine.sampling import Choice, choose, uniform
+from trbatch.engine.sampling import Choice, _sample, choose, uniform
 from trbatch.engine.tree import Tree
 
 SETTINGS = [
@@ -139,10 +143,85 @@ def test_filters_follow_their_definitions() -> None:
     assert reached(top_p=1e-6) == {0}
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 9.9e-6, 1e-5])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_tiny_temperature_takes_the_likeliest_token(
+    temperature: float, filters: dict[str, float]
+) -> None:
+    logits = torch.tensor([[-60.0, 80.0, 79.0, 0.0]] * 3)
+    params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+    choices = [Choice(params, noise) for noise in (0.0, 0.5, 1 - 2.0**-53)]
+    assert choose(logits, choices).tolist() == [1, 1, 1]
+
+
 def test_noise_just_below_one_never_picks_an_impossible_token() -> None:
     logits = torch.tensor([[0.0, 0.0, -math.inf]])
     chosen = choose(logits, [Choice(SamplingParams(temperature=1.0), 1 - 2**-53)])
     assert chosen.tolist() == [1]
+
+
+@pytest.mark.parametrize("top_k", [2**31 - 1, tiny.VOCAB + 1, tiny.VOCAB, -1, 0])
+def test_a_top_k_beyond_the_vocabulary_is_no_limit(top_k: int) -> None:
+    logits = torch.randn(1, tiny.VOCAB, generator=torch.Generator().manual_seed(1))
+    params = [SamplingParams(temperature=1.0, top_p=0.9, top_k=k) for k in (top_k, 0)]
+    one, other = (choose(logits, [Choice(p, 0.7)]) for p in params)
+    assert one.tolist() == other.tolist()
+
+
+def explode(tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+    if len(tokens) > 20:
+        raise LookupError("no such grammar")
+    return logits
+
+
+def test_a_processor_that_raises_fails_its_row_and_no_other() -> None:
+    prompts = tiny.repetitive(3, seed=9)
+    prompts[0] = prompts[0][:15]
+    good = [tiny.request(i, prompts[i], temperature=0.8 * i) for i in (1, 2)]
+    model = tiny.loaded("llama")
+    bad = [
+        tiny.request(key, ids, logits_processors=(explode,), seed=3, sample_index=2)
+        for key, ids in ((0, prompts[0]), (9, prompts[1]))  # in decoding, and at its first token
+    ]
+    engine = tiny.engine(model)
+    done = tiny.decode(engine, [*bad, *good])
+    alone = tiny.decode(tiny.engine(model), good)
+    assert [done[i].token_ids for i in (1, 2)] == [alone[i].token_ids for i in (1, 2)]
+    for failed in (done[0], done[9]):
+        assert (failed.finish_reason, failed.error_code) == ("error", "sampling_failed")
+        assert "LookupError: no such grammar" in failed.error_message
+        assert (failed.text, failed.token_ids) == ("", [])
+        assert (failed.seed, failed.sample_index) == (3, 2)
+    assert tiny.decode(engine, good)[1].token_ids == alone[1].token_ids, "its room was lost"
+
+
+def test_settings_that_torch_refuses_fail_their_row_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refusing(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
+        if any(choice.params.min_p == 0.5 for choice in choices):
+            raise ValueError("Overflow when unpacking long long")
+        return _sample(logits, choices)
+
+    prompts = tiny.repetitive(2, seed=9)
+    good = tiny.request(0, prompts[0], temperature=0.8)
+    bad = tiny.request(1, prompts[1], temperature=0.8, min_p=0.5)
+    model = tiny.loaded("llama")
+    alone = tiny.decode(tiny.engine(model), [good])
+    monkeypatch.setattr(sampling, "_sample", refusing)
+    done = tiny.decode(tiny.engine(model), [good, bad])
+    assert done[0].token_ids == alone[0].token_ids
+    assert done[1].error_code == "sampling_failed"
+    assert "Overflow" in done[1].error_message
+
+
+def test_a_device_that_fails_is_not_the_rows_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(sampling, "_sample", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny.decode(tiny.engine(tiny.loaded()), [tiny.request(0, [5, 6, 7], temperature=0.8)])
 
 
 def test_logits_processor_sees_committed_tokens_and_ancestors() -> None:

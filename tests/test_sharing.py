@@ -17,7 +17,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_worker import Background, submit, wait_for
+from test_worker import Background, config, submit, wait_for
 
 from trbatch import matrix_stream, sharing
 from trbatch.engine import replica
@@ -26,13 +26,18 @@ from trbatch.engine.host_rows import HostRows
 from trbatch.engine.matrix import Contexts, Matrix
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.replica import BadDelta, Copies, Delta, unpack
+from trbatch.engine.sequence import TaskKey
 from trbatch.engine.tasks import Tasks
+from trbatch.engine_thread import Changes, EngineThread, Whole
 from trbatch.matrix_stream import ENTRIES_A_SNAPSHOT, MatrixStream
 from trbatch.queue import JobQueue
+from trbatch.sharing import Sharing
+from trbatch.worker import run_worker
 
 CPU = torch.device("cpu")
 VOCAB = 40
 KEY = "trbatch:matrix:test"
+TASK = TaskKey("task")
 
 
 def small_matrix() -> Matrix:
@@ -162,22 +167,22 @@ class Copy:
     def __init__(self, server: redis.Redis) -> None:
         self.matrix = small_matrix()
         calibration, paths = Calibration(2, CPU), [PathCounts(), PathCounts()]
-        self.tasks = Tasks(self.matrix, calibration, paths, model="m")
-        self.tasks.open("other", None, cold=False, busy=set())
-        self.index = self.tasks.open("task", None, cold=False, busy=set()).index
+        self.tasks = Tasks(self.matrix, calibration, paths, places=2, model="m")
+        self.tasks.open(TaskKey("other"), busy=set())
+        self.index = self.tasks.open(TASK, busy=set()).index
         self.copies = Copies(self.matrix, self.tasks)
         self.stream = MatrixStream(server, KEY)
 
     def join(self) -> None:
-        whole = self.stream.join(self.copies.whole("task"))
-        self.copies.merge("task", whole, [], self.stream.position)
+        whole = self.stream.join(self.copies.whole(TASK))
+        self.copies.merge(TASK, whole, [], self.stream.position)
 
     def exchange(self) -> None:
-        news = self.stream.exchange(self.copies.take("task"))
+        news = self.stream.exchange(self.copies.take(TASK))
         assert not news.lost
-        self.copies.merge("task", news.whole, news.deltas, self.stream.position)
+        self.copies.merge(TASK, news.whole, news.deltas, self.stream.position)
         if self.stream.wants_snapshot():
-            self.stream.write_snapshot(self.copies.whole("task"), self.copies.position("task"))
+            self.stream.write_snapshot(self.copies.whole(TASK), self.copies.position(TASK))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -238,7 +243,7 @@ def test_a_wiped_server_is_noticed_and_joined_again(server: redis.Redis) -> None
     copy.exchange()
     server.flushall()
     write(copy.matrix, 2)
-    assert copy.stream.exchange(copy.copies.take("task")).lost
+    assert copy.stream.exchange(copy.copies.take(TASK)).lost
     copy.join()
     other = Copy(server)
     other.join()
@@ -301,8 +306,13 @@ def jobs(redis_url: str) -> Iterator[JobQueue]:
         yield found
 
 
+def task_of(engine: Any, name: str) -> Any:
+    """The open task of this name, whatever its folder; None if there is none."""
+    return next((t for key, t in engine._tasks._tasks.items() if key.name == name), None)
+
+
 def rows_of_task(engine: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    task, matrix = engine._tasks.get(name), engine._matrix
+    task, matrix = task_of(engine, name), engine._matrix
     assert task is not None
     keys = matrix.pair_keys[task.index]
     rows = matrix.pair_rows[task.index].masked_fill((keys < 0)[:, None], -1)
@@ -333,7 +343,7 @@ def test_two_workers_of_a_job_end_with_the_same_matrix_and_a_late_one_has_it(
         more = submit(jobs, tmp_path, prompts(1), name="more", task="night")
         wait_for(lambda: more.progress().complete and len(load.engines) == 3)
         # Whoever decoded it: the third one takes part as soon as it is given a chunk of the task.
-        while load.engines[2]._tasks.get("night") is None:
+        while task_of(load.engines[2], "night") is None:
             again = submit(jobs, tmp_path, prompts(8), name=f"m{time.monotonic_ns()}", task="night",
                            chunk_size=1)  # fmt: skip
             wait_for(lambda again=again: again.progress().complete)
@@ -373,7 +383,7 @@ def test_a_worker_without_the_server_decodes_on_and_shares_later(
         away.clear()
         wait_for(streams)
         # Nothing was lost: whoever joins now has what was learned meanwhile.
-        wait_for(lambda: load.engines[0].copies.position("night") != matrix_stream.BEGIN)
+        wait_for(lambda: task_of(load.engines[0], "night").position != matrix_stream.BEGIN)
         engine = load.engines[0]
         copy = Matrix(slots=1, vocab_size=tiny.VOCAB, tasks=1, device=CPU)
         late = MatrixStream(jobs.connection, streams()[0].decode())
@@ -398,18 +408,109 @@ def test_a_private_matrix_is_neither_shared_nor_saved(
     try:
         wait_for(lambda: job.progress().complete, 60)
         time.sleep(0.5)
-        assert load.engines[0]._tasks.get("night") is None
-        assert load.engines[0]._tasks.get(f"night (job {job.id} alone)") is not None
+        assert task_of(load.engines[0], "night") is None
+        assert task_of(load.engines[0], f"night (job {job.id} alone)") is not None
         assert not jobs.connection.keys("trbatch:matrix:*")
     finally:
         worker.stop()
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_cold_job_takes_the_place_of_what_its_task_had_learned(
+    jobs: JobQueue, tmp_path: Path, quick: None
+) -> None:
+    """Also in a worker that has the task open, and for the jobs that come after it."""
+    rows = prompts(8)
+    load = LoadedTiny()
+    worker = Background(jobs.url, load)
+
+    def decode(name: str, rows: list[dict[str, str]], **settings: Any) -> torch.Tensor:
+        job = submit(jobs, tmp_path, rows, name=name, task="night",
+                     sampling={"max_tokens": 4}, **settings)  # fmt: skip
+        wait_for(lambda: jobs.counts(job.id).finished == len(job.manifest.chunk_samples), 60)
+        engine = load.engines[0]
+        wait_for(lambda: engine._tasks.get(job.task_key).position)
+        task = engine._tasks.get(job.task_key)
+        return (engine._matrix.shared[task.index, :, 0] >= 0).clone()
+
+    try:
+        warm = decode("warm", rows)
+        cold = decode("cold", rows[:1], cold=True)
+        gone = warm & ~cold
+        assert gone.sum() > 10
+        later = decode("later", rows[:1])
+        # Where drafts were tried, later has a row or two of its own.
+        assert (later & cold).sum() == cold.sum() and (later & gone).sum() < gone.sum() / 2
+    finally:
+        worker.stop()
+
+
+def test_a_short_burst_shares_all_it_learned_and_does_not_linger(
+    jobs: JobQueue, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "CLOSE_S", 60.0)
+    waiting = JobQueue.waiting
+
+    def slow(self: JobQueue, model: Any) -> int:
+        time.sleep(0.3)  # so that the engine has answered by the time the worker ends
+        return waiting(self, model)
+
+    monkeypatch.setattr(JobQueue, "waiting", slow)
+    load = LoadedTiny()
+    job = submit(jobs, tmp_path, prompts(4), task="night", sampling={"max_tokens": 20})
+    begin = time.monotonic()
+    assert run_worker(config(jobs.url), load=load) == 0
+    assert time.monotonic() - begin < 30.0
+    stream = MatrixStream(
+        jobs.connection, matrix_stream.stream_key(load.model.fingerprint, job.task_key)
+    )
+    copy = Matrix(slots=1, vocab_size=tiny.VOCAB, tasks=1, device=CPU)
+    for data in (stream.join(b""), *stream.exchange(b"").deltas):
+        replica.apply(copy, 0, unpack(data, copy))
+    rows = rows_of_task(load.engines[0], "night")[0]
+    assert (rows >= 0).any() and torch.equal(copy.shared[0], rows)
+
+
+def test_what_is_learned_after_the_last_question_is_still_sent(
+    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may end while the engine is being asked: then it is asked once more."""
+    monkeypatch.setattr(sharing, "EVERY_S", 0.0)
+    asked: list[str] = []
+    task = TaskKey("night")
+
+    class Asked:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: asked.append(name)
+
+    shared = Sharing(Asked(), jobs)
+    shared.open(task, "m")
+    shared.heed(Whole(task, b"whole", ""))
+    shared.tick()
+    shared.finish(task)
+    assert asked == ["send_whole", "merge", "send_changes"]
+    shared.heed(Changes(task, b"", matrix_stream.BEGIN))
+    assert asked[3:] == ["merge", "send_changes"]
+    shared.heed(Changes(task, b"", matrix_stream.BEGIN))
+    assert asked[5:] == ["merge", "save"]
+
+
+def test_nobody_waits_for_an_engine_that_is_dead(jobs: JobQueue) -> None:
+    thread = EngineThread(lambda _: pytest.fail("nothing is loaded"))
+    thread.start()
+    assert thread.alive
+    thread.stop(5.0)
+    shared = Sharing(thread, jobs)
+    shared.open(TaskKey("night"), "m")
+    begin = time.monotonic()
+    shared.close()
+    assert time.monotonic() - begin < 1.0
+
+
 def test_streams_can_be_forgotten(server: redis.Redis) -> None:
-    stream = MatrixStream(server, matrix_stream.matrix_key("m", "night"))
+    stream = MatrixStream(server, matrix_stream.stream_key("m", TaskKey("night")))
     stream.join(b"whole")
     stream.exchange(b"delta")
     assert server.keys("trbatch:matrix:*")
-    matrix_stream.forget(server, "m", ["night"])
+    matrix_stream.forget(server, "m", TaskKey("night"))
     assert not server.keys("trbatch:matrix:*")

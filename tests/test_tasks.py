@@ -16,6 +16,7 @@ from trbatch.engine.engine import MAX_TASKS
 from trbatch.engine.matrix import Contexts, Matrix
 from trbatch.engine.model import LoadedModel, from_network
 from trbatch.engine.paths import PathCounts
+from trbatch.engine.sequence import TaskKey
 from trbatch.engine.tasks import Tasks
 from trbatch.errors import ModelError
 from trbatch.matrices import SavedMatrix, matrix_file
@@ -48,6 +49,11 @@ class Room:
         return self.matrix.shared[index]
 
 
+def cold(name: str, folder: Path, job: str = "job") -> TaskKey:
+    """The task as a job opens it that wants to begin cold."""
+    return TaskKey(name, folder, job, cold=True)
+
+
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
     return tiny.loaded("llama")
@@ -55,13 +61,13 @@ def model() -> LoadedModel:
 
 def test_a_saved_matrix_comes_back_row_for_row(tmp_path: Path) -> None:
     first, second = Room(), Room(places=3)
-    task = first.tasks.open("news", tmp_path, cold=False, busy=set())
+    task = first.tasks.open(TaskKey("news", tmp_path), busy=set())
     assert task.age_s is None
     first.write(task.index, 7, 20)
     first.write(task.index, VOCAB - 1, 30)
     first.tasks.save()
-    second.tasks.open("other", tmp_path, cold=False, busy=set())
-    again = second.tasks.open("news", tmp_path, cold=False, busy=set())
+    second.tasks.open(TaskKey("other", tmp_path), busy=set())
+    again = second.tasks.open(TaskKey("news", tmp_path), busy=set())
     assert again.index != task.index
     assert torch.equal(second.rows(again.index), first.rows(task.index))
     keys = first.matrix.pair_keys[task.index]
@@ -74,7 +80,7 @@ def test_a_saved_matrix_comes_back_row_for_row(tmp_path: Path) -> None:
 
 def test_the_file_opens_with_any_safetensors_reader_and_is_written_whole(tmp_path: Path) -> None:
     room = Room()
-    task = room.tasks.open("a task/with: odd letters", tmp_path, cold=False, busy=set())
+    task = room.tasks.open(TaskKey("a task/with: odd letters", tmp_path), busy=set())
     room.write(task.index, 7, 20)
     room.tasks.save()
     file = matrix_file(tmp_path, "model", "a task/with: odd letters")
@@ -92,18 +98,17 @@ def test_the_file_opens_with_any_safetensors_reader_and_is_written_whole(tmp_pat
 
 def test_opening_twice_is_harmless(tmp_path: Path) -> None:
     room = Room()
-    task = room.tasks.open("news", tmp_path, cold=False, busy=set())
+    task = room.tasks.open(TaskKey("news", tmp_path), busy=set())
     room.write(task.index, 7, 20)
     room.tasks.save()
     room.write(task.index, 7, 30)
-    for cold in (False, True):
-        assert room.tasks.open("news", tmp_path, cold=cold, busy=set()) is task
+    assert room.tasks.open(TaskKey("news", tmp_path), busy=set()) is task
     assert room.rows(task.index)[7, 0] == 30, "what was learned since is gone"
 
 
 def test_only_a_changed_matrix_is_written(tmp_path: Path) -> None:
     room = Room()
-    task = room.tasks.open("news", tmp_path, cold=False, busy=set())
+    task = room.tasks.open(TaskKey("news", tmp_path), busy=set())
     file = matrix_file(tmp_path, "model", "news")
     room.tasks.save()
     assert not file.exists()
@@ -119,7 +124,7 @@ def test_only_a_changed_matrix_is_written(tmp_path: Path) -> None:
 
 def test_a_task_without_a_folder_stays_in_memory(tmp_path: Path) -> None:
     room = Room()
-    task = room.tasks.open("news", None, cold=False, busy=set())
+    task = room.tasks.open(TaskKey("news", None), busy=set())
     room.write(task.index, 7, 20)
     room.tasks.save()
     assert list(tmp_path.rglob("*")) == []
@@ -127,15 +132,47 @@ def test_a_task_without_a_folder_stays_in_memory(tmp_path: Path) -> None:
 
 def test_cold_begins_empty_and_replaces_the_file_when_saved(tmp_path: Path) -> None:
     old, new = Room(), Room()
-    old.write(old.tasks.open("news", tmp_path, cold=False, busy=set()).index, 7, 20)
+    old.write(old.tasks.open(TaskKey("news", tmp_path), busy=set()).index, 7, 20)
     old.tasks.save()
-    task = new.tasks.open("news", tmp_path, cold=True, busy=set())
+    task = new.tasks.open(cold("news", tmp_path), busy=set())
     assert task.age_s is None
     assert (new.rows(task.index) == -1).all()
     new.write(task.index, 8, 30)
     new.tasks.save()
     rows = load_file(matrix_file(tmp_path, "model", "news"))["rows"]
     assert rows[7, 0] == -1 and rows[8, 0] == 30
+
+
+def test_a_task_that_is_open_is_cold_for_a_job_that_wants_it_cold(tmp_path: Path) -> None:
+    room = Room(places=3)
+    warm = room.tasks.open(TaskKey("news", tmp_path), busy=set())
+    room.write(warm.index, 7, 20)
+    one = room.tasks.open(cold("news", tmp_path), busy={warm.index})
+    assert one.index != warm.index
+    assert (room.rows(one.index) == -1).all()
+    assert room.tasks.open(cold("news", tmp_path), busy=set()) is one, "one job, one matrix"
+    room.write(one.index, 8, 30)
+    assert room.tasks.open(TaskKey("news", tmp_path), busy={warm.index}) is warm, "it runs"
+    room.write(warm.index, 9, 20)
+    room.tasks.save()
+    kept = load_file(matrix_file(tmp_path, "model", "news"))["rows"]
+    assert (kept[[7, 8, 9], 0] >= 0).tolist() == [False, True, False], "the cold one's alone"
+    # Who comes later goes on from what the cold job has left.
+    later = room.tasks.open(TaskKey("news", tmp_path), busy=set())
+    assert torch.equal(room.rows(later.index), kept)
+    other = room.tasks.open(cold("news", tmp_path, "another job"), busy=set())
+    assert (room.rows(other.index) == -1).all()
+
+
+def test_stores_with_a_task_of_one_name_have_two_matrices(tmp_path: Path) -> None:
+    room, folders = Room(), [tmp_path / "one", tmp_path / "two"]
+    for first, folder in enumerate(folders):
+        task = room.tasks.open(TaskKey("news", folder), busy=set())
+        assert (room.rows(task.index) == -1).all()
+        room.write(task.index, 7, 20 + first)
+    room.tasks.save()
+    files = [matrix_file(folder, "model", "news") for folder in folders]
+    assert [int(load_file(file)["rows"][7, 0]) for file in files] == [20, 21]
 
 
 def test_models_and_tasks_never_share_a_file(tmp_path: Path) -> None:
@@ -149,16 +186,16 @@ def test_models_and_tasks_never_share_a_file(tmp_path: Path) -> None:
 
 def test_a_matrix_of_another_vocabulary_is_refused_by_its_file(tmp_path: Path) -> None:
     small, large = Room(vocab=40), Room(vocab=VOCAB)
-    small.write(small.tasks.open("news", tmp_path, cold=False, busy=set()).index, 7, 20)
+    small.write(small.tasks.open(TaskKey("news", tmp_path), busy=set()).index, 7, 20)
     small.tasks.save()
     file = matrix_file(tmp_path, "model", "news")
     for _ in range(2):  # no failed attempt makes the next one succeed
         with pytest.raises(ModelError) as caught:
-            large.tasks.open("news", tmp_path, cold=False, busy=set())
+            large.tasks.open(TaskKey("news", tmp_path), busy=set())
         assert str(file) in str(caught.value)
         assert "another model" in str(caught.value)
         assert "--cold" in str(caught.value.hint)
-    assert large.tasks.open("news", tmp_path, cold=True, busy=set()).age_s is None
+    assert large.tasks.open(cold("news", tmp_path), busy=set()).age_s is None
 
 
 @pytest.mark.parametrize("damage", ["empty", "noise", "truncated", "other names"])
@@ -166,7 +203,7 @@ def test_a_damaged_file_is_a_clear_error_as_often_as_it_is_opened(
     tmp_path: Path, damage: str
 ) -> None:
     old = Room()
-    old.write(old.tasks.open("news", tmp_path, cold=False, busy=set()).index, 7, 20)
+    old.write(old.tasks.open(TaskKey("news", tmp_path), busy=set()).index, 7, 20)
     old.tasks.save()
     file = matrix_file(tmp_path, "model", "news")
     whole = file.read_bytes()
@@ -179,38 +216,38 @@ def test_a_damaged_file_is_a_clear_error_as_often_as_it_is_opened(
     new = Room()
     for _ in range(2):
         with pytest.raises(ModelError) as caught:
-            new.tasks.open("news", tmp_path, cold=False, busy=set())
+            new.tasks.open(TaskKey("news", tmp_path), busy=set())
         assert str(file) in str(caught.value)
         assert "--cold" in str(caught.value.hint)
     new.tasks.save()
     assert file.read_bytes() == spoiled, "it was overwritten without being asked"
-    assert new.tasks.open("news", tmp_path, cold=True, busy=set()).age_s is None
+    assert new.tasks.open(cold("news", tmp_path), busy=set()).age_s is None
 
 
 def test_the_idle_task_unused_for_longest_makes_room_and_is_saved(tmp_path: Path) -> None:
     room = Room(places=2)
-    first = room.tasks.open("first", tmp_path, cold=False, busy=set())
-    second = room.tasks.open("second", tmp_path, cold=False, busy=set())
+    first = room.tasks.open(TaskKey("first", tmp_path), busy=set())
+    second = room.tasks.open(TaskKey("second", tmp_path), busy=set())
     room.write(first.index, 7, 20)
     room.write(second.index, 7, 30)
-    room.tasks.open("first", tmp_path, cold=False, busy=set())  # used again
-    third = room.tasks.open("third", tmp_path, cold=False, busy=set())
+    room.tasks.open(TaskKey("first", tmp_path), busy=set())  # used again
+    third = room.tasks.open(TaskKey("third", tmp_path), busy=set())
     assert third.index == second.index
     assert (room.rows(third.index) == -1).all(), "it sees what another task learned"
     assert room.rows(first.index)[7, 0] == 20
-    back = room.tasks.open("second", tmp_path, cold=False, busy={third.index})
+    back = room.tasks.open(TaskKey("second", tmp_path), busy={third.index})
     assert back.index == first.index
     assert room.rows(back.index)[7, 0] == 30
 
 
 def test_a_task_that_runs_is_never_evicted(tmp_path: Path) -> None:
     room = Room(places=2)
-    first = room.tasks.open("first", tmp_path, cold=False, busy=set())
-    second = room.tasks.open("second", tmp_path, cold=False, busy=set())
-    third = room.tasks.open("third", tmp_path, cold=False, busy={first.index})
+    first = room.tasks.open(TaskKey("first", tmp_path), busy=set())
+    second = room.tasks.open(TaskKey("second", tmp_path), busy=set())
+    third = room.tasks.open(TaskKey("third", tmp_path), busy={first.index})
     assert third.index == second.index
     with pytest.raises(ModelError, match="tasks"):
-        room.tasks.open("fourth", tmp_path, cold=False, busy={0, 1})
+        room.tasks.open(TaskKey("fourth", tmp_path), busy={0, 1})
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +263,11 @@ def varied_model() -> LoadedModel:
 def forwards(model: LoadedModel, folder: Path, *, cold: bool = False) -> tuple[int, int]:
     """Decode forwards and tokens of some prompts, and their matrix is saved."""
     engine = tiny.engine(model, max_num_seqs=2)
-    engine.open_task("news", folder, cold=cold)
+    task = TaskKey("news", folder, "job" if cold else "", cold)
+    engine.open_task(task)
     prompts = tiny.prompts(8, seed=21, longest=12)
     done = tiny.decode(
-        engine, [tiny.request(i, ids, task="news", max_tokens=24) for i, ids in enumerate(prompts)]
+        engine, [tiny.request(i, ids, task=task, max_tokens=24) for i, ids in enumerate(prompts)]
     ).values()
     engine.save_tasks()
     return sum(c.num_spec_steps for c in done), sum(c.completion_tokens for c in done)
@@ -251,7 +289,7 @@ def test_a_warm_matrix_is_right_more_often_on_prompts_it_has_seen(
 def test_rows_of_more_tasks_than_there_are_matrices_are_all_decoded(model) -> None:
     count = MAX_TASKS + 2
     engine = tiny.engine(model, max_num_seqs=count)
-    requests = [tiny.request(i, [5, 6, 7], task=f"task {i}") for i in range(count)]
+    requests = [tiny.request(i, [5, 6, 7], task=TaskKey(f"task {i}")) for i in range(count)]
     done = tiny.decode(engine, requests)
     assert {c.finish_reason for c in done.values()} == {"length"}
     assert len({tuple(c.token_ids) for c in done.values()}) == 1
@@ -260,10 +298,10 @@ def test_rows_of_more_tasks_than_there_are_matrices_are_all_decoded(model) -> No
 def test_a_task_whose_rows_still_wait_keeps_its_folder(model, tmp_path: Path) -> None:
     """A worker opens a task with its folder when a chunk comes, long before its rows run."""
     engine = tiny.engine(model)
-    engine.open_task("waits", tmp_path)
-    engine.add(tiny.request(0, [5, 6, 7], task="waits"))
+    engine.open_task(TaskKey("waits", tmp_path))
+    engine.add(tiny.request(0, [5, 6, 7], task=TaskKey("waits", tmp_path)))
     for other in range(MAX_TASKS):
-        engine.open_task(f"other {other}", tmp_path)
+        engine.open_task(TaskKey(f"other {other}", tmp_path))
     tiny.decode(engine, [])
     engine.save_tasks()
     assert matrix_file(tmp_path, model.fingerprint, "waits").is_file()
@@ -276,10 +314,11 @@ def test_a_few_rows_are_drafted_without_the_matrix_and_counted_apart(
 
     def decoded(seed: int) -> tuple[list[list[int]], SavedMatrix]:
         engine = tiny.engine(varied_model, max_num_seqs=2)
-        engine.open_task("news", tmp_path)
+        task = TaskKey("news", tmp_path)
+        engine.open_task(task)
         prompts = tiny.prompts(8, seed=21, longest=12)
         asked = [
-            tiny.request(i, ids, task="news", max_tokens=24, seed=seed)
+            tiny.request(i, ids, task=task, max_tokens=24, seed=seed)
             for i, ids in enumerate(prompts)
         ]
         done = tiny.decode(engine, asked)

@@ -15,14 +15,17 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trbatch import worker as worker_module
 from trbatch.config import JobSpec, SamplingParams, WorkerConfig
-from trbatch.engine.sequence import Completion, Request
-from trbatch.errors import ModelError, TrbatchError, Unreachable
+from trbatch.engine.sequence import Completion, Request, TaskKey
+from trbatch.errors import ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue, ModelKey
+from trbatch.results import collect
 from trbatch.worker import BatchWorker, run_worker
 
 MODEL = "maker/echo"
@@ -39,7 +42,7 @@ class EchoEngine:
         self.waiting: list[Request] = []
         self.running: dict[Hashable, tuple[Request, int]] = {}
         self.saved = 0
-        self.opened: list[tuple[str, Path | None, bool]] = []
+        self.opened: list[TaskKey] = []
         self.batches: list[int] = []
         self.fail_at_step = 0  # 0: never
         self.thread = threading.current_thread()
@@ -52,9 +55,9 @@ class EchoEngine:
     def unfinished(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> None:
-        if (name, folder, cold) not in self.opened:
-            self.opened.append((name, folder, cold))
+    def open_task(self, key: TaskKey) -> None:
+        if key not in self.opened:
+            self.opened.append(key)
 
     def add(self, request: Request) -> None:
         assert threading.current_thread() is self.thread
@@ -273,6 +276,27 @@ def test_chunks_in_flight_can_be_limited(jobs: JobQueue, tmp_path: Path) -> None
     assert max(load.engine.batches) == 2
 
 
+def test_the_engine_is_not_given_all_samples_at_once(
+    jobs: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "AHEAD", 12)
+    job = submit(jobs, tmp_path, 2, sampling=SamplingParams(n=100))
+    most = 0
+
+    class Counting(EchoEngine):
+        def step(self) -> list[Completion]:
+            nonlocal most
+            most = max(most, self.unfinished)
+            return super().step()
+
+    load = Loaded(lambda: Counting(capacity=4))
+    assert run_worker(config(jobs.url), load=load) == 0
+    assert len(rows_of(job)) == 200
+    assert len({(row["prompt_index"], row["sample_index"]) for row in rows_of(job)}) == 200
+    assert 4 < most <= 16
+    assert sum(size == 4 for size in load.engine.batches) >= 45, "and it is never kept waiting"
+
+
 def test_messages_samples_seeds_and_sampling_reach_the_engine(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
@@ -298,6 +322,35 @@ def test_a_row_that_fails_is_a_row_and_not_the_end(jobs: JobQueue, tmp_path: Pat
     assert [found[i]["finish_reason"] for i in range(3)] == ["stop", "error", "stop"]
     assert found[1]["error_code"] == "prompt_too_long"
     assert jobs.counts(job.id).failed == 0
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_error_row_names_its_place_in_the_input_whoever_found_it(
+    jobs: JobQueue, tmp_path: Path, kind: str
+) -> None:
+    """What the engine refuses is told as what `submit` refuses: file and line."""
+    prompts = ["fine", "", "unspeakable"]
+    file = tmp_path / f"in.{kind}"
+    if kind == "jsonl":
+        write_prompts(file, [{"prompt": text} for text in prompts])
+    else:
+        pq.write_table(pa.table({"prompt": prompts}), file)
+    spec = JobSpec(input=str(file), name="job", model=MODEL, out=str(tmp_path / "store"))
+    job = JobFolder.submit(spec)
+    jobs.enqueue(job, job.missing_chunks())
+    run_worker(config(jobs.url), load=Loaded())
+    found = collect(JobFolder.open(job.path), str(tmp_path / "out.jsonl"), "jsonl")
+    assert found.rows_failed == 2
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    errors = (Path(job.path) / "errors.jsonl").read_text().splitlines()
+    for texts in (
+        [line["error"]["message"] for line in lines if line["error"]],
+        [json.loads(line)["error_message"] for line in errors],
+    ):
+        by_submit, by_worker = texts
+        place = by_submit.partition(": ")[0].removesuffix("2") + "3"
+        assert str(file) in place
+        assert by_worker == f"{place}: longer than the model takes"
 
 
 def test_bad_input_rows_need_no_engine(jobs: JobQueue, tmp_path: Path) -> None:
@@ -362,10 +415,27 @@ def test_matrices_are_opened_per_task_and_saved_after_the_job(
     job = submit(jobs, tmp_path, 6, task="greetings", cold=True)
     load = Loaded()
     run_worker(config(jobs.url), load=load)
-    ((task, folder, cold),) = load.engine.opened
-    assert (task, cold) == ("greetings", True)
-    assert Path(str(folder)) == Path(str(job.matrices))
+    assert load.engine.opened == [TaskKey("greetings", job.matrices, job.id, cold=True)]
     assert load.engine.saved >= 2, "once with the last chunk, once at the end"
+
+
+def test_jobs_that_share_a_tasks_name_share_its_matrix_only_where_they_should(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    stores = {name: str(tmp_path / name) for name in ("here", "there")}
+    first = submit(jobs, tmp_path, 4, name="first", task="t", out=stores["here"])
+    submit(jobs, tmp_path, 4, name="second", task="t", out=stores["here"])
+    cold = submit(jobs, tmp_path, 4, name="cold", task="t", out=stores["here"], cold=True)
+    far = submit(jobs, tmp_path, 4, name="first", task="t", out=stores["there"])
+    private = submit(jobs, tmp_path, 4, name="private", task="t", private_matrix=True)
+    load = Loaded()
+    run_worker(config(jobs.url), load=load)
+    assert load.engine.opened == [
+        TaskKey("t", first.matrices),
+        TaskKey("t", first.matrices, cold.id, cold=True),
+        TaskKey("t", far.matrices),
+        TaskKey(private.manifest.matrix, apart=private.path),
+    ]
 
 
 # --- which model ---
@@ -448,6 +518,42 @@ def test_a_jobs_model_that_cannot_be_loaded_fails_that_job_alone(
     assert texts_of(good) == expected(8)
 
 
+def test_a_jobs_model_that_fails_in_an_unknown_way_fails_that_job_alone(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    bad = submit(jobs, tmp_path, 4, name="bad", model="maker/bad")
+    good = submit(jobs, tmp_path, 8, name="good")
+    load = Loaded(refuse={"maker/bad": TypeError("NoneType has no items")})
+    assert run_worker(config(jobs.url, model=""), load=load) == 4
+    assert "TypeError: NoneType has no items" in jobs.failures(bad.id)[0]
+    assert texts_of(good) == expected(8)
+
+
+def test_a_worker_that_cannot_load_anything_fails_no_chunk(jobs: JobQueue, tmp_path: Path) -> None:
+    job = submit(jobs, tmp_path, 12)
+    load = Loaded(refuse={MODEL: WorkerError("no GPU that torch can use")})
+    with pytest.raises(WorkerError, match="no GPU") as caught:
+        run_worker(config(jobs.url, model=""), load=load)
+    assert caught.value.exit_code == 4
+    counts = jobs.counts(job.id)
+    assert (counts.queued, counts.failed) == (3, 0)
+    assert run_worker(config(jobs.url, model=""), load=Loaded()) == 0
+    assert texts_of(job) == expected(12)
+
+
+@pytest.mark.parametrize(
+    "engine", [{"device": "cuda:99"}, {"device": "cpu", "max_model_len": 10**8}]
+)
+def test_a_worker_of_wrong_options_leaves_the_queue_as_it_was(
+    jobs: JobQueue, tmp_path: Path, small_model: Path, engine: dict[str, Any]
+) -> None:
+    job = submit(jobs, tmp_path, 8, model=str(small_model))
+    with pytest.raises(WorkerError):
+        run_worker(config(jobs.url, model="", engine=engine))
+    counts = jobs.counts(job.id)
+    assert (counts.queued, counts.failed) == (2, 0)
+
+
 # --- stopping ---
 
 
@@ -482,6 +588,18 @@ def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(
     run_worker(config(jobs.url), load=Loaded())
     assert texts_of(job) == expected(40)
     assert {row["attempts"] for row in rows_of(job)} == {1}
+
+
+def test_the_third_signal_waits_for_no_step(jobs: JobQueue, tmp_path: Path) -> None:
+    job = submit(jobs, tmp_path, 4)
+    worker = Background(jobs.url, Loaded(lambda: EchoEngine(step_s=6.0)))
+    wait_for(lambda: jobs.counts(job.id).started)
+    begin = time.monotonic()
+    worker.worker.stops = 3
+    worker.thread.join(20)
+    assert time.monotonic() - begin < 3.0
+    worker.worker._leases.close()  # which is left to the end of the process
+    worker.jobs.close()
 
 
 def test_the_same_signal_passed_on_twice_counts_once(jobs: JobQueue) -> None:

@@ -18,6 +18,7 @@ from trbatch.config import (
     JobSpec,
     SamplingParams,
     WorkerConfig,
+    refuse_unknown,
 )
 from trbatch.errors import JobFailed, TimedOut
 from trbatch.figures import Progress
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from trbatch.engine.sequence import Completion
 
 POLL_S = 0.5  # between looks at a job that is waited for
+
+_JOB_FIELDS = tuple(field.name for field in dataclasses.fields(JobSpec))
 
 Prompt = str | Sequence[Mapping[str, Any]]
 Report = Callable[["JobStatus"], None]
@@ -110,7 +113,7 @@ class Job:
         with JobQueue.connect(self.redis_url) as jobs:
             counts = jobs.counts(self.id)
             failures = jobs.failures(self.id) if counts.failed else {}
-            model = str(ModelKey.of(self.folder.manifest.model, self.folder.manifest.revision))
+            model = str(ModelKey(self.folder.manifest.model, self.folder.manifest.revision))
             workers = sum(worker.model == model for worker in jobs.workers())
         # Once more: the last rows may have come between the first look and the queue's answer.
         progress = self.folder.progress()
@@ -193,26 +196,25 @@ def submit(input: str | Path | JobSpec, *, redis_url: str = "", **settings: Any)
         ResumeRefused: a job of this name exists and was made with other settings.
         Unreachable: the queue cannot be reached; the job folder is kept.
     """
-    if isinstance(input, JobSpec):
-        spec = JobSpec.from_dict(_own_values(input) | settings)
-    else:
-        spec = job_spec(input, settings)
+    spec = job_spec(input, settings)
     job = Job(JobFolder.submit(_absolute_output(spec)), redis_url)
     job.resume()
     return job
 
 
-def job_spec(input: str | Path, settings: Mapping[str, Any]) -> JobSpec:
+def job_spec(input: str | Path | JobSpec, settings: Mapping[str, Any]) -> JobSpec:
     """The spec of settings in which those of the sampling may stand beside those of the job.
 
     `seed` is the job's; a row's own seed goes into the row or into `sampling`.
     """
-    inner = {k: v for k, v in settings.items() if k in SAMPLING_FIELDS and k != "seed"}
-    outer = {k: v for k, v in settings.items() if k not in inner}
-    sampling = outer.pop("sampling", None) or SamplingParams()
+    given = _own_values(input) if isinstance(input, JobSpec) else {"input": str(input)}
+    refuse_unknown(settings, [*_JOB_FIELDS, *SAMPLING_FIELDS])
+    values = given | {name: value for name, value in settings.items() if name in _JOB_FIELDS}
+    beside = {name: value for name, value in settings.items() if name not in _JOB_FIELDS}
+    sampling = values.get("sampling") or SamplingParams()
     if isinstance(sampling, Mapping):
         sampling = SamplingParams.from_dict(sampling)
-    return JobSpec.from_dict({**outer, "input": str(input), "sampling": sampling.merged(inner)})
+    return JobSpec.from_dict(values | {"sampling": sampling.merged(beside)})
 
 
 def status(job: str | Path | Job, *, store: str | Path = "", redis_url: str = "") -> JobStatus:
@@ -333,4 +335,4 @@ def _absolute_output(spec: JobSpec) -> JobSpec:
 
 
 def _own_values(spec: JobSpec) -> dict[str, Any]:
-    return {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {name: getattr(spec, name) for name in _JOB_FIELDS}

@@ -25,6 +25,7 @@ class ChunkWork:
     folder: JobFolder
     rows: list[tuple[ChunkRow, int]]  # with the sample's index; a request's key is its place here
     owed: set[int] = field(default_factory=set)
+    given: int = 0  # places from here on the engine has not been asked for yet
     unpublished: int = 0
     failed_rows: int = 0
 
@@ -41,10 +42,17 @@ class ChunkWork:
         """Whether every row lies in a segment."""
         return not self.owed and not self.unpublished
 
-    def requests(self) -> tuple[list[Request], list[Completion]]:
-        """Every row as the engine's request; and the rows that cannot be one, as errors."""
-        requests, impossible = [], []
-        for place in sorted(self.owed):
+    @property
+    def in_engine(self) -> int:
+        """Rows that the engine was asked for and has not answered."""
+        return self.given - (len(self.rows) - len(self.owed))
+
+    def requests(self, most: int) -> tuple[list[Request], list[Completion]]:
+        """The next rows as the engine's requests; and those that cannot be one, as errors."""
+        requests: list[Request] = []
+        impossible: list[Completion] = []
+        while self.given < len(self.rows) and len(requests) < most:
+            place, self.given = self.given, self.given + 1
             try:
                 requests.append(self._request(place))
             except UsageError as error:
@@ -52,9 +60,12 @@ class ChunkWork:
         return requests, impossible
 
     def result(self, completion: Completion, place: int, worker: str) -> dict[str, Any]:
-        """The result row of a finished request."""
+        """The result row of a finished request. An error says of which line of the input it is."""
         row, _ = self.rows[place]
         manifest = self.folder.manifest
+        if completion.finish_reason == "error":
+            where = _place(manifest.input.path, row.line)
+            completion = replace(completion, error_message=f"{where}: {completion.error_message}")
         return result_row(
             completion,
             row,
@@ -74,7 +85,7 @@ class ChunkWork:
             key=(self.lease.id, place),
             finish_reason="error",
             error_code=code,
-            error_message=f"line {row.line}: {message}",
+            error_message=message,
             seed=row.seed,
             sample_index=sample,
         )
@@ -109,6 +120,11 @@ class Folders:
         busy = set(in_use)
         for path in [path for path in self._open if path not in busy][:-FOLDERS_KEPT]:
             del self._open[path]
+
+
+def _place(path: str, line: int) -> str:
+    """A row's place, spelled as in the errors of `prompts.read_batches`."""
+    return f"{path}, row {line}" if path.lower().endswith(".parquet") else f"{path}:{line}"
 
 
 def _check_root(folder: str, roots: tuple[str, ...]) -> None:

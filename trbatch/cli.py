@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 from types import FrameType
@@ -25,6 +26,7 @@ from trbatch.cli_output import (
 )
 from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, TrbatchError
 from trbatch.figures import Progress
+from trbatch.outputs import check_output
 from trbatch.progress import Reporter, reporter
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -87,6 +89,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
 
     spec = options.job_spec(input, settings)
     engine = options.engine_config(settings)  # wrong values are told before anything is enqueued
+    check_output(settings["output"], os.path.abspath(input), settings["format"])
     job = api.submit(spec, redis_url=settings["redis_url"])
     with reporter() as show:
         _say_submitted(job, show)

@@ -13,6 +13,7 @@ from trbatch import cli_options as options
 from trbatch import matrices
 from trbatch.cli_output import print_json, print_pairs, print_rows
 from trbatch.config import default_store
+from trbatch.engine.sequence import TaskKey
 from trbatch.errors import UsageError
 from trbatch.matrices import SavedMatrix
 from trbatch.matrix_stream import connect, forget
@@ -108,7 +109,7 @@ def matrix_export(task: str, model: str, out: str, output: Path | None, force: b
 def matrix_import(file: Path, task: str, force: bool, out: str, redis_url: str) -> None:
     """Put an exported matrix into the store, for the same model. Prints its new place."""
     facts = matrices.read(file).facts
-    _alone(redis_url, facts.model, task or facts.task, force=force)
+    _alone(redis_url, facts.model, TaskKey(task or facts.task, _folder(out)), force=force)
     click.echo(matrices.import_file(file, _folder(out), task=task, force=force))
 
 
@@ -119,12 +120,12 @@ def matrix_import(file: Path, task: str, force: bool, out: str, redis_url: str) 
 def matrix_reset(task: str, model: str, out: str, force: bool, redis_url: str) -> None:
     """Forget what a task has learned: its next job begins cold."""
     saved = matrices.find(_folder(out), task, model)
-    _alone(redis_url, saved.facts.model, task, force=force)
+    _alone(redis_url, saved.facts.model, TaskKey(task, _folder(out)), force=force)
     matrices.remove(saved)
     click.echo(f"{task}: forgotten, {saved.facts.rows + saved.facts.pairs:,} rows")
 
 
-def _alone(redis_url: str, model: str, task: str, *, force: bool) -> None:
+def _alone(redis_url: str, model: str, task: TaskKey, *, force: bool) -> None:
     """See to it that the file will be the truth: no worker holds another, nor does the server.
 
     Raises:
@@ -138,7 +139,7 @@ def _alone(redis_url: str, model: str, task: str, *, force: bool) -> None:
                 hint="stop them first; --force if they hold other tasks",
             )
         connection = connect(jobs)
-        forget(connection, model, [task])
+        forget(connection, model, task)
         connection.close()
 
 

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trbatch.api import JobStatus
+from trbatch.connection import mask_url
 from trbatch.errors import TrbatchError
 from trbatch.figures import Progress
 from trbatch.progress import describe
-from trbatch.queue import JobQueue, mask_url
+from trbatch.queue import JobQueue
 from trbatch.results import Receipt
 from trbatch.server import ServerStatus
 
@@ -117,8 +118,10 @@ def print_server(status: ServerStatus, *, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(status))
         return
-    values = {"state": "running" if status.running else "not running", "url": status.url}
-    if status.running:
+    values = {"state": status.state, "url": status.url}
+    if status.running and not status.answering:
+        values["process"] = f"{status.pid or 'unknown'}; `trbatch server stop` ends it"
+    elif status.running:
         values["process"] = f"{status.pid}, {status.version}, up {status.uptime_s:,} s"
         values["memory"] = f"{status.memory / 2**20:.1f} MiB, {status.clients} clients"
     values["folder"] = str(status.folder)

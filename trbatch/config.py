@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +20,9 @@ from trbatch.errors import UsageError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TREE_SIZE = 81
+GREEDY_BELOW = 1e-5  # a temperature below it divides float32 logits to infinity
+MAX_SAMPLES = 1024  # of a row
+_INT32 = 2**31 - 1
 
 
 class _Config:
@@ -34,10 +37,7 @@ class _Config:
         Raises:
             UsageError: on an unknown key (names the nearest valid one) or a bad value.
         """
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for key in values:
-            if key not in names:
-                raise UsageError(f"unknown setting {key!r}", hint=_nearest(key, names))
+        refuse_unknown(values, [field.name for field in dataclasses.fields(cls)])  # type: ignore[arg-type]
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +50,8 @@ class SamplingParams(_Config):
     """How tokens are chosen and when a row ends. Names are vLLM's.
 
     `temperature` 0 is greedy: always the likeliest token. The order of the filters is
-    temperature, top-k, top-p, min-p, as in transformers.
+    temperature, top-k, top-p, min-p, as in transformers. Whole numbers may come as floats: that is
+    what a table makes of a column of them in which some are absent.
     """
 
     max_tokens: int = 256
@@ -72,12 +73,15 @@ class SamplingParams(_Config):
             if not isinstance(value, list | tuple):
                 raise UsageError(f"{name} must be a list, not {value!r}")
             object.__setattr__(self, name, tuple(value))
-        _integer("max_tokens", self.max_tokens, 1)
+        for name in ("max_tokens", "top_k", "seed", "n"):
+            object.__setattr__(self, name, _whole(getattr(self, name)))
+        object.__setattr__(self, "stop_token_ids", tuple(map(_whole, self.stop_token_ids)))
+        _integer("max_tokens", self.max_tokens, 1, _INT32)
         _number("temperature", self.temperature, 0.0, math.inf)
         _number("top_p", self.top_p, 0.0, 1.0, open_below=True)
-        _integer("top_k", self.top_k, -1)
+        _integer("top_k", self.top_k, -1, _INT32)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _integer("n", self.n, 1)
+        _integer("n", self.n, 1, MAX_SAMPLES)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
         if not isinstance(self.ignore_eos, bool):
@@ -85,12 +89,12 @@ class SamplingParams(_Config):
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError("stop must be a non-empty text or a list of them")
         for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0)
+            _integer("stop_token_ids", token, 0, _INT32)
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     def merged(self, overrides: Mapping[str, Any]) -> SamplingParams:
         """These settings with a row's own over them.
@@ -101,9 +105,7 @@ class SamplingParams(_Config):
         if not overrides:
             return self
         names = [field.name for field in dataclasses.fields(self)]
-        for key in overrides:
-            if key not in names:
-                raise UsageError(f"unknown sampling field {key!r}", hint=_nearest(key, names))
+        refuse_unknown(overrides, names, what="sampling field")
         return dataclasses.replace(self, **overrides)
 
 
@@ -241,9 +243,24 @@ def default_store() -> Path:
     return Path(os.environ.get("TRBATCH_STORE") or state_folder() / "jobs")
 
 
-def _nearest(key: str, names: list[str]) -> str:
+def refuse_unknown(keys: Iterable[str], names: Sequence[str], *, what: str = "setting") -> None:
+    """Refuse a key that is none of the names.
+
+    Raises:
+        UsageError: names the nearest valid one.
+    """
+    for key in keys:
+        if key not in names:
+            raise UsageError(f"unknown {what} {key!r}", hint=_nearest(key, names))
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(key, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(names))}"
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -7,7 +7,6 @@ few thousand: the input's chunks are taken group by group, of each segment only 
 from __future__ import annotations
 
 import dataclasses
-import os
 from array import array
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -19,17 +18,16 @@ import pyarrow.parquet as pq
 
 import trbatch
 from trbatch import chunks, passthrough
-from trbatch.errors import UsageError
 from trbatch.figures import Figures, covered_seconds
 from trbatch.ids import RepeatCheck
 from trbatch.job import JobFolder
+from trbatch.outputs import check_output, target
 from trbatch.receipt import Receipt
 from trbatch.schema import SCHEMA, Key
 from trbatch.segments import read_outcomes, reading
 from trbatch.sinks import Group, JsonSink, ParquetSink, Sink
 from trbatch.storage import writing
 
-FORMATS = ("parquet", "jsonl")
 _GROUP_ROWS = 8192  # rows whose texts are held at a time
 _INPUT = "input:"  # before a passed-through column's name while it stands beside a chunk's own
 _RANKS = {"error": 1, "cancelled": 2}  # what wins when a row is there twice: text, error, nothing
@@ -44,21 +42,19 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
 
     Args:
         job: whose rows; may still be running.
-        output: a file, or a folder to put `<job id>.<format>` into; the job's own output if None,
-            else `results.<format>` in the job folder.
+        output: a file, or a folder to put `<job id>.<format>` into. If None, the job's own output
+            unless its name promises another format, else `results.<format>` in the job folder.
         format: `parquet`, or `jsonl` for OpenAI's batch result lines.
 
     Raises:
-        UsageError: the format is unknown.
+        UsageError: the format is unknown, or the output's name promises another one.
     """
-    if format not in FORMATS:
-        raise UsageError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
-    target = _target(job, output, format)
+    place = _target(job, output or "", format)
     inputs = job.passthrough_schema()
     index = _Index.of(job)
     joiner = _Joiner(job, index, inputs)
     tally = _Tally()
-    with writing(target) as file, job.folder.writing("errors.jsonl") as errors:
+    with writing(place) as file, job.folder.writing("errors.jsonl") as errors:
         sink: Sink = (
             JsonSink(file, inputs)
             if format == "jsonl"
@@ -68,7 +64,7 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
             sink.write(group)
             tally.count(group, errors)
         sink.close()
-    receipt = _receipt(job, target, index, joiner, tally)
+    receipt = _receipt(job, place, index, joiner, tally)
     job.folder.write("stats.json", orjson.dumps(receipt.stats, option=orjson.OPT_INDENT_2))
     job.mark(complete=receipt.complete)
     return receipt
@@ -235,19 +231,12 @@ class _Joiner:
         return pa.table([known.get(name, nothing) for name in SCHEMA.names], schema=SCHEMA)
 
 
-def _target(job: JobFolder, output: str | None, format: str) -> str:
-    target = output or job.spec.output
-    if not target:
-        return job.folder.join(f"results.{format}")
-    if target.endswith("/") or ("://" not in target and os.path.isdir(target)):
-        target = f"{target.rstrip('/')}/{job.id}.{format}"
-    if format == "parquet" and target.endswith((".jsonl", ".json", ".csv")):
-        raise UsageError(
-            f"{target} would be a Parquet file", hint="name it .parquet, or ask for --format jsonl"
-        )
-    if os.path.abspath(target) == job.manifest.input.path:
-        raise UsageError(f"{target} is the job's input", hint="choose another --output")
-    return target
+def _target(job: JobFolder, output: str, format: str) -> str:
+    """Where the dataset goes; the file that the job itself names, only if that fits the format."""
+    check_output(output, job.manifest.input.path, format)
+    found = target(output, job.spec.output, job.id, format)
+    check_output(found, job.manifest.input.path, format)
+    return found or job.folder.join(f"results.{format}")
 
 
 def _metadata(job: JobFolder) -> dict[str, str]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from trbatch.chunks import RowHasher
 from trbatch.config import SamplingParams
-from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import InputError
 from trbatch.rows import RowChecker
 
-TASK = "generate"
+TASK = TaskKey("generate")
 
 
 class Engine(Protocol):
@@ -22,7 +21,7 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> int: ...
 
-    def open_task(self, name: str, /, folder: Path | None, *, cold: bool) -> Any: ...
+    def open_task(self, key: TaskKey, /) -> Any: ...
 
     def add(self, request: Request) -> None: ...
 
@@ -41,7 +40,7 @@ def generate_with(
     A prompt that the engine cannot take comes back with `finish_reason` "error".
     """
     requests = list(_requests(prompts, sampling, secrets.randbits(63) if seed is None else seed))
-    engine.open_task(TASK, None, cold=True)
+    engine.open_task(TASK)
     for request in requests:
         engine.add(request)
     done: dict[Any, Completion] = {}

@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
-from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import TrbatchError
 from trbatch.queue import ModelKey
 
@@ -29,16 +28,16 @@ SAVE_S = 60.0  # between savings of the matrices
 class Copies(Protocol):
     """The engine's copies of shared matrices. See `trbatch.engine.replica.Copies`."""
 
-    def position(self, name: str, /) -> str: ...
+    def position(self, key: TaskKey, /) -> str: ...
 
-    def take(self, name: str, /) -> bytes: ...
+    def take(self, key: TaskKey, /) -> bytes: ...
 
-    def put_back(self, name: str, data: bytes, /) -> None: ...
+    def put_back(self, key: TaskKey, data: bytes, /) -> None: ...
 
-    def whole(self, name: str, /) -> bytes: ...
+    def whole(self, key: TaskKey, /) -> bytes: ...
 
     def merge(
-        self, name: str, whole: bytes | None, deltas: Iterable[bytes], position: str, /
+        self, key: TaskKey, whole: bytes | None, deltas: Iterable[bytes], position: str, /
     ) -> None: ...
 
 
@@ -60,7 +59,7 @@ class Engine(Protocol):
         """The matrices as others may share them; None if there are none."""
         ...
 
-    def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> object:
+    def open_task(self, key: TaskKey, /) -> object:
         """Load the task's matrix unless that was done."""
         ...
 
@@ -124,7 +123,7 @@ class Broken:
 class Changes:
     """What was written to a task's matrix since the last time, and where its copy stands."""
 
-    task: str
+    task: TaskKey
     data: bytes
     position: str
 
@@ -133,7 +132,7 @@ class Changes:
 class Whole:
     """A task's whole matrix, which includes the stream up to `position`."""
 
-    task: str
+    task: TaskKey
     data: bytes
     position: str
 
@@ -167,9 +166,9 @@ class EngineThread:
         """Put this model's engine in the place of the one before. Answered by an event."""
         self._orders.put(partial(self._load, model))
 
-    def add(self, requests: Sequence[Request], task: str, folder: Path | None, cold: bool) -> None:
-        """Decode these requests of one task, whose matrices lie in `folder`."""
-        self._orders.put(partial(self._add, requests, task, folder, cold))
+    def add(self, requests: Sequence[Request]) -> None:
+        """Decode these requests."""
+        self._orders.put(partial(self._add, requests))
 
     def abort(self, keys: Iterable[Hashable]) -> None:
         """Drop requests. Some may still be answered by an event that is on its way."""
@@ -179,23 +178,30 @@ class EngineThread:
         """Write the matrices that changed."""
         self._orders.put(self._save)
 
-    def send_changes(self, task: str) -> None:
+    def send_changes(self, task: TaskKey) -> None:
         """Answer with `Changes`."""
         self._orders.put(partial(self._send_changes, task))
 
-    def send_whole(self, task: str) -> None:
+    def send_whole(self, task: TaskKey) -> None:
         """Answer with `Whole`."""
         self._orders.put(partial(self._send_whole, task))
 
-    def put_back(self, task: str, data: bytes) -> None:
+    def put_back(self, task: TaskKey, data: bytes) -> None:
         """These changes could not be sent on: they will be part of the next ones."""
         self._orders.put(partial(self._with_copies, lambda copies: copies.put_back(task, data)))
 
-    def merge(self, task: str, whole: bytes | None, deltas: Sequence[bytes], position: str) -> None:
+    def merge(
+        self, task: TaskKey, whole: bytes | None, deltas: Sequence[bytes], position: str
+    ) -> None:
         """Apply what other workers have sent."""
         self._orders.put(
             partial(self._with_copies, lambda copies: copies.merge(task, whole, deltas, position))
         )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still carries out orders."""
+        return self._thread.is_alive()
 
     def stop(self, timeout: float) -> bool:
         """Save the matrices and end; unfinished requests are forgotten.
@@ -258,9 +264,10 @@ class EngineThread:
         facts = {name: v for name, v in self._engine.stats().items() if isinstance(v, str)}
         self.events.put(Ready(model, self._engine.capacity, self._saved_at - begin, facts))
 
-    def _add(self, requests: Sequence[Request], task: str, folder: Path | None, cold: bool) -> None:
+    def _add(self, requests: Sequence[Request]) -> None:
         assert self._engine is not None, "requests are only added after a Ready"
-        self._engine.open_task(task, folder, cold=cold)
+        for task in {request.task for request in requests}:
+            self._engine.open_task(task)
         for request in requests:
             self._engine.add(request)
 
@@ -272,13 +279,13 @@ class EngineThread:
         if self._engine is not None and self._engine.copies is not None:
             do(self._engine.copies)
 
-    def _send_changes(self, task: str) -> None:
+    def _send_changes(self, task: TaskKey) -> None:
         def send(copies: Copies) -> None:
             self.events.put(Changes(task, copies.take(task), copies.position(task)))
 
         self._with_copies(send)
 
-    def _send_whole(self, task: str) -> None:
+    def _send_whole(self, task: TaskKey) -> None:
         def send(copies: Copies) -> None:
             self.events.put(Whole(task, copies.whole(task), copies.position(task)))
 

@@ -4,6 +4,7 @@
     ├── UsageError            2   an option, a setting or a combination of them is wrong
     ├── InputError            2   a file cannot be read or a whole input is unusable
     ├── ModelError            4   a model cannot be found, loaded or run by this engine
+    │   └── WorkerError       4   not here and now: device, memory, network or an option
     ├── JobFailed             4   the job cannot be finished
     ├── Cancelled             5   somebody cancelled it
     ├── TimedOut              6   a time limit passed first
@@ -53,6 +54,14 @@ class ModelError(TrbatchError):
     """A model cannot be found, loaded or run by this engine."""
 
     exit_code = 4
+
+
+class WorkerError(ModelError):
+    """A model cannot be loaded here and now, through no fault of its own.
+
+    The device, the memory, the network or an option of this process keeps it from being loaded;
+    another worker may be able to.
+    """
 
 
 class JobFailed(TrbatchError):

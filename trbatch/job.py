@@ -23,7 +23,7 @@ import pyarrow as pa
 from trbatch import chunks, passthrough
 from trbatch.chunks import ChunkRow
 from trbatch.config import JobSpec, default_store
-from trbatch.engine.sequence import Request
+from trbatch.engine.sequence import Request, TaskKey
 from trbatch.errors import InputError
 from trbatch.figures import Figures, Progress, covered_seconds
 from trbatch.manifest import Manifest
@@ -111,6 +111,17 @@ class JobFolder:
             return Path(self.path).parent / MATRICES
         return None
 
+    @property
+    def task_key(self) -> TaskKey:
+        """The matrix that this job's rows read and write: the store's, or one of its own."""
+        manifest, folder = self.manifest, self.matrices
+        if self.spec.private_matrix:
+            return TaskKey(manifest.matrix, apart=self.path)
+        apart = manifest.id if self.spec.cold else ""
+        if folder is None:  # an object store's is not kept, and still no other store's
+            apart = f"{self.path.rpartition('/')[0]} {apart}"
+        return TaskKey(manifest.matrix, folder, apart, self.spec.cold)
+
     def refresh(self) -> None:
         """Read the manifest again: the input may have been read anew since."""
         self.manifest = self._read_manifest()
@@ -166,7 +177,7 @@ class JobFolder:
             seed=row.seed,
             sample_index=sample_index,
             order=row.prompt_index,
-            task=self.manifest.matrix,
+            task=self.task_key,
             prompt=row.request.get("prompt"),
             messages=row.request.get("messages"),
         )

@@ -11,13 +11,14 @@ the saved file is the truth again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from trbatch.engine.sequence import TaskKey
 from trbatch.matrices import before
 from trbatch.queue import JobQueue, matrix_key
 
@@ -128,11 +129,19 @@ def connect(jobs: JobQueue) -> redis.Redis:
     )
 
 
-def forget(connection: redis.Redis, model: str, tasks: Iterable[str]) -> None:
-    """Forget what is shared of these tasks: their saved files are the truth now."""
-    for task in tasks:
-        key = matrix_key(model, task)
-        connection.delete(key, f"{key}:snapshot", f"{key}:turn")
+def stream_key(model: str, task: TaskKey) -> str:
+    """Where the workers of a task share its matrix.
+
+    A store's path is part of it: stores share no matrices, and all workers read a job by one path.
+    """
+    folder = os.path.abspath(task.folder) if task.folder is not None else ""
+    return matrix_key(model, "\0".join((task.name, folder, task.apart)))
+
+
+def forget(connection: redis.Redis, model: str, task: TaskKey) -> None:
+    """Forget what is shared of this task: its saved file is the truth now."""
+    key = stream_key(model, task)
+    connection.delete(key, f"{key}:snapshot", f"{key}:turn")
 
 
 def _with_position(position: str, whole: bytes) -> bytes:

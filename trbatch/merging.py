@@ -48,7 +48,7 @@ class SamplingMerger:
             rest = {name: value for name, value in overrides.items() if name != "seed"}
         try:
             if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-                self._base.merged({"seed": seed})
+                seed = self._base.merged({"seed": seed}).seed
             key = orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)
             merged = self._known.get(key) or self._remember(key, self._base.merged(rest))
         except UsageError as error:
@@ -69,3 +69,8 @@ def _canonical(sampling: SamplingParams) -> bytes:
     values = sampling.to_dict()
     del values["seed"], values["n"]
     return orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value says that there is none; some write NaN for it into Parquet."""
+    return value is None or bool(value != value)

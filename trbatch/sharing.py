@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import redis
 
+from trbatch.engine.sequence import TaskKey
 from trbatch.engine_thread import Broken, Changes, EngineThread, Whole
-from trbatch.matrix_stream import MatrixStream, connect
-from trbatch.queue import JobQueue, matrix_key
+from trbatch.matrix_stream import MatrixStream, connect, forget, stream_key
+from trbatch.queue import JobQueue
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -29,9 +30,11 @@ class _Share:
     """One task's matrix, as far as it is shared."""
 
     stream: MatrixStream
+    model: str  # fingerprint
     joined: bool = False
     asked: bool = False  # the engine was asked for something and has not answered
     finishing: bool = False  # exchange at once, then save
+    last: bool = False  # what was asked for was asked for after the end: all is in it
     due: float = 0.0
     snapshot: bool = False  # the whole that was asked for is to be kept as the next snapshot
 
@@ -47,26 +50,23 @@ class Sharing:
     def __init__(self, engine: EngineThread, jobs: JobQueue) -> None:
         self._engine, self._jobs = engine, jobs
         self._connection: redis.Redis | None = None
-        self._shares: dict[str, _Share] = {}
+        self._shares: dict[TaskKey, _Share] = {}
         self._silent = False  # whether the last exchange failed, so that it is said once
 
     def forget(self) -> None:
         """Another model is loaded: its tasks are opened anew."""
         self._shares.clear()
 
-    def open(self, task: str, model: str, apart: str) -> None:
-        """Share this task's matrix from now on.
-
-        Args:
-            model: its fingerprint.
-            apart: what keeps it apart from others of this name, e.g. a job that began cold; "".
-        """
+    def open(self, task: TaskKey, model: str) -> None:
+        """Share this task's matrix, of the model with this fingerprint, from now on."""
         if task in self._shares:
             return
         if self._connection is None:
             self._connection = connect(self._jobs)
-        key = matrix_key(model, f"{task}\0{apart}" if apart else task)
-        self._shares[task] = _Share(MatrixStream(self._connection, key))
+        if task.cold:
+            self._shares.pop(_warm(task), None)
+        stream = MatrixStream(self._connection, stream_key(model, task))
+        self._shares[task] = _Share(stream, model)
         self._ask(task)
 
     def tick(self) -> None:
@@ -76,7 +76,7 @@ class Sharing:
             if not share.asked and (share.finishing or now >= share.due):
                 self._ask(task)
 
-    def finish(self, task: str) -> None:
+    def finish(self, task: TaskKey) -> None:
         """Exchange to the end of the stream, then save: a job has come to its end."""
         share = self._shares.get(task)
         if share is None:
@@ -91,7 +91,12 @@ class Sharing:
             self.finish(task)
         end = time.monotonic() + CLOSE_S
         while any(share.finishing for share in self._shares.values()) and time.monotonic() < end:
-            for event in self._engine.next_events(0.1):
+            self.tick()
+            alive = self._engine.alive  # asked first: behind its last event comes nothing
+            events = self._engine.next_events(0.1)
+            if not events and not alive:
+                return
+            for event in events:
                 match event:
                     case Changes() | Whole():
                         self.heed(event)
@@ -116,10 +121,12 @@ class Sharing:
             self._silent = False
         except redis.RedisError as error:
             self._fail(event, share, error)
+        if share.finishing or share.snapshot:
+            self._ask(event.task)
 
-    def _ask(self, task: str) -> None:
+    def _ask(self, task: TaskKey) -> None:
         share = self._shares[task]
-        share.asked = True
+        share.asked, share.last = True, share.finishing
         if share.joined and not share.snapshot:
             self._engine.send_changes(task)
         else:
@@ -132,9 +139,10 @@ class Sharing:
             return
         whole = share.stream.join(event.data)
         share.joined = True
+        if event.task.cold and whole is None and self._connection is not None:
+            # It takes the place of what its task has learned, on the server as in the file.
+            forget(self._connection, share.model, _warm(event.task))
         self._engine.merge(event.task, whole, [], share.stream.position)
-        if share.finishing:
-            self.tick()
 
     def _exchange(self, event: Changes, share: _Share) -> None:
         if event.position != share.stream.position:
@@ -148,12 +156,10 @@ class Sharing:
             self._engine.put_back(event.task, event.data)
             return
         self._engine.merge(event.task, news.whole, news.deltas, share.stream.position)
-        if share.finishing:
+        if share.finishing and share.last:
             share.finishing = False
             self._engine.save()
-        if share.stream.wants_snapshot():
-            share.snapshot = True
-            self._ask(event.task)
+        share.snapshot = share.stream.wants_snapshot()
 
     def _fail(self, event: Changes | Whole, share: _Share, error: redis.RedisError) -> None:
         if not self._silent:
@@ -165,3 +171,8 @@ class Sharing:
         if share.finishing:
             share.finishing = False
             self._engine.save()
+
+
+def _warm(task: TaskKey) -> TaskKey:
+    """The task that a cold job belongs to, as its other jobs open it."""
+    return replace(task, apart="", cold=False)

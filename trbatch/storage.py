@@ -57,9 +57,31 @@ class Folder(ABC):
     def write(self, name: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         """Write a small file whole. `durable`: it must survive a power cut from now on."""
 
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file whole unless there is one. Returns whether it was written.
+
+        Of several that do so at once on one local disk, one writes. An object store is asked first
+        and written to then.
+        """
+
+    @abstractmethod
+    def prune(self, below: str) -> None:
+        """Remove folders that hold nothing: the folder `below` and this one."""
+
     def join(self, name: str) -> str:
         """The path or URL of a name below this folder."""
         return f"{self.path.rstrip('/')}/{name}"
+
+    @contextmanager
+    def _errors(self, verb: str, name: str, *, absent: bool = False) -> Iterator[None]:
+        """Turn the system's errors into `Unreachable`; with `absent` that of a missing file too."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not absent:
+                raise
+            raise Unreachable(f"cannot {verb} {self.join(name)}: {error}") from error
 
 
 def folder(path: str | os.PathLike[str]) -> Folder:
@@ -107,18 +129,48 @@ class LocalFolder(Folder):
         target = os.path.join(self.path, name)
         parent, base = os.path.split(target)
         temporary = os.path.join(parent, f".{base}.{secrets.token_hex(4)}")
-        with self._errors("write", name):
+        with self._errors("write", name, absent=True):
             os.makedirs(parent, exist_ok=True)
-            try:
-                with open(temporary, "xb") as file:
-                    yield file
-                    if durable:
-                        file.flush()
-                        os.fsync(file.fileno())
+            file = open(temporary, "xb")
+        try:
+            # A missing file is the caller's own here: one that it reads while it writes.
+            with self._errors("write", name), file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            with self._errors("write", name, absent=True):
                 os.replace(temporary, target)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def create(self, name: str, data: bytes) -> bool:
+        parent, base = os.path.split(name)
+        draft = os.path.join(parent, f".{base}.{secrets.token_hex(4)}")
+        self.write(draft, data)
+        source, target = os.path.join(self.path, draft), os.path.join(self.path, name)
+        with self._errors("write", name, absent=True):
+            try:
+                os.link(source, target)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                if os.path.exists(target):
+                    return False
+                os.replace(source, target)
+            finally:
+                Path(source).unlink(missing_ok=True)
+        return True
+
+    def prune(self, below: str) -> None:
+        for path in (os.path.join(self.path, below), self.path):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                continue
+            except OSError:  # something lies in it
+                return
 
     def names(self, below: str) -> list[str]:
         with self._errors("list", below):
@@ -138,15 +190,6 @@ class LocalFolder(Folder):
 
     def exists(self, name: str) -> bool:
         return Path(self.path, name).is_file()
-
-    @contextmanager
-    def _errors(self, verb: str, name: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise Unreachable(f"cannot {verb} {self.join(name)}: {error}") from error
 
 
 class RemoteFolder(Folder):
@@ -174,11 +217,21 @@ class RemoteFolder(Folder):
         with self._errors("write", name), tempfile.NamedTemporaryFile() as file:
             yield cast(BinaryIO, file)
             file.flush()
-            self._files.put_file(file.name, self._at(name))
+            with self._errors("write", name, absent=True):
+                self._files.put_file(file.name, self._at(name))
 
     def write(self, name: str, data: bytes | memoryview, *, durable: bool = True) -> None:
-        with self._errors("write", name):
+        with self._errors("write", name, absent=True):
             self._files.pipe_file(self._at(name), bytes(data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        if self.exists(name):
+            return False
+        self.write(name, data)
+        return True
+
+    def prune(self, below: str) -> None:
+        """Object stores have no folders."""
 
     def names(self, below: str) -> list[str]:
         with self._errors("list", below):
@@ -200,12 +253,3 @@ class RemoteFolder(Folder):
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
-
-    @contextmanager
-    def _errors(self, verb: str, name: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise Unreachable(f"cannot {verb} {self.join(name)}: {error}") from error

@@ -11,8 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import blake2b
-from pathlib import Path
 from typing import Self
 
 import pyarrow as pa
@@ -23,7 +21,8 @@ from trbatch.config import JobSpec, default_model, default_store
 from trbatch.errors import ResumeRefused
 from trbatch.ids import RepeatCheck
 from trbatch.manifest import InputState, Manifest, differences, settings
-from trbatch.naming import checked_job_name, default_job_id, default_task
+from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
+from trbatch.outputs import check_output
 from trbatch.prompts import Batch, check_repeats, read_batches, read_rows
 from trbatch.storage import Folder, LocalFolder, folder
 
@@ -50,9 +49,11 @@ def submit(spec: JobSpec) -> Submission:
 
     Raises:
         InputError: the file is unusable or an id is repeated; nothing has been kept.
+        UsageError: the output cannot be written as any format, or there is no such model.
         ResumeRefused: the job cannot be continued as `spec.resume` asks.
     """
     spec = _resolved(spec)
+    check_output(spec.output, spec.input)
     store = folder(spec.out)
     job_id = _job_id(spec, store)
     job = folder(store.join(job_id))
@@ -62,7 +63,10 @@ def submit(spec: JobSpec) -> Submission:
                 f"there is no job {job_id!r} in {spec.out} to resume",
                 hint="leave --resume away to make it",
             )
-        return Submission(job.path, _make(job, job_id, spec))
+        if _make(job, job_id, spec):
+            return Submission(job.path, continued=False)
+        if spec.resume == "never":  # another number, or a refusal
+            return submit(spec)
     _continue(job, Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST)), spec)
     return Submission(job.path, continued=True)
 
@@ -75,7 +79,7 @@ def _resolved(spec: JobSpec) -> JobSpec:
         input=path,
         output=_absolute(spec.output) if spec.output else "",
         out=folder(spec.out or default_store()).path,
-        model=_resolved_model(spec.model or default_model()),
+        model=model_name(spec.model or default_model()),
         task=spec.task or default_task(path),
     )
 
@@ -85,13 +89,6 @@ def _absolute(path: str) -> str:
         return path
     is_folder = "/" if path.endswith("/") else ""
     return os.path.abspath(os.path.expanduser(path)) + is_folder
-
-
-def _resolved_model(model: str) -> str:
-    """A local model by its absolute path, so that a worker finds it from any folder."""
-    path = Path(model).expanduser()
-    is_local = path.is_file() or (path / "config.json").is_file()
-    return str(path.absolute()) if is_local else model
 
 
 def _job_id(spec: JobSpec, store: Folder) -> str:
@@ -112,13 +109,12 @@ def _job_id(spec: JobSpec, store: Folder) -> str:
 
 
 def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
-    """Make the job. Returns whether somebody else made it in the meantime."""
+    """Make the job; False if another command has made it in the meantime: that one counts."""
     seed = secrets.randbits(63) if spec.seed is None else spec.seed
     manifest = _read_input(job, job_id, spec, seed, generation=0)
-    if job.exists(MANIFEST):  # two commands at once: the first one's job counts for both
-        job.remove(manifest.chunk_folder)
+    if job.create(MANIFEST, manifest.to_json()):
         return True
-    job.write(MANIFEST, manifest.to_json())
+    job.remove(manifest.chunk_folder)
     return False
 
 
@@ -152,9 +148,9 @@ def _read_input(
 ) -> Manifest:
     """Read, check and hash the input and write its chunks; on any error no chunk is left."""
     state = InputState.of(spec.input)
-    mark = blake2b(f"{state} {spec} {job_seed}".encode(), digest_size=4).hexdigest()
     # Its own name for each reading: two commands at once never mix their chunks.
-    writer = _ChunkWriter(job, f"chunks/{generation}-{mark}", spec, job_seed)
+    name = f"chunks/{generation}-{secrets.token_hex(4)}"
+    writer = _ChunkWriter(job, name, spec, job_seed)
     with _removed_on_error(job, writer.folder):
         with writer:
             for batch in _batches(spec):
@@ -195,6 +191,7 @@ def _removed_on_error(job: Folder, name: str) -> Iterator[None]:
         yield
     except BaseException:
         job.remove(name)
+        job.prune(name.partition("/")[0])
         raise
 
 

@@ -7,23 +7,20 @@ rows of the last seconds. Torch is imported where an engine is made and nowhere 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from functools import partial
-from types import FrameType
-from typing import Any
 
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
-from trbatch.engine.sequence import Completion, Request
+from trbatch.connection import reaching
+from trbatch.engine.sequence import Completion
 from trbatch.engine_thread import (
     Broken,
     Changes,
@@ -36,18 +33,21 @@ from trbatch.engine_thread import (
     Ready,
     Whole,
 )
-from trbatch.errors import JobFailed, ModelError, TrbatchError
+from trbatch.errors import JobFailed, ModelError, TrbatchError, WorkerError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease, LeaseWorker
 from trbatch.publishing import Publisher, Report
-from trbatch.queue import JobQueue, ModelKey, reaching
+from trbatch.queue import JobQueue, ModelKey
 from trbatch.sharing import Sharing
+from trbatch.stopping import signals_to
 
 logger = logging.getLogger("trbatch.worker")
 
 IDLE_S = 0.2  # between looks at an empty queue
 BUSY_S = 0.05  # the longest wait for the engine while it works
 ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
+LEAVE_S = 0.5  # the same when somebody is tired of waiting
+AHEAD = 1024  # requests in the engine, at least: a row may ask for a thousand samples
 SAME_SIGNAL_S = 0.5  # a terminal and a parent may both pass on the same Ctrl-C
 
 
@@ -64,28 +64,31 @@ def run_worker(config: WorkerConfig, *, load: Loader | None = None) -> int:
 
     Raises:
         ModelError: the configured model cannot be loaded.
+        WorkerError: nor can a job's, but for this machine's or its options' fault; nothing failed.
         TrbatchError: the engine failed; its chunks are back in the queue.
         Unreachable: the queue or the storage was away for minutes.
     """
     with JobQueue.connect(config.redis_url, patient=True) as jobs, reaching(jobs.url):
         worker = BatchWorker(config, jobs, load or partial(load_engine, config))
-        with _signals_to(worker):
+        with signals_to(worker.request_stop):
             return worker.run()
 
 
 def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
     """Load a model and put an engine round it. Imports torch."""
     from trbatch.engine.engine import Engine as TorchEngine
+    from trbatch.engine.loading import loading
     from trbatch.models import load_model
 
-    loaded = load_model(
-        model.name,
-        revision=model.revision,
-        device=config.engine.device,
-        dtype=config.engine.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return TorchEngine(loaded, config.engine)
+    with loading(model.name):
+        loaded = load_model(
+            model.name,
+            revision=model.revision,
+            device=config.engine.device,
+            dtype=config.engine.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return TorchEngine(loaded, config.engine)
 
 
 class BatchWorker:
@@ -127,6 +130,7 @@ class BatchWorker:
                 self._beat()
                 self._choose_model()
                 self._take_chunks()
+                self._feed_engine()
                 self._hear_engine()
                 self._publisher.publish_if_due(hurry=not self._owed_rows())
                 self._finish_chunks()
@@ -177,7 +181,7 @@ class BatchWorker:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
         work = self.chunks.pop(lease.id, None)
         if work is not None:
-            self._engine.abort([(lease.id, place) for place in work.owed])
+            self._engine.abort([(lease.id, place) for place in work.owed if place < work.given])
 
     def _choose_model(self) -> None:
         """See to it that the engine holds the model that the next chunk needs."""
@@ -238,7 +242,7 @@ class BatchWorker:
         return sum(len(work.owed) for work in self.chunks.values())
 
     def _begin(self, lease: Lease) -> None:
-        """Give a chunk's missing rows to the engine."""
+        """Take a chunk's missing rows on."""
         try:
             folder = self._folders.open(lease)
             work = ChunkWork.begin(lease, folder)
@@ -251,20 +255,23 @@ class BatchWorker:
             self._leases.fail(lease, error)
             return
         self.chunks[lease.id] = work
-        requests, impossible = work.requests()
-        for completion in impossible:
-            self._row_done(completion)
-        if requests:
-            self._add(requests, folder)
 
-    def _add(self, requests: list[Request], folder: JobFolder) -> None:
-        """Give requests to the engine, and see to it that their task's matrix is shared."""
-        manifest = folder.manifest
-        private, cold = manifest.spec.private_matrix, manifest.spec.cold
-        matrices = None if private else folder.matrices
-        self._engine.add(requests, manifest.matrix, matrices, cold)
-        if not private and (model := self._publisher.facts.get("model_fingerprint")):
-            self._sharing.open(manifest.matrix, model, manifest.id if cold else "")
+    def _feed_engine(self) -> None:
+        """Give the engine rows: more than it decodes together, not all samples of all at once."""
+        room = max(AHEAD, 4 * self.capacity) - sum(w.in_engine for w in self.chunks.values())
+        for work in self.chunks.values():
+            requests, impossible = work.requests(max(room, 0))
+            room -= len(requests)
+            for completion in impossible:
+                self._row_done(completion)
+            if requests:
+                self._engine.add(requests)
+                self._share(work.folder)
+
+    def _share(self, folder: JobFolder) -> None:
+        model = self._publisher.facts.get("model_fingerprint")
+        if model and not folder.spec.private_matrix:
+            self._sharing.open(folder.task_key, model)
 
     def _hear_engine(self) -> None:
         busy = bool(self.chunks) or self.loading is not None
@@ -315,14 +322,15 @@ class BatchWorker:
             self._leases.finish(work.lease, result)
             logger.debug("chunk %d of %s is done", work.lease.chunk, work.folder.id)
             if all(other.folder is not work.folder for other in self.chunks.values()):
-                self._sharing.finish(work.folder.manifest.matrix)
+                self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
 
     def _refuse(self, model: ModelKey, error: Exception) -> None:
-        """A model cannot be loaded: ours ends the worker, a job's own fails that model's chunks."""
-        if not isinstance(error, ModelError):
-            raise TrbatchError(f"loading {model} failed: {error}") from error
-        if self.fixed is not None:
+        """A model cannot be loaded: a job's own fails that model's chunks, all else ends us."""
+        if not isinstance(error, TrbatchError):
+            error = ModelError(f"loading {model} failed: {type(error).__name__}: {error}")
+        its_fault = isinstance(error, ModelError) and not isinstance(error, WorkerError)
+        if self.fixed is not None or not its_fault:
             raise error
         logger.error("%s cannot be loaded, its chunks fail: %s", model, error)
         while lease := self._leases.take(self.jobs.queue(model.queue_name)):
@@ -342,21 +350,33 @@ class BatchWorker:
 
     def _wind_up(self) -> None:
         """Publish what is finished, hand back what is not, save, disappear."""
-        for event in self._engine.next_events(0.0):
-            if isinstance(event, Finished):
-                self._heed(event)
         try:
+            self._hear_last()
             self._publisher.publish()
             if self.stops <= 2:
                 self._finish_chunks()
                 self._hand_back_all()
                 self._sharing.close()
         finally:
-            if not self._engine.stop(ENGINE_STOP_S):
+            patient = self.stops <= 2  # else somebody is tired of waiting, perhaps for the queue
+            if not self._engine.stop(ENGINE_STOP_S if patient else LEAVE_S):
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._report.last(self.name)
-            if self.stops <= 2:  # else somebody is tired of waiting, perhaps for this very queue
+            if patient:
                 self._leases.close()
+
+    def _hear_last(self) -> None:
+        """What has happened meanwhile and is still of use; the rest would only raise again."""
+        for event in self._engine.next_events(0.0):
+            match event:
+                case Finished():
+                    self._heed(event)
+                case Changes() | Whole() if self.stops <= 2:
+                    self._heed(event)
+                case Broken(error):
+                    logger.warning("the engine failed at the end: %s", error)
+                case _:
+                    logger.debug("too late: %s", type(event).__name__)
 
     def _hand_back_all(self) -> None:
         for work in list(self.chunks.values()):
@@ -373,21 +393,3 @@ def _worker_name(config: WorkerConfig) -> str:
     name = config.name or f"{socket.gethostname()}-{config.engine.device}-{os.getpid()}"
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return f"{safe}-{uuid.uuid4().hex[:6]}"
-
-
-@contextlib.contextmanager
-def _signals_to(worker: BatchWorker) -> Iterator[None]:
-    """Send SIGINT and SIGTERM to the worker; in another thread than the main one, leave them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        worker.request_stop(number)
-
-    before: dict[int, Any] = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

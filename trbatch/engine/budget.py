@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from trbatch.engine.costs import TIMED_SIZES, CostTable
+from trbatch.engine.curve import STEP_SIZES, Curve
 
 # Steps between plain ones, which keep the baseline honest: the less drafting gains, the less one
 # costs and the more depends on it. (gain below which, steps)
@@ -25,6 +26,7 @@ _PACE_STEP = 0.1  # weight of the newest step in the machine's pace, logarithmic
 _SIZE_STEP = 0.03  # the same in the usual size of a tree
 _FIRST_STEP = 0.5  # of the first in a kind; it falls as 1 / (steps of the kind)
 _KIND_STEP = 0.015  # the same in what is particular to its kind of step
+_WORTH_A_CHANGE = 1.03  # gain for which the size of a step is changed: each has its own graph
 _SURPRISE = math.log(1.5)  # a step that something else disturbed counts as this much at most
 
 
@@ -47,6 +49,8 @@ class Budget:
         self._steps = self._misses = self._pause = 0
         self.usual_size = float(most)  # tokens a step and sequence, of the last 30 steps or so
         self.chosen: dict[int, int] = {}  # tokens a sequence, rounded -> steps
+        self._curve = Curve()
+        self._size = 0  # of the last step that was chosen whole
 
     def wants_draft(self) -> bool:
         """Whether this step should look for drafts at all."""
@@ -85,6 +89,31 @@ class Budget:
         if self._misses >= _HOPELESS:
             self._pause = _REST
         return best
+
+    def choose_size(self, batch: int, context: float) -> int:
+        """How many tokens each sequence of a step gets, the root included, all the same number.
+
+        The plain step is taken now and then to keep the baseline honest; where it is the best, the
+        best size with drafts is tried as seldom, since it may have become better.
+        """
+
+        def rate(size: int) -> float:
+            return self._curve.expected(size) / self._seconds(batch, float(size), context)
+
+        self._steps += 1
+        sizes = [size for size in STEP_SIZES if size <= self._most]
+        best = max(sizes, key=rate)
+        if self._size in sizes and rate(best) < _WORTH_A_CHANGE * rate(self._size):
+            best = self._size
+        self._size = best
+        if self._steps % _PLAIN_EVERY[-1][1] == 0:
+            drafting = [size for size in sizes if size > 1]
+            return max(drafting, key=rate, default=1) if best == 1 else 1
+        return best
+
+    def count_tokens(self, size: int, tokens: int, sequences: int) -> None:
+        """Learn what a step whose size was chosen whole gave."""
+        self._curve.count(size, tokens, sequences)
 
     def plain_seconds(self, batch: int, context: float) -> float:
         """What a plain step of this batch takes here."""

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trbatch.config import EngineConfig
-from trbatch.engine import drafting, sizing, spans, verify
+from trbatch.engine import sizing
 from trbatch.engine.bigrams import rows_of
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
-from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.drafter import Drafter
-from trbatch.engine.drafting import Draft
-from trbatch.engine.likeliest import Blocks, argmax, blocks_of, topk
-from trbatch.engine.matrix import CANDIDATES, EMPTY, ORDERS, TASK_ORDERS, Matrix
+from trbatch.engine.eager import EagerDecoder
+from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
+from trbatch.engine.prefill import Prefiller
 from trbatch.engine.replica import Copies
 from trbatch.engine.scheduler import Scheduler
-from trbatch.engine.sequence import Completion, Figures, Request, Sequence
+from trbatch.engine.sequence import Completion, Figures, Request, Sequence, TaskKey
 from trbatch.engine.tasks import Task, Tasks
 from trbatch.engine.text import EncodingFailed, StopChecker, encode
 from trbatch.engine.tree import Tree, fixed_tree
@@ -97,9 +94,17 @@ class Engine:
         fixed = self._most if config.tree_size or not config.speculate else 0
         costs = sizing.step_costs(self._model, loaded, self._most, self.capacity, fixed=fixed)
         self.budget = Budget(costs, most=self._most)
-        self._drafter = Drafter(
+        drafter = Drafter(
             self._matrix, self._calibration, self._paths, self.budget, config,
             most=self._most, template=fixed_tree(config, tree),
+        )  # fmt: skip
+        recycling = self._most > 1
+        self._prefiller = Prefiller(
+            self._model, self._matrix, self._tasks, self.budget, config, recycling=recycling
+        )
+        self._eager = EagerDecoder(
+            self._model, self._matrix, self._tasks, self.budget, drafter, config,
+            recycling=recycling,
         )  # fmt: skip
 
     @property
@@ -107,14 +112,9 @@ class Engine:
         """Requests that were added and not yet returned by `step`."""
         return len(self._scheduler) + len(self._finished)
 
-    def open_task(self, name: str, folder: Path | None = None, *, cold: bool = False) -> Task:
-        """Make a task's matrix ready, from its saved file if there is one. Harmless twice.
-
-        Args:
-            folder: where matrices are kept; None keeps this one in memory only.
-            cold: begin with empty rows.
-        """
-        return self._tasks.open(name, folder, cold=cold, busy=self._busy_tasks())
+    def open_task(self, key: TaskKey) -> Task:
+        """Make a task's matrix ready, from its saved file if there is one. Harmless twice."""
+        return self._tasks.open(key, busy=self._busy_tasks())
 
     def save_tasks(self) -> None:
         """Write the matrices of tasks that changed since the last time."""
@@ -162,9 +162,12 @@ class Engine:
         ):
             self._begin(self._scheduler.admit())
         if prefilling := self._scheduler.prefilling():
-            self._prefill(prefilling)
-        if decoding := self._scheduler.decoding():
-            self._decode(decoding)
+            self._tokens += len(self._prefiller.run(prefilling))
+        if decoding := [s for s in self._scheduler.decoding() if not s.ended]:
+            self._forwards += 1
+            self._tokens += self._eager.run(decoding)
+        for sequence in [s for s in self._scheduler.running if s.ended]:
+            self._retire(sequence)
         finished, self._finished = self._finished, []
         self._busy_s += time.perf_counter() - start
         return finished
@@ -212,187 +215,8 @@ class Engine:
         sequence.reads = _NOBODY if alone else sequence.task
         self._matrix.clear_slot(sequence.slot)
 
-    def _prefill(self, sequences: list[Sequence]) -> None:
-        """One forward over pieces of prompts, `prefill_chunk` tokens in all."""
-        start, left = time.perf_counter(), self.config.prefill_chunk
-        pieces: list[tuple[Sequence, int]] = []
-        for sequence in sequences:
-            count = min(left, sequence.prompt_length - sequence.cached)
-            if count == 0:
-                break
-            pieces.append((sequence, count))
-            left -= count
-        where = [spans.of_prompt(sequence, count) for sequence, count in pieces]
-        tokens = [
-            token
-            for sequence, count in pieces
-            for token in sequence.tokens[sequence.cached : sequence.cached + count]
-        ]
-        learning = self._most > 1 and self.config.recycle_prompts
-        everywhere = learning and self._wants_prompt_candidates()
-        ends = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
-        ends = ends.to(self.loaded.device)
-        logits = self._model.forward(self._ids(tokens), where, None if everywhere else ends)
-        last = logits[ends] if everywhere else logits
-        if learning:
-            self._learn_prompts(pieces, logits if everywhere else None)
-        for sequence, count in pieces:
-            sequence.cached += count
-        first = self._first_tokens([sequence for sequence, _ in pieces], last)
-        seconds = time.perf_counter() - start
-        for sequence, count in pieces:
-            sequence.figures.prefill_s += seconds * count / len(tokens)
-        for sequence, token in first:
-            self._tokens += sequence.take([token])
-            self._retire_if_finished(sequence)
-
-    def _wants_prompt_candidates(self) -> bool:
-        """Whether prompts are worth the output projection at each of their tokens.
-
-        A GPU does it in passing. On a CPU it is a quarter of a prefill, and a tree of few nodes
-        hardly ever asks for more than the prompt's own next token (docs/performance.md).
-        """
-        return self.loaded.device.type != "cpu" or self.budget.usual_size > _SMALL_TREE
-
-    def _learn_prompts(self, pieces: list[tuple[Sequence, int]], logits: Tensor | None) -> None:
-        """Recycle prompts: the candidates of each token, or None for the texts alone."""
-        wide = self._matrix.candidates
-        candidates = None if logits is None else topk(blocks_of(logits), wide)
-        # The later row of the input wins, whatever the slots.
-        for sequence, count in sorted(pieces, key=lambda piece: piece[0].turn):
-            start = sum(c for s, c in pieces[: [s for s, _ in pieces].index(sequence)])
-            end = sequence.cached + count
-            drafting.learn_prompt(
-                self._matrix, self._ids(sequence.tokens[: end + 1]), sequence.cached,
-                count if candidates is None else candidates[start : start + count],
-                sequence.slot, sequence.task,
-            )  # fmt: skip
-            self._tasks.touch(sequence.task)
-
-    def _first_tokens(
-        self, sequences: list[Sequence], logits: Tensor
-    ) -> list[tuple[Sequence, int]]:
-        """The token after each wholly prefilled prompt."""
-        ready = [i for i, sequence in enumerate(sequences) if sequence.prefilled]
-        if not ready:
-            return []
-        who = [sequences[i] for i in ready]
-        chosen = choose_tokens(who, logits[ready], [[]] * len(ready))
-        return list(zip(who, chosen.tolist(), strict=True))
-
-    def _decode(self, batch: list[Sequence]) -> None:
-        start = time.perf_counter()
-        context = sum(len(sequence.tokens) for sequence in batch) / len(batch)
-        plain_s = self.budget.plain_seconds(len(batch), context)
-        slots = self._ids([sequence.slot for sequence in batch])
-        reads = self._ids([sequence.reads for sequence in batch])
-        recycling = self._most > 1 and (bool(self.config.tree_size) or self.budget.wants_draft())
-        last = self._last_tokens(batch)
-        plain = drafting.roots(last)
-        ahead = self._drafter.look_ahead(batch) if recycling else None
-        drafted = plain
-        if recycling:
-            drafted = self._drafter.draft(last, slots, reads, ahead, context) or plain
-        logits = self._verify_forward(batch, drafted)
-        blocks = blocks_of(logits)
-        verdict = self._drafter.accept(drafted, self._chosen(batch, drafted, logits, blocks))
-        taken = self._commit(batch, verdict)
-        tokens = sum(drafted.sizes)
-        if recycling:
-            # Also where no node was worth it: what is not recycled now cannot be drafted later.
-            self._keep_accepted(batch, verdict)
-            # Before rows change.
-            self._drafter.calibrate(batch, drafted, verdict, slots, reads, ahead)
-            self._learn(batch, drafted, blocks, verdict, slots)
-        seconds = time.perf_counter() - start
-        self._forwards += 1
-        for sequence, size, (count, accepted) in zip(batch, drafted.sizes, taken, strict=True):
-            sequence.figures.count_forward(
-                tokens=count, accepted=accepted, drafted=size - 1, seconds=seconds, plain_s=plain_s
-            )
-            self._retire_if_finished(sequence)
-        self.budget.count(tokens, len(batch), context, seconds)
-
-    def _last_tokens(self, batch: list[Sequence]) -> Tensor:
-        rows = [([-1] * ORDERS + sequence.tokens)[: -ORDERS - 1 : -1] for sequence in batch]
-        return torch.tensor(rows, device=self.loaded.device)
-
-    def _verify_forward(self, batch: list[Sequence], drafted: Draft) -> Tensor:
-        """Raw logits [N, V] of the drafted nodes, sequence after sequence."""
-        nodes = [drafted.tokens[index, :size] for index, size in enumerate(drafted.sizes)]
-        where = spans.of_trees(batch, drafted, self.loaded.max_positions)
-        return self._model.forward(torch.cat(nodes).clamp_(min=0), where)
-
-    def _chosen(
-        self, batch: list[Sequence], drafted: Draft, logits: Tensor, blocks: Blocks
-    ) -> Tensor:
-        """[B, T] the model's own next token at each node; for sampled rows where the walk comes."""
-        width = drafted.tokens.shape[1]
-        likeliest = drafting.padded(argmax(blocks), drafted.sizes, width, verify.NOT_CHOSEN)
-        plain = [s.request.sampling.greedy and not s.request.logits_processors for s in batch]
-        if all(plain):
-            return likeliest
-        is_plain = torch.tensor(plain, device=logits.device)[:, None]
-        chosen = torch.where(is_plain, likeliest, verify.NOT_CHOSEN)
-        offsets = self._ids(drafted.offsets)
-
-        def choose_at(members: Tensor, nodes: Tensor) -> Tensor:
-            paths = [
-                drafted.tokens[i][drafted.ancestors[i, node]][1:].tolist()
-                for i, node in zip(members.tolist(), nodes.tolist(), strict=True)
-            ]
-            who = [batch[i] for i in members.tolist()]
-            return choose_tokens(who, logits[offsets[members] + nodes], paths)
-
-        walkers = self._ids([i for i, is_greedy in enumerate(plain) if not is_greedy])
-        verify.walk(drafted, walkers, choose_at, chosen)
-        return chosen
-
-    def _commit(self, batch: list[Sequence], verdict: verify.Verdict) -> list[tuple[int, int]]:
-        """Append what was accepted and the bonus token, cut at the first end.
-
-        Returns:
-            For each sequence how many tokens it took, and how many of these were drafted.
-        """
-        taken = []
-        for sequence, row in zip(batch, verdict.tokens.tolist(), strict=True):
-            proposed = [token for token in row if token >= 0]
-            count = sequence.take(proposed)
-            taken.append((count, min(count, len(proposed) - 1)))
-            self._tokens += count
-        return taken
-
-    def _keep_accepted(self, batch: list[Sequence], verdict: verify.Verdict) -> None:
-        """Move the accepted nodes' keys and values from their tree slots to their own places."""
-        sources, targets = spans.moves(batch, verdict.nodes.tolist())
-        if sources:
-            self._cache.move(torch.stack(sources), torch.stack(targets))
-
-    def _learn(
-        self,
-        batch: list[Sequence],
-        drafted: Draft,
-        blocks: Blocks,
-        verdict: verify.Verdict,
-        slots: Tensor,
-    ) -> None:
-        flat = topk(blocks, self._matrix.candidates)
-        width = drafted.tokens.shape[1]
-        candidates = drafting.padded(flat, drafted.sizes, width, EMPTY)
-        turn = [0] * len(batch)
-        for place, index in enumerate(sorted(range(len(batch)), key=lambda i: batch[i].turn)):
-            turn[index] = place
-        tasks = self._ids([sequence.task for sequence in batch])
-        self._drafter.learn(drafted, candidates, verdict, slots, tasks, turn)
-        for task in {sequence.task for sequence in batch}:
-            self._tasks.touch(task)
-
-    def _retire_if_finished(self, sequence: Sequence) -> None:
-        if sequence.finish_reason:
-            self._scheduler.retire(sequence)
-            alone = sequence.reads != sequence.task
-            self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)
-            self._finished.append(sequence.completion())
-
-    def _ids(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.loaded.device)
+    def _retire(self, sequence: Sequence) -> None:
+        self._scheduler.retire(sequence)
+        alone = sequence.reads != sequence.task
+        self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)
+        self._finished.append(sequence.completion())

@@ -104,9 +104,9 @@ class Matrix:
         # Rows of a task that were written since they were last sent to others (`replica`).
         self.changed = torch.zeros(tasks, vocab_size, dtype=torch.bool, device=device)
         self.pair_changed = torch.zeros(tasks, pair_rows, dtype=torch.bool, device=device)
-        # Scratch of `_winners`: the highest priority that wants each place, -1 between calls.
+        # Scratch of whoever writes: the highest priority that wants each place, -1 between calls.
         claims = (slots * orders * own_rows, tasks * vocab_size, tasks * pair_rows)
-        self._claims, self._shared_claims, self._pair_claims = (
+        self.claims, self.shared_claims, self.pair_claims = (
             torch.full((count,), -1, dtype=torch.int64, device=device) for count in claims
         )
         self._order_offset = torch.arange(orders, device=device) * own_rows
@@ -177,7 +177,7 @@ class Matrix:
         rows = rows.to(torch.int32)
         keys = self._context_keys(at.tokens, max(self.orders, TASK_ORDERS))
         places = at.tasks * self.vocab_size + at.tokens[:, 0]
-        won = _winners(self._shared_claims, places, shared)
+        won = _winners(self.shared_claims, places, shared)
         self.shared.view(-1, self.candidates)[places[won]] = rows[won]
         self.changed.view(-1)[places[won]] = True
         if self.pair_keys.numel():
@@ -187,7 +187,7 @@ class Matrix:
 
     def _write_pairs(self, tasks: Tensor, keys: Tensor, rows: Tensor, priority: Tensor) -> None:
         places = self._pair_places(tasks, keys)
-        won = _winners(self._pair_claims, places, torch.where(keys >= 0, priority, -1))
+        won = _winners(self.pair_claims, places, torch.where(keys >= 0, priority, -1))
         self.pair_keys.view(-1)[places[won]] = keys[won]
         self.pair_rows.view(-1, self.candidates)[places[won]] = rows[won]
         self.pair_changed.view(-1)[places[won]] = True
@@ -195,7 +195,7 @@ class Matrix:
     def _write_own(self, slots: Tensor, keys: Tensor, rows: Tensor, priority: Tensor) -> None:
         places = self._places(slots, keys).flatten()
         wanted = torch.where(keys >= 0, priority[:, None], -1).flatten()
-        won = _winners(self._claims, places, wanted)
+        won = _winners(self.claims, places, wanted)
         source = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(self.orders)
         self.keys.view(-1)[places[won]] = keys.flatten()[won]
         self.rows.view(-1, self.candidates)[places[won]] = rows[source[won]]

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trbatch.engine.attention import ATTENTION, Plan, ShapeProbe, Span, StepPlan, active
 from trbatch.engine.kv_cache import KVCache
 from trbatch.engine.linear import can_pack, pack_linears
+from trbatch.engine.loading import loading
 from trbatch.engine.norm import replace_norms
-from trbatch.errors import ModelError
+from trbatch.errors import ModelError, WorkerError
 from trbatch.models import quiet_transformers, weights_digest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,21 +54,31 @@ def pick_device(device: str) -> torch.device:
     """`auto` is the first GPU, else the CPU.
 
     Raises:
-        ModelError: no such device here.
+        WorkerError: no such device here.
     """
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         picked = torch.device(device)
     except RuntimeError as error:
-        raise ModelError(f"{device!r} is not a device", hint="cpu, cuda:0, …") from error
+        raise WorkerError(f"{device!r} is not a device", hint="cpu, cuda:0, …") from error
     if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("no GPU that torch can use", hint="--device cpu")
+        raise WorkerError("no GPU that torch can use", hint="--device cpu")
+    try:
+        torch.zeros(1, device=picked).item()  # of a number that is not there, or `meta`
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise WorkerError(f"device {device!r} cannot be used: {error}", hint="--device") from error
     return picked
 
 
 def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
-    """`auto` is float32 on a CPU, else the checkpoint's 16-bit type, else bfloat16."""
+    """`auto` is float32 on a CPU, else the checkpoint's 16-bit type, else bfloat16.
+
+    Raises:
+        WorkerError: no such dtype.
+    """
+    if dtype not in ("auto", *_DTYPES):
+        raise WorkerError(f"{dtype!r} is not a dtype", hint=f"auto, {', '.join(_DTYPES)}")
     if dtype != "auto":
         return _DTYPES[dtype]
     if device.type == "cpu":
@@ -90,28 +100,24 @@ def load_pretrained(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision and not Path(source).is_dir():
         options["revision"] = revision
-    try:
+    with loading(name):
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, **options)
             refuse_unsupported(config)
             kind = pick_dtype(dtype, place, config)
-            loading: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=kind, use_safetensors=True,
                 attn_implementation=ATTENTION, output_loading_info=True, **options,
             )  # fmt: skip
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             # WordPiece's clean-up, which some transformers apply to BPE too: it eats spaces.
             tokenizer.clean_up_tokenization_spaces = False
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot load model {name!r}: {_first_line(error)}",
-            hint="a hub name, a folder with config.json and *.safetensors, or a .gguf file",
-        ) from error
-    network, report = loading
-    if missing := sorted(report["missing_keys"]):
-        # transformers would fill them with random numbers and go on.
-        raise ModelError(f"model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
-    return from_network(nn.Module.to(network, place), tokenizer, name=name, source=source)
+        network, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            # transformers would fill them with random numbers and go on.
+            raise ModelError(f"model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
+        network = nn.Module.to(network, place)
+        return from_network(network, tokenizer, name=name, source=source)
 
 
 def from_network(network: nn.Module, tokenizer: Any, *, name: str, source: str = "") -> LoadedModel:
@@ -120,26 +126,27 @@ def from_network(network: nn.Module, tokenizer: Any, *, name: str, source: str =
     Raises:
         ModelError: its architecture is not supported.
     """
-    config: Any = network.config
-    refuse_unsupported(config)
-    network.eval()
-    config._attn_implementation = ATTENTION
-    weight = network.get_output_embeddings().weight  # type: ignore[operator]
-    layer_shapes = _probe(network, weight.device)
-    replace_norms(network)
-    if can_pack(weight.device, weight.dtype):
-        pack_linears(network, lambda: _probe(network, weight.device))
-    return LoadedModel(
-        network=network,
-        tokenizer=tokenizer,
-        name=name,
-        fingerprint=_fingerprint(config, source),
-        device=weight.device,
-        dtype=weight.dtype,
-        eos_token_ids=_eos_token_ids(network, tokenizer),
-        vocab_size=int(weight.shape[0]),
-        layer_shapes=layer_shapes,
-    )
+    with loading(name):
+        config: Any = network.config
+        refuse_unsupported(config)
+        network.eval()
+        config._attn_implementation = ATTENTION
+        weight = network.get_output_embeddings().weight  # type: ignore[operator]
+        layer_shapes = _probe(network, weight.device)
+        replace_norms(network)
+        if can_pack(weight.device, weight.dtype):
+            pack_linears(network, lambda: _probe(network, weight.device))
+        return LoadedModel(
+            network=network,
+            tokenizer=tokenizer,
+            name=name,
+            fingerprint=_fingerprint(config, source),
+            device=weight.device,
+            dtype=weight.dtype,
+            eos_token_ids=_eos_token_ids(network, tokenizer),
+            vocab_size=int(weight.shape[0]),
+            layer_shapes=layer_shapes,
+        )
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -275,7 +282,3 @@ def _fingerprint(config: Any, source: str) -> str:
     identity = f"{source}@{getattr(config, '_commit_hash', None)}" if source else ""
     text = identity or config.to_json_string()
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

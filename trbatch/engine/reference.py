@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trbatch.engine.device_state import FULL, GOES_ON, STOPPED, Accepted, Slots
+
 
 def attend(
     query: Tensor,
@@ -35,3 +37,69 @@ def attend(
     if bias is not None:
         scores = scores + bias.float()
     return (torch.softmax(scores, dim=-1) @ v).to(query.dtype)
+
+
+def accept(
+    slots: Slots,
+    rows: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    chosen: Tensor,
+    *,
+    deepest: int,
+    page_size: int,
+) -> Accepted:
+    """Accept what agrees, cut it at the end of the text, and bring the slots up to date.
+
+    Args:
+        slots: changed.
+        rows: [B] the slot of each row, -1 for padding.
+        tokens: [B, T] drafted, the root first and parents before children, -1 where there is none.
+        parents: [B, T] of each node.
+        chosen: [B, T] the model's own next token at each node.
+        deepest: D, at most so many drafted tokens are accepted.
+        page_size: slots of the cache in a page.
+    """
+    batch, size = tokens.shape
+    out = Accepted.nothing(batch, size, deepest, tokens.device)
+    lists = zip(rows.tolist(), tokens.tolist(), parents.tolist(), chosen.tolist(), strict=True)
+    for row, (slot, drafted, above, picks) in enumerate(lists):
+        if slot < 0 or not slots.active[slot]:
+            continue
+        path = [0]
+        for node in range(1, len(drafted)):
+            agrees = drafted[node] >= 0 and drafted[node] == picks[path[-1]]
+            if above[node] == path[-1] and agrees and len(path) <= deepest:
+                path.append(node)
+        out.on_path[row, path] = True
+        proposed = [picks[node] for node in path if picks[node] >= 0]
+        taken, finished = _cut(proposed, slots.stops[slot].tolist(), int(slots.left[slot]))
+        count = len(taken)
+        numbers = (count, finished, min(count, max(len(proposed) - 1, 0)))
+        out.report[row, : 3 + count] = torch.tensor([*numbers, *taken])
+        out.nodes[row, :count] = torch.tensor(path[:count])
+        root = int(slots.lengths[slot]) - 1
+        for place in range(1, 1 if finished else count):
+            if path[place] != place:
+                out.sources[row, place - 1] = _slot_of(slots, slot, root + path[place], page_size)
+                out.targets[row, place - 1] = _slot_of(slots, slot, root + place, page_size)
+        last = [*taken[::-1], *slots.last[slot].tolist()][: slots.last.shape[1]]
+        slots.last[slot] = torch.tensor(last)
+        slots.lengths[slot] += count
+        slots.left[slot] -= count
+        slots.active[slot] = not finished
+    return out
+
+
+def _cut(proposed: list[int], stops: list[int], left: int) -> tuple[list[int], int]:
+    """The tokens that a text takes, up to the first that ends it, and how that one does."""
+    for count, token in enumerate(proposed, 1):
+        if token in stops:
+            return proposed[:count], STOPPED
+        if count >= left:
+            return proposed[:count], FULL
+    return proposed, GOES_ON
+
+
+def _slot_of(slots: Slots, slot: int, place: int, page_size: int) -> int:
+    return int(slots.pages[slot, place // page_size]) * page_size + place % page_size

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trbatch.engine.matrix import EMPTY, NO_KEY, Matrix
+from trbatch.engine.sequence import TaskKey
 from trbatch.engine.tasks import Tasks
 
 logger = logging.getLogger(__name__)
@@ -146,34 +147,36 @@ class Copies:
     def __init__(self, matrix: Matrix, tasks: Tasks) -> None:
         self._matrix, self._tasks = matrix, tasks
 
-    def position(self, name: str) -> str:
+    def position(self, key: TaskKey) -> str:
         """How far in the stream a task's copy is; "" if it is not open or not shared yet."""
-        task = self._tasks.get(name)
+        task = self._tasks.get(key)
         return task.position if task is not None else ""
 
-    def take(self, name: str) -> bytes:
+    def take(self, key: TaskKey) -> bytes:
         """What was written here since the last time, b"" for nothing."""
-        task = self._tasks.get(name)
+        task = self._tasks.get(key)
         delta = take_changes(self._matrix, task.index) if task is not None else None
         return delta.pack() if delta else b""
 
-    def put_back(self, name: str, data: bytes) -> None:
+    def put_back(self, key: TaskKey, data: bytes) -> None:
         """What `take` gave could not be sent."""
-        if (task := self._tasks.get(name)) is not None:
+        if (task := self._tasks.get(key)) is not None:
             put_back(self._matrix, task.index, unpack(data, self._matrix))
 
-    def whole(self, name: str) -> bytes:
+    def whole(self, key: TaskKey) -> bytes:
         """All rows of a task."""
-        task = self._tasks.get(name)
+        task = self._tasks.get(key)
         return everything(self._matrix, task.index).pack() if task is not None else b""
 
-    def merge(self, name: str, whole: bytes | None, deltas: Iterable[bytes], position: str) -> None:
+    def merge(
+        self, key: TaskKey, whole: bytes | None, deltas: Iterable[bytes], position: str
+    ) -> None:
         """Apply what the stream holds up to `position`. What cannot be read is left out.
 
         Args:
             whole: a matrix to begin again from; None goes on from what is there.
         """
-        task = self._tasks.get(name)
+        task = self._tasks.get(key)
         if task is None:
             return
         for data, use in [(whole, replace), *((delta, apply) for delta in deltas)]:
@@ -182,7 +185,9 @@ class Copies:
             try:
                 use(self._matrix, task.index, unpack(data, self._matrix))
             except BadDelta as error:
-                logger.warning("task %r: an entry of its shared matrix is skipped: %s", name, error)
+                logger.warning(
+                    "task %r: an entry of its shared matrix is skipped: %s", key.name, error
+                )
         task.changed, task.position = True, position
 
 

@@ -86,8 +86,9 @@ def _sample_filtered(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Temperature, top-k, top-p, min-p, over the sorted vocabulary."""
     logits = logits / _column(choices, "temperature", logits)
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    limits = [c.params.top_k if c.params.top_k > 0 else logits.shape[-1] for c in choices]
+    vocab = logits.shape[-1]
+    rank = torch.arange(vocab, device=logits.device)
+    limits = [min(c.params.top_k, vocab) if c.params.top_k > 0 else vocab for c in choices]
     limit = torch.tensor(limits, device=logits.device)[:, None]
     probabilities = torch.softmax(ordered.masked_fill(rank >= limit, -torch.inf), -1)
     # Keep the shortest head that reaches top_p: all tokens before which less than top_p lies.

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trbatch.config import SamplingParams
 from trbatch.engine.spine import Spine
+from trbatch.errors import RowError
 from trbatch.matrices import Acceptance
 
 # (committed tokens and the node's ancestors, raw logits [V]) -> processed logits [V]
 LogitsProcessor = Callable[[ListLike[int], Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKey:
+    """Which matrix rows read and write: equal keys, one matrix."""
+
+    name: str
+    folder: Path | None = None  # where matrices are kept; None: this one in memory only
+    apart: str = ""  # what else keeps it from others of this name, e.g. the job that began cold
+    cold: bool = False  # begin with empty rows, whatever is kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +39,7 @@ class Request:
     seed: int = 0  # of the row; with `sample_index` and a position it decides the noise
     sample_index: int = 0
     order: int = 0  # the row's place in its input: decides who wins when two write one matrix row
-    task: str = "default"  # whose shared matrix to read and to write
+    task: TaskKey = TaskKey("default")  # whose shared matrix to read and to write
     prompt: str | None = None
     messages: ListLike[Mapping[str, Any]] | None = None
     prompt_token_ids: ListLike[int] | None = None
@@ -124,7 +136,14 @@ class Sequence:
     reads: int = -1  # of the one that drafts its tokens: the same, or an empty one to compare with
     room: Any = None  # kv_cache.Room
     cached: int = 0  # prompt tokens whose keys are in the cache
+    in_flight: int = 0  # steps that were started with it and not read yet
     finish_reason: str = ""
+    error: RowError | None = None  # why it has no text; what it took since means nothing
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is to be decoded."""
+        return bool(self.finish_reason) or self.error is not None
 
     @property
     def generated(self) -> int:
@@ -155,12 +174,14 @@ class Sequence:
 
     def completion(self) -> Completion:
         """The finished request as the caller gets it."""
-        figures = self.figures
+        figures, error = self.figures, self.error
         return Completion(
             key=self.request.key,
-            finish_reason=self.finish_reason,
-            text=self.stop.text(),
-            token_ids=self.tokens[self.prompt_length :],
+            finish_reason="error" if error else self.finish_reason,
+            text="" if error else self.stop.text(),
+            token_ids=[] if error else self.tokens[self.prompt_length :],
+            error_code=error.code if error else None,
+            error_message=error.message if error else None,
             prompt_tokens=self.prompt_length,
             seed=self.request.seed,
             sample_index=self.request.sample_index,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -15,14 +17,17 @@ from trbatch.engine.attention import Span
 from trbatch.engine.costs import TIMED_SIZES, CostTable, least_seconds, time_steps
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.model import CausalModel, LoadedModel
-from trbatch.errors import ModelError
+from trbatch.errors import WorkerError
+
+logger = logging.getLogger(__name__)
 
 _LONGEST = 8192  # tokens, unless asked for more
 _CPU_SEQS, _GPU_SEQS = 8, 64
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
 _FORMAT = 2  # of the saved cost tables
-_DRIFT = 1.25  # of a saved table, the ratio of two steps may be off by so much
+_DRIFT = 1.25  # a saved step may be off by so much more or less than all are
+_LOOKS = 2  # at a saved table before it is given up: something may have disturbed the first
 # Steps of more tokens are extrapolated: on a CPU they cost what their arithmetic costs.
 _CPU_TIMED, _GPU_TIMED = 64, 4096
 
@@ -36,10 +41,10 @@ def max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
     """Prompt and output together, tokens.
 
     Raises:
-        ModelError: more was asked for than the model was made for.
+        WorkerError: more was asked for than the model was made for.
     """
     if config.max_model_len > loaded.max_positions:
-        raise ModelError(
+        raise WorkerError(
             f"--max-model-len {config.max_model_len} is more than the {loaded.max_positions} "
             f"tokens that {loaded.name} was made for"
         )
@@ -60,7 +65,7 @@ def cache_slots(
         longest: tokens of the longest sequence with its tree.
 
     Raises:
-        ModelError: not even one such sequence fits.
+        WorkerError: not even one such sequence fits.
     """
     page = config.page_size
     one = -(-longest // page) * page
@@ -71,7 +76,7 @@ def cache_slots(
     else:
         slots = max(one, min(sequences * one, sequences * (_CPU_CONTEXT + page)))
     if slots < one:
-        raise ModelError(
+        raise WorkerError(
             f"{longest} tokens of keys and values need {longest * bytes_per_token / 2**30:.1f} GiB,"
             f" {max(0, slots) * bytes_per_token / 2**30:.1f} GiB are free on {loaded.device}",
             hint="lower --max-model-len, or raise --gpu-memory-utilization",
@@ -84,6 +89,8 @@ def step_costs(
 ) -> CostTable:
     """The cost table of this model on this machine, timed once and kept in the cache folder.
 
+    A machine that is merely slower or quicker than it was does not make it untrue.
+
     Args:
         most: tokens a step per sequence, at most.
         fixed: the only such number that will be used, beside plain steps; 0: any up to `most`.
@@ -94,8 +101,13 @@ def step_costs(
     file = _costs_file(loaded, sizes, capacity)
     run = _StepTimer(model, loaded, largest, capacity)
     kept = _read_costs(file)
-    if kept is not None and _still_true(kept, run, sizes):
-        return kept
+    if kept is None:
+        logger.info("timing steps on this machine, once …")
+    else:
+        for _ in range(_LOOKS):
+            if (costs := _at_todays_pace(kept, run, sizes)) is not None:
+                return costs
+        logger.info("timing steps on this machine again, they no longer cost what they did …")
     on_cpu = loaded.device.type == "cpu"
     batches = sorted({1, capacity} if on_cpu else {1, max(1, capacity // 8), capacity})
     most = _CPU_TIMED if on_cpu else _GPU_TIMED
@@ -158,20 +170,17 @@ def _costs_file(loaded: LoadedModel, sizes: list[int], capacity: int) -> Path:
     return cache_folder() / "costs" / f"{digest}.json"
 
 
-def _still_true(kept: CostTable, run: _StepTimer, sizes: list[int]) -> bool:
-    """Whether small trees cost what the table says, compared with a plain step.
-
-    Only ratios are looked at: how fast the machine is just now, the budget learns by itself.
-    """
-    size = max(t for t in sizes if t <= 4)
-    context = kept.context
-    for batch in {1, max(b for b, _ in kept.timed)} if size > 1 else ():
-        plain, tree = (batch, 1, context), (batch, size, context)
-        least = least_seconds(run, [plain, tree])
-        then = kept.seconds(*tree) / kept.seconds(*plain)
-        if not 1 / _DRIFT < least[tree] / least[plain] / then < _DRIFT:
-            return False
-    return True
+def _at_todays_pace(kept: CostTable, run: _StepTimer, sizes: list[int]) -> CostTable | None:
+    """The table as fast as the machine is now; None if its steps no longer go by their ratios."""
+    # The table may have been timed with a longer cache than there is now.
+    tree, context = max(t for t in sizes if t <= 4), min(kept.context, run.longest)
+    batches = sorted({1, max(batch for batch, _ in kept.timed)})
+    cells = [(batch, size, context) for batch in batches for size in sorted({1, tree})]
+    least = least_seconds(run, cells)
+    off = [math.log(least[cell] / kept.seconds(*cell)) for cell in cells]
+    if max(off) - min(off) > 2 * math.log(_DRIFT):
+        return None
+    return kept.scaled(math.exp((max(off) + min(off)) / 2))
 
 
 def _read_costs(file: Path) -> CostTable | None:

@@ -20,6 +20,7 @@ from trbatch.engine import saved
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.paths import PathCounts
+from trbatch.engine.sequence import TaskKey
 from trbatch.errors import ModelError
 from trbatch.matrices import Acceptance, Facts, describe_age, matrix_file
 
@@ -30,15 +31,16 @@ logger = logging.getLogger(__name__)
 class Task:
     """One task's place in the matrix and on disk."""
 
-    name: str
+    key: TaskKey
     index: int
-    file: Path | None
+    file: Path | None  # None: it is not saved
     changed: bool = False
     used: float = 0.0
     age_s: float | None = None  # of the saved matrix that it began from
     rows: int = 0  # that this matrix had
     position: str = ""  # in the stream that the workers of the task share; "": not shared
     anew: bool = False  # what its file holds is not to be gone on from
+    outdated: bool = False  # a cold one will take its file's place, or has
     # Of rows drafted with the matrix and without it, since it was saved last.
     with_it: Acceptance = field(default_factory=Acceptance)
     without_it: Acceptance = field(default_factory=Acceptance)
@@ -65,44 +67,59 @@ class Tasks:
     ) -> None:
         self._matrix, self._calibration, self._paths = matrix, calibration, paths
         self._places, self._model, self._model_name = places, model, model_name
-        self._tasks: dict[str, Task] = {}
-        self._folders: dict[str, Path] = {}  # also of tasks that had to make room
+        self._tasks: dict[TaskKey, Task] = {}
+        self._known: set[TaskKey] = set()  # also those that had to make room
 
-    def open(self, name: str, folder: Path | None, *, cold: bool, busy: set[int]) -> Task:
-        """The task, loaded from `folder` if it is new here and has a saved matrix.
+    def open(self, key: TaskKey, *, busy: set[int]) -> Task:
+        """The task, loaded from its folder if it is new here, not cold, and has a saved matrix.
 
         Args:
-            cold: begin with empty rows instead.
             busy: indices that running sequences use.
 
         Raises:
             ModelError: all places are used by running sequences.
         """
-        task = self._tasks.get(name)
+        task = self._tasks.get(key)
+        if task is not None and task.outdated and task.index not in busy:
+            self.save()
+            del self._tasks[key]
+            task = None
         if task is None:
-            known = name in self._folders
-            folder = folder or self._folders.get(name)
-            file = matrix_file(folder, self._model, name) if folder else None
-            task = Task(name, self._place(busy), file)
-            self._empty(task.index)
-            # What made room for others was saved and goes on, also if it began cold.
-            if file is not None and file.is_file() and (known or not cold):
-                self._load(task, file)
-            task.anew = cold and not known
-            self._tasks[name] = task
-            if folder is not None:
-                self._folders[name] = folder
+            task = self._open(key, busy)
             logger.info(_describe(task))
         task.used = time.monotonic()
         return task
 
-    def get(self, name: str) -> Task | None:
-        """The task of this name if it is open."""
-        return self._tasks.get(name)
+    def _open(self, key: TaskKey, busy: set[int]) -> Task:
+        known = key in self._known
+        file = matrix_file(key.folder, self._model, key.name) if key.folder else None
+        task = Task(key, self._place(busy), file, anew=key.cold and not known)
+        self._empty(task.index)
+        if task.anew:
+            self._supersede(file)
+        # What made room for others was saved and goes on, also if it began cold.
+        elif file is not None and file.is_file():
+            self._load(task, file)
+        self._tasks[key] = task
+        self._known.add(key)
+        return task
 
-    def can_open(self, name: str, busy: set[int]) -> bool:
+    def _supersede(self, file: Path | None) -> None:
+        """A cold matrix takes this file's place: whoever holds what it held is not saved again.
+
+        What is no cold job's own is read from the file anew when it is opened the next time.
+        """
+        for other in self._tasks.values():
+            if file is not None and other.file == file:
+                other.file, other.outdated = None, not other.key.cold
+
+    def get(self, key: TaskKey) -> Task | None:
+        """The task of this key if it is open."""
+        return self._tasks.get(key)
+
+    def can_open(self, key: TaskKey, busy: set[int]) -> bool:
         """Whether there is a place for this task, given those that running sequences use."""
-        return name in self._tasks or len(busy) < self._places
+        return key in self._tasks or len(busy) < self._places
 
     def touch(self, index: int) -> None:
         """Note that a task's rows changed."""
@@ -130,9 +147,9 @@ class Tasks:
         places = _places_of(self._matrix, task.index)
         rows, pairs = _filled(places)
         facts = Facts(
-            task=task.name, model=self._model, model_name=self._model_name, rows=rows, pairs=pairs,
-            candidates=self._matrix.candidates, position=task.position, with_it=task.with_it,
-            without_it=task.without_it, tree=paths.described(),
+            task=task.key.name, model=self._model, model_name=self._model_name, rows=rows,
+            pairs=pairs, candidates=self._matrix.candidates, position=task.position,
+            with_it=task.with_it, without_it=task.without_it, tree=paths.described(),
         )  # fmt: skip
         if saved.save(file, places | counts, facts, anew=task.anew):
             task.with_it, task.without_it = Acceptance(), Acceptance()
@@ -159,7 +176,7 @@ class Tasks:
             raise ModelError("rows of too many tasks run at the same time")
         oldest = min(idle, key=lambda task: task.used)
         self.save()
-        del self._tasks[oldest.name]
+        del self._tasks[oldest.key]
         return oldest.index
 
     def _load(self, task: Task, file: Path) -> None:
@@ -195,6 +212,6 @@ def _filled(places: dict[str, torch.Tensor]) -> tuple[int, int]:
 
 def _describe(task: Task) -> str:
     if task.age_s is None:
-        return f"task {task.name!r}: begins with an empty matrix"
+        return f"task {task.key.name!r}: begins with an empty matrix"
     age = describe_age(task.age_s)
-    return f"task {task.name!r}: matrix of {task.rows} rows, saved {age} ago"
+    return f"task {task.key.name!r}: matrix of {task.rows} rows, saved {age} ago"

@@ -1,0 +1,176 @@
+"""Results that are read one step late, and the size of steps that are chosen whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+
+import pytest
+import tiny
+
+from trbatch.config import SamplingParams
+from trbatch.engine.budget import Budget
+from trbatch.engine.costs import CostTable
+from trbatch.engine.curve import STEP_SIZES, Curve, prior_tokens
+from trbatch.engine.lagged import LaggedDecoder, Outcome
+from trbatch.engine.sequence import Figures, Sequence
+from trbatch.engine.text import StopChecker
+
+
+class Script:
+    """A device that says known texts, a few tokens a step; it sees lengths, but no stop strings."""
+
+    def __init__(self, texts: dict[int, list[int]], pace: list[int]) -> None:
+        self.texts, self.pace = texts, pace
+        self.said: dict[int, int] = {}
+        self.under_way: list[int] = []
+        self.launches = 0
+
+    def can_take(self, sequence: Sequence) -> bool:
+        return True
+
+    def admit(self, sequence: Sequence) -> None:
+        self.said[int(sequence.request.key)] = 0
+
+    def launch(self, members: ListLike[Sequence], size: int) -> int:
+        assert len(self.under_way) < 2, "a third step was started before the first was read"
+        self.launches += 1
+        self.under_way.append(self.launches)
+        self._members = {self.launches: [int(s.request.key) for s in members]} | getattr(
+            self, "_members", {}
+        )
+        return self.launches
+
+    def read(self, handle: int) -> list[Outcome]:
+        assert handle == self.under_way.pop(0), "steps are read in their order"
+        outcomes = []
+        for key in self._members[handle]:
+            count = self.pace[(key + handle) % len(self.pace)]
+            begin = self.said[key]
+            tokens = self.texts[key][begin : begin + count]
+            self.said[key] = begin + len(tokens)
+            outcomes.append(Outcome(tokens, count, max(0, len(tokens) - 1)))
+        return outcomes
+
+
+def sequence(key: int, length: int, **sampling) -> Sequence:
+    params = SamplingParams(max_tokens=length, ignore_eos=True, **sampling)
+    return Sequence(
+        request=tiny.request(key, [5]), tokens=[5], prompt_length=1, max_tokens=length,
+        stop=StopChecker(tiny.NumberTokenizer(), params, frozenset()), figures=Figures(),
+    )  # fmt: skip
+
+
+def run(script: Script, batch: list[Sequence]) -> list[int]:
+    """Decode all to their ends; the keys in the order in which they could be let go."""
+    decoder, gone, running = (
+        LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81)),
+        [],
+        list(batch),
+    )
+    for one in batch:
+        decoder.admit(one)
+    while True:
+        settled = decoder.step([s for s in running if not s.finish_reason], 4)
+        for one in [s for s in running if s.finish_reason and s.in_flight == 0]:
+            running.remove(one)
+            gone.append(int(one.request.key))
+        if settled is None and not running:
+            return gone
+
+
+@pytest.mark.parametrize("pace", [[1], [1, 2, 3], [4, 1], [7]])
+def test_every_text_is_whole_whatever_a_step_gives(pace: list[int]) -> None:
+    texts = {key: list(range(10 * key, 10 * key + 5 + 3 * key)) for key in range(1, 5)}
+    batch = [sequence(key, len(texts[key])) for key in texts]
+    assert sorted(run(Script(texts, pace), batch)) == [1, 2, 3, 4]
+    for one in batch:
+        assert one.tokens[1:] == texts[int(one.request.key)]
+        assert one.finish_reason == "length"
+
+
+def test_what_comes_after_a_stop_string_is_thrown_away() -> None:
+    """The device does not know it and goes on; the slot stays taken until that step is read."""
+    texts = {1: list(range(20, 60)), 2: list(range(60, 100))}
+    batch = [sequence(1, 40, stop=["27 "]), sequence(2, 40)]
+    script = Script(texts, [2])
+    decoder = LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81))
+    for one in batch:
+        decoder.admit(one)
+    kept_busy = 0
+    for _ in range(30):
+        decoder.step([s for s in batch if not s.finish_reason], 4)
+        kept_busy += bool(batch[0].finish_reason) and batch[0].in_flight > 0
+    decoder.drain()
+    assert batch[0].tokens[1:] == list(range(20, 28))
+    assert batch[0].finish_reason == "stop"
+    assert kept_busy == 1, "the step under way when it ended holds its slot, and only that one"
+    assert batch[1].tokens[1:] == texts[2]
+
+
+def test_the_device_has_the_next_step_before_the_host_reads_the_last() -> None:
+    script = Script({1: list(range(20, 40))}, [1])
+    one = sequence(1, 20)
+    decoder = LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81))
+    decoder.admit(one)
+    assert decoder.step([one], 4) is None
+    assert len(script.under_way) == 1
+    decoder.step([one], 4)
+    assert len(script.under_way) == 1 and script.launches == 2
+    assert one.in_flight == 1
+    assert decoder.drain() == 1
+    assert one.in_flight == 0 and decoder.drain() == 0
+
+
+def costs(plain: float, token: float) -> CostTable:
+    timed = {(batch, size): plain + token * batch * size for batch in (1, 64) for size in (1, 81)}
+    return CostTable(timed, context=256, per_context=0.0)
+
+
+def test_steps_are_large_where_tokens_are_cheap_and_plain_where_they_are_dear() -> None:
+    chosen = {
+        (batch, token): Budget(costs(1.0, token), most=81).choose_size(batch, 256)
+        for batch in (1, 64)
+        for token in (1e-6, 1e-3, 5.0)
+    }
+    assert chosen[1, 1e-6] == 81 and chosen[1, 5.0] == 1
+    assert 1 < chosen[64, 1e-3] < chosen[1, 1e-3]
+    assert set(chosen.values()) <= set(STEP_SIZES)
+
+
+def test_the_size_follows_what_steps_give() -> None:
+    budget = Budget(costs(1.0, 0.1), most=81)
+    first = budget.choose_size(1, 256)
+    for _ in range(600):
+        size = budget.choose_size(1, 256)
+        budget.count_tokens(size, 1, 1)  # no draft ever comes true
+    assert first > 1
+    # All but the seldom tries are plain now.
+    sizes = [budget.choose_size(1, 256) for _ in range(256)]
+    assert sizes.count(1) == 255
+    for _ in range(2000):
+        size = budget.choose_size(1, 256)
+        budget.count_tokens(size, 4 if size > 1 else 1, 1)
+    assert [budget.choose_size(1, 256) for _ in range(20)].count(1) <= 1, "it never tried again"
+
+
+def test_a_size_is_not_changed_for_a_trifle() -> None:
+    budget = Budget(costs(1.0, 0.01), most=81)
+    before = budget.choose_size(8, 256)
+    changes = 0
+    for step in range(255):
+        tokens = 8 * prior_tokens(before) * (1.02 if step % 2 else 0.98)
+        budget.count_tokens(before, round(tokens), 8)
+        size = budget.choose_size(8, 256)
+        changes += size not in (before, 1)
+        before = size if size > 1 else before
+    assert changes <= 2
+
+
+def test_the_curve_goes_over_from_the_prior_to_what_was_counted() -> None:
+    curve = Curve()
+    assert [curve.expected(size) for size in (1, 5, 81)] == [1.0, 2.4, 4.7]
+    for _ in range(3000):
+        curve.count(16, 2, 1)
+    assert curve.expected(16) == pytest.approx(2.0, abs=0.2)
+    assert curve.expected(12) < prior_tokens(12), "neighbours hear of it"
+    assert curve.expected(1) == 1.0

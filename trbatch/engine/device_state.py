@@ -1,0 +1,144 @@
+"""What a step on the device has to know of each running sequence, and what it tells in return.
+
+Steps are launched before the host has seen what the one before gave, so whatever moves from step to
+step lies on the device: the host writes a slot when a sequence takes it, the steps go on from there
+by themselves, and a sequence that ends switches its own slot off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trbatch.engine.matrix import ORDERS
+
+GOES_ON, STOPPED, FULL = 0, 1, 2  # how a row's step ended; FULL: no token is left
+MOST_TURNS = 1 << 46  # a turn is part of a priority of 63 bits (`kernels.learn`)
+REPORT_NUMBERS = 3  # of a row's report, before its tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """S slots, each for one sequence. A row of a batch names its slot, -1 for a padding row."""
+
+    lengths: Tensor  # [S] int32 committed tokens, the last one (the next root) included
+    last: Tensor  # [S, 3] int32 the last of them, newest first, -1 before the start
+    left: Tensor  # [S] int32 tokens that may still come; of an active slot > 0
+    stops: Tensor  # [S, M] int32 ids that end the text, -1 behind them
+    active: Tensor  # [S] bool
+    pages: Tensor  # [S, P] int32 of the K/V cache, -1 behind them
+    tasks: Tensor  # [S] int32 whose matrix it teaches
+    # [S] int64 who comes before whom, by (row of the input, sample): from 0 up to
+    # MOST_TURNS, and of sequences that run together no two the same.
+    turns: Tensor
+
+    @classmethod
+    def empty(cls, count: int, *, stops: int, pages: int, device: torch.device) -> Slots:
+        """Slots that nobody has.
+
+        Args:
+            count: S.
+            stops: M, most ids that end a text.
+            pages: P, most pages of a sequence.
+        """
+
+        def full(*shape: int, value: int = -1, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        return cls(
+            lengths=full(count, value=0),
+            last=full(count, ORDERS),
+            left=full(count, value=0),
+            stops=full(count, stops),
+            active=full(count, value=0, dtype=torch.bool),
+            pages=full(count, pages),
+            tasks=full(count, value=0),
+            turns=full(count, value=0, dtype=torch.int64),
+        )
+
+    def put(
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        *,
+        left: int,
+        stops: Sequence[int],
+        pages: Sequence[int],
+        task: int,
+        turn: int,
+    ) -> None:
+        """Give a slot to a sequence: it runs from the step on that is launched next. Never waits.
+
+        Args:
+            tokens: committed ones, the next root last.
+        """
+        assert left > 0, "a sequence that may say nothing more has ended"
+        assert 0 <= turn < MOST_TURNS, f"turn {turn}"
+        newest = [*tokens[: -ORDERS - 1 : -1], *[-1] * ORDERS][:ORDERS]
+        self.lengths[slot] = len(tokens)
+        self.left[slot] = left
+        self.tasks[slot] = task
+        self.turns[slot] = turn
+        for table, values in ((self.last, newest), (self.stops, stops), (self.pages, pages)):
+            width = table.shape[1]
+            assert len(values) <= width, f"{len(values)} values, room for {width}"
+            row = torch.tensor([*values, *[-1] * (width - len(values))], dtype=table.dtype)
+            table[slot].copy_(row, non_blocking=True)
+        self.active[slot] = True
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a step gave B rows whose trees have T nodes and at most D levels below the root.
+
+    A row that did not run (padding, or its slot is not active) has 0, -1 and False everywhere.
+    """
+
+    # [B, 3 + D+1] int32 all that the host is told, in one piece for one copy.
+    report: Tensor
+    nodes: Tensor  # [B, D+1] int32 accepted nodes after which a token was taken, -1 behind
+    # [B, T] bool all agreeing nodes, also those that an end of the text cut off: rows learn from
+    # them as well. The root's says whether the row ran.
+    on_path: Tensor
+    sources: Tensor  # [B, D] int32 cache slots to move keys and values from, -1: nothing moves
+    targets: Tensor  # [B, D] int32 where to
+
+    @classmethod
+    def nothing(cls, batch: int, size: int, deepest: int, device: torch.device) -> Accepted:
+        """Of a step in which no row ran.
+
+        Args:
+            size: T.
+            deepest: D.
+        """
+
+        def missing(width: int) -> Tensor:
+            return torch.full((batch, width), -1, dtype=torch.int32, device=device)
+
+        report = missing(REPORT_NUMBERS + deepest + 1)
+        report[:, :REPORT_NUMBERS] = 0
+        on_path = torch.zeros(batch, size, dtype=torch.bool, device=device)
+        return cls(report, missing(deepest + 1), on_path, missing(deepest), missing(deepest))
+
+    @property
+    def count(self) -> Tensor:
+        """[B] tokens taken."""
+        return self.report[:, 0]
+
+    @property
+    def finished(self) -> Tensor:
+        """[B] GOES_ON, STOPPED or FULL."""
+        return self.report[:, 1]
+
+    @property
+    def drafted(self) -> Tensor:
+        """[B] how many of the tokens taken had been drafted."""
+        return self.report[:, 2]
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, D+1] the tokens taken, -1 behind them."""
+        return self.report[:, REPORT_NUMBERS:]
