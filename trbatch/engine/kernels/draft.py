@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trbatch.engine import best_first, candidates, matrix
+from trbatch.engine import best_first, candidates
 from trbatch.engine.calibration import DEPTHS
 from trbatch.engine.kernels import rows
 from trbatch.engine.kernels.attention import WORD
-from trbatch.engine.matrix import Matrix
+from trbatch.engine.kernels.highest import highest, insert
+from trbatch.engine.matrix import ORDERS, Matrix
 
 _WORD = tl.constexpr(WORD)
 _MAX_DEPTH = tl.constexpr(best_first.MAX_DEPTH)
@@ -28,11 +29,11 @@ _LEVELS = tl.constexpr(triton.next_power_of_2(best_first.MAX_DEPTH))
 _ROUNDS = tl.constexpr((best_first.MAX_DEPTH - 1).bit_length())  # 2**rounds reach every ancestor
 _WIDTH = tl.constexpr(candidates.WIDTH)  # candidates of a place
 _CELLS, _DEPTHS = tl.constexpr(candidates.CELLS), tl.constexpr(DEPTHS)
-_CONTEXT = tl.constexpr(matrix.ORDERS)
+_CONTEXT = tl.constexpr(ORDERS)
 _TOKEN_BITS = tl.constexpr(22)
 _TOKENS = tl.constexpr((1 << 22) - 1)
 _LAST = tl.constexpr(1023)  # place of a level's last candidate, at most; x ^ _LAST: from the end
-assert best_first.WIDEST * candidates.WIDTH <= _LAST.value + 1 and matrix.ORDERS == 3
+assert _LAST.value >= best_first.WIDEST * candidates.WIDTH - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Trees:
 
         return cls(
             tokens=room(size), parents=room(size), depths=room(size),
-            contexts=room(size, matrix.ORDERS), ancestors=room(size, -(-size // WORD)),
+            contexts=room(size, ORDERS), ancestors=room(size, -(-size // WORD)),
             chances=room(size, dtype=torch.float32), sizes=room(dtype=torch.int32),
         )  # fmt: skip
 
@@ -86,59 +87,6 @@ def _place(node: tl.tensor) -> tl.tensor:
 @triton.jit
 def _token(node: tl.tensor) -> tl.tensor:
     return (node & _TOKENS).to(tl.int32)
-
-
-@triton.jit
-def _exchange(
-    x: tl.tensor, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr
-) -> tl.tensor:
-    """Order all pairs of places STRIDE apart: falling in even blocks of BLOCK places, else rising.
-
-    x: [SIZE] int64.
-    """
-    pairs = tl.reshape(x, [SIZE // (2 * STRIDE), 2, STRIDE])
-    other = tl.sum(pairs, 1, keep_dims=True) - pairs
-    group = tl.arange(0, SIZE // (2 * STRIDE))[:, None, None]
-    rising = (group // (BLOCK // (2 * STRIDE))) % 2
-    higher = tl.arange(0, 2)[None, :, None] == rising
-    ordered = tl.where((pairs > other) == higher, pairs, other)
-    return tl.reshape(ordered, [SIZE])
-
-
-@triton.constexpr_function
-def _log2(power: int) -> int:
-    return power.bit_length() - 1
-
-
-@triton.jit
-def _merge(x: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """Order blocks whose halves fall and rise, or rise and fall: even ones will fall, odd rise."""
-    for nth in tl.static_range(_log2(BLOCK)):
-        x = _exchange(x, SIZE, BLOCK >> (nth + 1), BLOCK)
-    return x
-
-
-@triton.jit
-def _highest(x: tl.tensor, SIZE: tl.constexpr, K: tl.constexpr) -> tl.tensor:
-    """[K] the highest of [SIZE] numbers, falling. Both are powers of two, K the smaller."""
-    for nth in tl.static_range(_log2(K)):
-        x = _merge(x, SIZE, 2 << nth)
-    # Blocks of K fall and rise by turns: place by place, the higher of two neighbours are the
-    # highest K of both.
-    for nth in tl.static_range(_log2(SIZE // K)):
-        neighbours = tl.reshape(x, [(SIZE >> (nth + 1)) // K, 2, K])
-        x = tl.reshape(tl.max(neighbours, 1), [SIZE >> (nth + 1)])
-        x = _merge(x, SIZE >> (nth + 1), K)
-    return x
-
-
-@triton.jit
-def _insert(falling: tl.tensor, node: tl.tensor, W: tl.constexpr) -> tl.tensor:
-    """One more number into [W] falling ones, whose lowest goes."""
-    lane = tl.arange(0, W)
-    higher = tl.sum((falling > node).to(tl.int32), 0)
-    moved = tl.gather(falling, tl.maximum(lane - 1, 0), 0)
-    return tl.where(lane < higher, falling, tl.where(lane == higher, node, moved))
 
 
 @triton.jit
@@ -220,7 +168,7 @@ def _search(
             rivals = tl.sum(((known >> 32) >= best).to(tl.int32))
             going = (best > 0) & (rivals < wanted)
             if going:
-                kept = _insert(_highest(found, W * 2 * K, W), spine, W)
+                kept = insert(highest(found, W * 2 * K, W), spine, W)
                 kept = tl.where(lane < width, kept, 0)
                 known = tl.where(level == depth, kept[None, :], known)
                 parent = _place(kept) // _WIDTH
@@ -238,8 +186,8 @@ def _take(nodes: tl.tensor, wanted: tl.tensor, C: tl.constexpr, MOST: tl.constex
     # Within all nodes the first of equal ones goes first, whatever its place in its level.
     order = tl.where(nodes > 0, ((nodes >> 32) << 32) | (lane ^ (C - 1)).to(tl.int64), 0)
     taken = order > 0
-    if MOST < C:
-        best = _highest(order, C, MOST)
+    if MOST <= C:  # else all that can be found are wanted
+        best = highest(order, C, MOST)
         last = tl.max(tl.where(tl.arange(0, MOST) == wanted - 1, best, 0), 0)
         taken = taken & (order >= last)
     return taken
@@ -379,12 +327,13 @@ def draft(
 ) -> None:
     """Fill `out` with the trees of B sequences, T - 1 nodes beside the root if there are as many.
 
-    Nothing but tensors' contents may change between two replays of a captured launch.
+    Nothing but tensors' contents may change between two replays of a captured launch. All tensors
+    of indices and tokens hold whole numbers of any type.
 
     Args:
         calibrated: [tasks * PLACES] float32, `Calibration.chances`.
         last: [B, 3] last committed tokens, newest first, -1 before the start.
-        slots, tasks: [B] whose rows.
+        slots, tasks: [B] whose rows; anything where a sequence is not active.
         active: [B] bool or integers; a sequence with 0 gets its root alone.
         ahead, matched: [B, D], [B] what the spines expect (`ahead.Ahead`), -1 for nothing.
         width: nodes kept a level while searching.
@@ -394,7 +343,9 @@ def draft(
     width = min(width, total - 1)
     assert 1 <= width <= best_first.WIDEST, "a tree has a root and more, a level at most 32 nodes"
     assert matrix.candidates <= candidates.RANKS and matrix.vocab_size <= _TOKENS.value
-    assert all(t.is_contiguous() for t in (last, slots, tasks, active, ahead, matched))
+    assert calibrated.dtype == torch.float32 and last.shape == (batch, ORDERS)
+    of_sequences = (last, slots, tasks, active, ahead, matched)
+    assert all(len(t) == batch and t.is_contiguous() for t in of_sequences)
     lanes = max(2, triton.next_power_of_2(width))
     _draft[(batch,)](
         *rows.tables_of(matrix), calibrated, last, slots, tasks, active, matched, ahead,

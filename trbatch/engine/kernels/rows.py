@@ -1,9 +1,9 @@
-"""What may come at the places of one sequence: the jit functions that `draft` and `calibrate` share.
+"""What may come at the places of one sequence: jit functions that `draft` and `calibrate` share.
 
 All rows that a place might have are read at once, whether their keys agree or not: one look into
-memory instead of six. Reading them and choosing among them are two functions, so that a loop can
-have the one at its end and the other at its beginning: in one block of instructions the compiler
-puts every load off to where it is used, and waits for each. The slow twins are `Matrix.find` and `candidates.of_rows`.
+memory instead of six. Reading them and choosing among them are two functions, so that a caller can
+put a branch in between: within one block of instructions the compiler puts every load off to where
+it is used, and waits for each. The slow twins are `Matrix.find` and `candidates.of_rows`.
 """
 
 from __future__ import annotations
