@@ -6,7 +6,7 @@ they give it). A cell that was hardly seen takes the chance of its group. Saved 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,10 +90,24 @@ class Calibration:
         fresh = torch.stack(
             [torch.bincount(places[true], minlength=total), torch.bincount(places, minlength=total)]
         )
-        by_task = fresh.view(2, self._tasks, PLACES).transpose(0, 1).to(self._counts)
-        self._counts *= 0.5 ** (by_task[:, 1:] / _MEMORY)
-        self._counts += by_task
-        self._tick(set((places // PLACES).unique().tolist()))
+        by_task = fresh.view(2, self._tasks, PLACES).transpose(0, 1)
+        self.absorb(by_task, (places // PLACES).unique().tolist())
+
+    def absorb(self, fresh: Tensor, tasks: Iterable[int], *, steps: int = 1) -> None:
+        """Take what was counted elsewhere, over one step or several, and set it to 0 there.
+
+        Nothing here waits for the device.
+
+        Args:
+            fresh: [tasks, 2, PLACES] whole numbers: what came true, and what was seen.
+            tasks: those of which anything may have been counted.
+            steps: over which it was counted; observations counted together do not fade each other.
+        """
+        counted = fresh.to(self._counts)
+        self._counts *= 0.5 ** (counted[:, 1:] / _MEMORY)
+        self._counts += counted
+        fresh.zero_()
+        self._tick(set(tasks), steps)
 
     def count_few(self, places: Sequence[int], true: Sequence[bool]) -> None:
         """The same without tensor operations, for counts in the CPU's memory."""
@@ -115,9 +129,9 @@ class Calibration:
         self._steps[task] = self._due[task] = 0
         self._refresh(task)
 
-    def _tick(self, tasks: set[int]) -> None:
+    def _tick(self, tasks: set[int], steps: int = 1) -> None:
         for task in tasks:
-            self._steps[task] += 1
+            self._steps[task] += steps
             if self._steps[task] >= self._due[task]:
                 self._refresh(task)
 

@@ -20,7 +20,6 @@ from trbatch.engine.sequence import Sequence as Running
 from trbatch.engine.tree import Tree
 from trbatch.engine.verify import Verdict
 
-_WIDEST = 32  # nodes kept a level while searching
 _FEW = 64  # nodes of a step that a CPU goes through one by one
 
 
@@ -102,7 +101,7 @@ class Drafter:
         count = self._fixed - 1
         found = best_first.expand(
             self._matrix, self._calibration, slots, tasks, last, ahead,
-            width=min(count, _WIDEST), enough=count,
+            width=min(count, best_first.WIDEST), enough=count,
         )  # fmt: skip
         if found is None or count == 0:
             return None
@@ -113,7 +112,7 @@ class Drafter:
     ) -> Draft | None:
         found = best_first.expand(
             self._matrix, self._calibration, slots, tasks, last, ahead,
-            width=min(self._most - 1, _WIDEST),
+            width=min(self._most - 1, best_first.WIDEST),
             least=self._budget.least_chance(len(last), context),
         )  # fmt: skip
         if found is not None:
