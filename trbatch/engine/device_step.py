@@ -8,6 +8,7 @@ is made of comes from an `Operations`: kernels (`step_kernels`), or their slow t
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from bisect import bisect_left
@@ -18,14 +19,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trbatch.engine.best_first import MAX_DEPTH
+from trbatch.config import EngineConfig
 from trbatch.engine.calibration import PLACES, Calibration
 from trbatch.engine.device_state import REPORT_NUMBERS, Accepted, Slots
 from trbatch.engine.lagged import Outcome
 from trbatch.engine.matrix import Matrix
-from trbatch.engine.model import CausalModel
+from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.transfer import OnItsWay, to_device
+from trbatch.engine.tree import Tree
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +149,11 @@ class DeviceStep:
         self._turns: dict[int, int] = {}  # slot -> turn
         self._reads: set[int] = set()  # tasks of which something may have been counted
 
+    @property
+    def kind(self) -> str:
+        """What its steps are, among the ways in which steps can be made."""
+        return f"{type(self.operations).__name__}{', captured' if self._captures else ''}"
+
     def admit(self, sequence: Sequence) -> bool:
         """Take a sequence that has a slot and pages; its prompt is the text so far.
 
@@ -184,6 +191,8 @@ class DeviceStep:
             logits: [B, V] at the prompts' ends.
         """
         rows = to_device([sequence.slot for sequence in members], self.device, torch.int64)
+        if not members:
+            return _Handle(OnItsWay(rows), 0, 0)
         accepted = self.operations.first(self.state, rows, logits)
         return _Handle(OnItsWay(accepted.report), len(members), 0)
 
@@ -229,13 +238,18 @@ class DeviceStep:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            shape.accepted = self.operations.step(self.state, shape.batch, size)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                shape.accepted = self.operations.step(self.state, shape.batch, size)
+        except RuntimeError as error:
+            # Such as a mixture of experts that looks on the host which expert gets which token.
+            said = str(error).strip().split("\n", 1)[0]
+            logger.warning("steps of this model cannot be captured, they are launched: %s", said)
+            self._captures = False
+            return
         shape.graph = graph
-        logger.debug(
-            "captured a step of %d x %d tokens in %.2f s",
-            shape.inputs.shape[1], size, time.perf_counter() - start,
-        )  # fmt: skip
+        rows, seconds = shape.inputs.shape[1], time.perf_counter() - start
+        logger.debug("captured a step of %d x %d tokens in %.2f s", rows, size, seconds)
 
     @torch.inference_mode()
     def _run(self, shape: _Shape, size: int) -> Accepted:
@@ -324,4 +338,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-DEEPEST = MAX_DEPTH  # drafted tokens that a step can accept
+def operations_for(
+    loaded: LoadedModel, config: EngineConfig, template: Tree | None
+) -> Operations | None:
+    """What steps are made of where nobody says it; None where they are the host's."""
+    if loaded.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    if config.tree != "best_first" or template is not None:
+        return None
+    from trbatch.engine.step_kernels import KernelOperations
+
+    return KernelOperations()

@@ -225,10 +225,14 @@ class CausalModel:
         Returns:
             Raw logits [M, V], float32.
         """
+        return self.project(tokens, spans, keep).float()
+
+    def project(self, tokens: Tensor, spans: Sequence[Span], keep: Tensor | None = None) -> Tensor:
+        """The same in the network's own type."""
         assert self.cache is not None, "allocate the cache first"
         plan = self._plan_of(self.cache, spans)
         positions = torch.cat([span.positions for span in spans])
-        return self.run(tokens, positions, plan, keep).float()
+        return self.run(tokens, positions, plan, keep)
 
     def run(
         self, tokens: Tensor, positions: Tensor, plan: Plan, keep: Tensor | None = None

@@ -33,20 +33,21 @@ class KernelOperations:
         if size == 1:
             return self._plain(state, batch)
         slots, matrix, rows = state.slots, state.matrix, batch.rows
+        at = rows.clamp(min=0)
+        active = (rows >= 0) & slots.active[at]
         ahead, matched = self._ahead(state, rows)
         trees = Trees.empty(len(rows), size, rows.device)
         draft(
-            matrix, state.calibration.chances, slots.last, rows, batch.reads, slots.active,
+            matrix, state.calibration.chances, slots.last[at], rows, batch.reads, active,
             ahead, matched, trees,
         )  # fmt: skip
         logits = _forward(state, rows, trees.tokens, trees.depths, trees.ancestors)
         candidates = likeliest.topk(logits, matrix.candidates)
         chosen = candidates[:, 0].contiguous().view(len(rows), size)
         accepted = _commit(state, rows, trees.tokens, trees.parents, chosen)
-        nodes = accepted.nodes
         calibrate(
-            matrix, state.fresh, nodes, accepted.tokens, trees.contexts, trees.depths, rows,
-            batch.reads, slots.active, ahead, matched,
+            matrix, state.fresh, accepted.nodes, accepted.tokens, trees.contexts, trees.depths,
+            rows, batch.reads, active, ahead, matched,
         )  # fmt: skip
         learn(
             matrix, slots, rows, trees.tokens, trees.parents, trees.contexts, candidates,
