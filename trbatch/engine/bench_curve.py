@@ -84,11 +84,14 @@ def curve(
         check_png(png)
     models = _Models(model, shape, device, dtype)
     texts, others = _prompts(prompts, models.small, limit, wanted)
-    loaded, generated = models.open(texts if wanted.generate else [], progress)
+    together = {_generated_together(batch) for batch in wanted.batches if wanted.generate}
+    loaded, generated = models.open(texts, sorted(together), progress)
     bench = _Bench(loaded, wanted, texts, others, progress)
     rows = [bench.of_batch(batch) for batch in wanted.batches]
     for row in rows:
-        row["generate_tokens_per_s"] = generated.get(min(row["batch"], _GENERATED_PROMPTS))
+        count = _generated_together(row["batch"])
+        row["generate_tokens_per_s"] = generated.get(count)
+        row["generate_batch"] = count if count in generated else None
     result = {
         "bench": "speed",
         "method": "curve",
@@ -130,6 +133,11 @@ def _count(batch: int) -> int:
     return max(_FEWEST_PROMPTS, _PROMPTS_A_BATCH * batch)
 
 
+def _generated_together(batch: int) -> int:
+    """Sequences that `generate` decodes together to be compared with a batch of ours."""
+    return min(batch, _GENERATED_PROMPTS)
+
+
 class _Models:
     """The model to measure, in whatever shape. There is only one on the device at any time."""
 
@@ -143,22 +151,28 @@ class _Models:
         self._dtype = pick_dtype(dtype, self._place, self.small.network.config)
 
     def open(
-        self, texts: Sequence[BenchPrompt], progress: Progress
+        self, texts: Sequence[BenchPrompt], together: Sequence[int], progress: Progress
     ) -> tuple[LoadedModel, dict[int, float]]:
         """The model ready to measure, and how fast transformers' `generate` decodes these texts.
 
+        Args:
+            together: sequences that `generate` decodes together, each in turn; none: not at all.
+
         Returns:
-            Its tokens a second by sequences decoded together; nothing without texts.
+            The model; tokens a second of `generate` by sequences decoded together.
         """
+        network: Any = None
+        if self._shape is not None:
+            progress(f"widening {self.small.name} to the shape {self._shape.name} …")
+            network = wide_network(self.small, self._shape, dtype=self._dtype, device=self._place)
+        elif together:
+            network = load_unmodified(self._model, self.small)
+        rates = {}
+        for count in together:
+            rates[count] = self._generate(network, texts, count)
+            progress(f"generate, {count} together: {rates[count]} tokens/s")
         if self._shape is None:
-            rates = {}
-            if texts:
-                network = load_unmodified(self._model, self.small)
-                rates = self._generate(network, texts, progress)
             return self.small, rates
-        progress(f"widening {self.small.name} to the shape {self._shape.name} …")
-        network = wide_network(self.small, self._shape, dtype=self._dtype, device=self._place)
-        rates = self._generate(network, texts, progress) if texts else {}
         return ready(network, self.small, self._shape), rates
 
     def random(self) -> LoadedModel:
@@ -166,17 +180,11 @@ class _Models:
         assert self._shape is not None, "random weights stand beside a shape"
         return random_like_shape(self.small, self._shape, dtype=self._dtype, device=self._place)
 
-    def _generate(
-        self, network: Any, texts: Sequence[BenchPrompt], progress: Progress
-    ) -> dict[int, float]:
-        rates = {}
-        generate_rate(network, self.small, list(texts[:1]), 1, 2)  # whatever is made once
-        for together in (1, _GENERATED_PROMPTS):
-            chosen = list(texts[:_GENERATED_PROMPTS])
-            rate = generate_rate(network, self.small, chosen, together, _GENERATED_TOKENS)
-            progress(f"generate, {together} together: {rate:.1f} tokens/s")
-            rates[together] = round(rate, 2)
-        return rates
+    def _generate(self, network: Any, texts: Sequence[BenchPrompt], together: int) -> float:
+        chosen = list(texts[:_GENERATED_PROMPTS])
+        generate_rate(network, self.small, chosen[:together], together, 2)  # what is made once
+        rate = generate_rate(network, self.small, chosen, together, _GENERATED_TOKENS)
+        return round(rate, 2)
 
 
 class _Bench:

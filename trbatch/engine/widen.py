@@ -92,7 +92,7 @@ def ready(
 
 def wide_network(
     loaded: LoadedModel, shape: Shape, *, dtype: torch.dtype, device: torch.device | str
-) -> LlamaForCausalLM:
+) -> Any:
     """The small model's weights in a plain transformers network of this shape. See `widen`."""
     network = random_network(loaded, shape, dtype=dtype, device=device)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def wide_network(
 
 def random_network(
     loaded: LoadedModel, shape: Shape, *, dtype: torch.dtype, device: torch.device | str
-) -> LlamaForCausalLM:
+) -> Any:
     """A plain transformers network that `wide_network` fills: its sizes, its norms' eps, no words.
 
     Memory is taken for each weight once, in its type and on its device.
@@ -110,7 +110,7 @@ def random_network(
     config = _wide_config(loaded, shape)
     with loading(f"{loaded.name} as {shape.name} shape"):
         with torch.device("meta"):
-            network = LlamaForCausalLM(config)
+            network: Any = LlamaForCausalLM(config)
         nn.Module.to(network, dtype=dtype)
         network.to_empty(device=torch.device(device))
         with torch.device(device):  # its frequencies, in float32
@@ -123,12 +123,13 @@ def random_network(
                     weight.normal_(std=_STD, generator=generator)
                 else:
                     weight.fill_(1.0)
-    network.generation_config = getattr(loaded.network, "generation_config", None)
-    return network.eval()
+    network.generation_config = loaded.network.generation_config
+    network.eval()
+    return network
 
 
 def _wide_config(loaded: LoadedModel, shape: Shape) -> LlamaConfig:
-    small = loaded.network.config
+    small: Any = loaded.network.config
     _refuse_unfit(loaded, shape)
     eps = small.rms_norm_eps * small.hidden_size / shape.hidden
     return LlamaConfig(
@@ -158,7 +159,7 @@ def _constant(small: Any, vocab: int) -> float:
     if vocab <= small.vocab_size:
         return 0.0
     most = math.sqrt(small.rms_norm_eps * small.hidden_size / 2)
-    return 2.0 ** float(math.floor(math.log2(most)))
+    return math.ldexp(1.0, math.floor(math.log2(most)))
 
 
 def _refuse_unfit(loaded: LoadedModel, shape: Shape) -> None:
@@ -167,7 +168,7 @@ def _refuse_unfit(loaded: LoadedModel, shape: Shape) -> None:
     Raises:
         ModelError: another architecture, biases, fused layers, or something is too large.
     """
-    small = loaded.network.config
+    small: Any = loaded.network.config
     why = ""
     if small.model_type != "llama" or small.attention_bias or small.mlp_bias:
         why = f"it is no Llama without biases but {small.model_type!r}"
@@ -194,7 +195,7 @@ def _refuse_unfit(loaded: LoadedModel, shape: Shape) -> None:
 
 def _kv_copies(small: Any, shape: Shape) -> int:
     """How many new K/V heads an old one needs so that all of its query heads find a place."""
-    old_group = small.num_attention_heads // small.num_key_value_heads
+    old_group: int = small.num_attention_heads // small.num_key_value_heads
     return -(-old_group // (shape.heads // shape.kv_heads))
 
 
@@ -206,11 +207,10 @@ class _Corner:
     dimensions, with h the old head size.
     """
 
-    def __init__(self, small: nn.Module, wide: nn.Module, copies: int) -> None:
-        self._small: Any = small
-        self._wide: Any = wide
+    def __init__(self, small: Any, wide: Any, copies: int) -> None:
+        self._small, self._wide = small, wide
         old, new = small.config, wide.config
-        self._device = self._wide.lm_head.weight.device
+        self._device: torch.device = wide.lm_head.weight.device
         self._shrunk = math.sqrt(old.hidden_size / new.hidden_size)
         self._stretch = new.head_dim // old.head_dim
         self._constant = _constant(old, new.vocab_size)
@@ -284,7 +284,8 @@ class _Corner:
         new_group = new.num_attention_heads // new.num_key_value_heads
         head = self._upto(old.num_attention_heads)
         # Of its old group's new groups, in order.
-        return head // old_group * self._copies * new_group + head % old_group
+        places: Tensor = head // old_group * self._copies * new_group + head % old_group
+        return places
 
     def _dimensions(self, heads: Tensor) -> Tensor:
         """[heads · h] where the old dimensions of these new heads lie.
@@ -294,7 +295,8 @@ class _Corner:
         """
         old, new = self._small.config.head_dim, self._wide.config.head_dim
         first = self._upto(old // 2) * self._stretch
-        return (heads[:, None] * new + torch.cat([first, first + new // 2])).flatten()
+        dimensions: Tensor = heads[:, None] * new + torch.cat([first, first + new // 2])
+        return dimensions.flatten()
 
     def _upto(self, count: int) -> Tensor:
         return torch.arange(count, device=self._device)
