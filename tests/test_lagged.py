@@ -24,6 +24,14 @@ class Script:
         self.said: dict[int, int] = {}
         self.under_way: list[int] = []
         self.launches = 0
+        self.prepared = {(count, 4) for count in (1, 2)}
+
+    def is_ready(self, count: int, size: int) -> bool:
+        return (count, size) in self.prepared
+
+    def prepare(self, count: int, size: int) -> None:
+        assert not self.under_way, "something runs while a step is made ready"
+        self.prepared.add((count, size))
 
     def launch(self, members: ListLike[Sequence], size: int) -> int:
         assert len(self.under_way) < 3, "a step was started before the last but one was read"

@@ -169,6 +169,15 @@ class DeviceStep:
         greedy = request.sampling.greedy and not request.logits_processors
         return greedy and len(stops) <= MOST_STOPS
 
+    def is_ready(self, count: int, size: int) -> bool:
+        """Whether a step of this shape was captured."""
+        return not self._captures or (bucket_of(count, self.capacity), size) in self._shapes
+
+    def prepare(self, count: int, size: int) -> None:
+        """Capture a step of this shape."""
+        self._shape(bucket_of(count, self.capacity), size)
+        _wait(self.device)
+
     def launch(self, members: ListLike[Sequence], size: int) -> _Handle:
         """Start a step of `size` tokens a sequence."""
         bucket = bucket_of(len(members), self.capacity)

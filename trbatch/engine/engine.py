@@ -20,6 +20,7 @@ from trbatch.engine import sizing
 from trbatch.engine.bigrams import rows_of
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
+from trbatch.engine.curve import STEP_SIZES
 from trbatch.engine.device_prefill import DevicePrefiller
 from trbatch.engine.device_step import DeviceStep, Operations, StepTimer, operations_for
 from trbatch.engine.drafter import Drafter
@@ -136,10 +137,13 @@ class Engine:
         timer: sizing.Timer = sizing.StepTimer(self._model, self.loaded, longest)
         if stepper is not None:
             timer = StepTimer(stepper, task=_NOBODY, longest=longest)
-        costs = sizing.step_costs(
-            timer, self.loaded, self._most, self.capacity, fixed=fixed,
-            how="" if stepper is None else stepper.kind,
-        )  # fmt: skip
+        if stepper is None:
+            costs = sizing.step_costs(timer, self.loaded, self._most, self.capacity, fixed=fixed)
+        else:
+            costs = sizing.step_costs(
+                timer, self.loaded, self._most, self.capacity, fixed=fixed, how=stepper.kind,
+                grid=STEP_SIZES,
+            )  # fmt: skip
         return Budget(costs, most=self._most, most_tokens=sizing.most_tokens(self.loaded))
 
     @property

@@ -40,6 +40,14 @@ class Outcome:
 class Stepper(Protocol):
     """The device's half of decoding."""
 
+    def is_ready(self, count: int, size: int) -> bool:
+        """Whether a step of `count` sequences can be started without making something first."""
+        ...
+
+    def prepare(self, count: int, size: int) -> None:
+        """Make what such steps need, once: nothing may be under way."""
+        ...
+
     def launch(self, members: ListLike[Sequence], size: int) -> Any:
         """Start a step of `size` tokens a sequence; returns what `read` wants."""
         ...
@@ -95,21 +103,31 @@ class LaggedDecoder:
         Returns:
             How many tokens were read.
         """
+        given = 0
         if members:
             context = sum(len(s.tokens) for s in members) / len(members)
             size = self._size or self._budget.choose_size(len(members), context)
+            if not self._stepper.is_ready(len(members), size):
+                # So that no step's time has it in it.
+                given = self._settle_to(0)
+                members = [sequence for sequence in members if not sequence.ended]
+                self._stepper.prepare(len(members), size)
+        if members:
             self._push(_Ticket(list(members), self._stepper.launch(members, size), size, context))
         left = 1 if members or self._after_prompts else 0
         self._after_prompts = False
-        given = 0
-        while len(self._pending) > left:
-            given += self._settle(self._pending.popleft())
-        return given
+        return given + self._settle_to(left)
 
     def drain(self) -> int:
         """Read all that is under way. Returns how many tokens it gave."""
         self._after_prompts = False
         return self.run([])
+
+    def _settle_to(self, left: int) -> int:
+        given = 0
+        while len(self._pending) > left:
+            given += self._settle(self._pending.popleft())
+        return given
 
     def _push(self, ticket: _Ticket) -> None:
         if not self._pending:

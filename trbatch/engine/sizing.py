@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -111,7 +112,14 @@ def most_tokens(loaded: LoadedModel) -> int:
 
 
 def step_costs(
-    run: Timer, loaded: LoadedModel, most: int, capacity: int, *, fixed: int = 0, how: str = ""
+    run: Timer,
+    loaded: LoadedModel,
+    most: int,
+    capacity: int,
+    *,
+    fixed: int = 0,
+    how: str = "",
+    grid: Sequence[int] = TIMED_SIZES,
 ) -> CostTable:
     """The cost table of this model on this machine, timed once and kept in the cache folder.
 
@@ -121,9 +129,10 @@ def step_costs(
         most: tokens a step per sequence, at most.
         fixed: the only such number that will be used, beside plain steps; 0: any up to `most`.
         how: what kind of steps these are, where there is more than one.
+        grid: sizes that are timed, those up to the largest that is used.
     """
     largest = fixed or most
-    between = () if fixed else [size for size in TIMED_SIZES if size < largest]
+    between = () if fixed else [size for size in grid if size < largest]
     sizes = sorted({1, *between, largest})
     file = _costs_file(loaded, sizes, capacity, how)
     kept = _read_costs(file)
