@@ -157,7 +157,7 @@ class EngineConfig(_Config):
     max_model_len: int = 0  # prompt and output together, tokens; 0: the model's, 8,192 at most
     gpu_memory_utilization: float = 0.9
     page_size: int = 16  # tokens a page of the K/V cache
-    prefill_chunk: int = 512  # prompt tokens a prefill step, over all its sequences
+    prefill_chunk: int = 0  # prompt tokens a prefill, over all its sequences; 0: by the machine
     speculate: bool = True
     # How nodes are picked: for each row by chance, along one tree of the task that is learned, or
     # along the published one, as a reference.
@@ -172,9 +172,9 @@ class EngineConfig(_Config):
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _choice("tree", self.tree, TREES)
-        for name in ("max_num_seqs", "max_model_len", "tree_size"):
+        for name in ("max_num_seqs", "max_model_len", "tree_size", "prefill_chunk"):
             _integer(name, getattr(self, name), 0)
-        for name in ("page_size", "prefill_chunk", "max_tree_size"):
+        for name in ("page_size", "max_tree_size"):
             _integer(name, getattr(self, name), 1)
         _number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_below=True)
 

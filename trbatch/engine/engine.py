@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class Engine:
         task_orders: int = TASK_ORDERS,
     ) -> None:
         config = config or EngineConfig()
+        config = replace(config, prefill_chunk=sizing.prefill_chunk(config, loaded))
         self.loaded, self.config = loaded, config
         self.capacity = sizing.max_num_seqs(config, loaded)
         self.max_model_len = sizing.max_model_len(config, loaded)
@@ -112,6 +114,7 @@ class Engine:
             self._device_prefiller = DevicePrefiller(
                 self._stepper, self._lagged, self._tasks, config, recycling=recycling
             )
+            self._device_prefiller.prepare()
         self._prefiller = Prefiller(
             self._model, self._matrix, self._tasks, self.budget, config, recycling=recycling
         )
@@ -212,6 +215,9 @@ class Engine:
 
     def _prefill(self, sequences: list[Sequence]) -> int:
         if self._stepper is not None:
+            decoding = len(self._scheduler.running) > len(sequences)
+            if not self._device_prefiller.is_worth_it(sequences, decoding=decoding):
+                return 0
             return self._device_prefiller.run(sequences)
         return len(self._prefiller.run(sequences))
 

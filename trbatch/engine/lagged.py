@@ -37,6 +37,14 @@ class Outcome:
     accepted: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a step gave its members, and for how many seconds the device was busy with it."""
+
+    outcomes: list[Outcome]
+    seconds: float
+
+
 class Stepper(Protocol):
     """The device's half of decoding."""
 
@@ -52,8 +60,8 @@ class Stepper(Protocol):
         """Start a step of `size` tokens a sequence; returns what `read` wants."""
         ...
 
-    def read(self, handle: Any) -> list[Outcome]:
-        """Wait for a step and get what it gave each of its members."""
+    def read(self, handle: Any) -> Reading:
+        """Wait for a step, and what it gave."""
         ...
 
 
@@ -80,6 +88,7 @@ class LaggedDecoder:
         self._pending: deque[_Ticket] = deque()
         self._after_prompts = False  # whether the newest is one of prompts
         self._read_at = 0.0
+        self._owed = 0.0  # seconds of prompts that passed before a step was read
 
     def after_prompts(
         self, pieces: ListLike[tuple[Sequence, int]], members: ListLike[Sequence], handle: Any
@@ -138,11 +147,18 @@ class LaggedDecoder:
 
     def _settle(self, ticket: _Ticket) -> int:
         """Wait for what was started and write it down. Returns its tokens."""
-        outcomes = self._stepper.read(ticket.handle)
+        reading = self._stepper.read(ticket.handle)
         now = time.perf_counter()
         seconds, self._read_at = now - self._read_at, now
+        if not ticket.size:
+            seconds, self._owed = seconds + self._owed, 0.0
+        elif any(not later.size for later in self._pending):
+            # The host was busy with prompts meanwhile. Else what passed between two readings is
+            # what a step takes, also where the device had to wait for the host.
+            passed, seconds = seconds, min(seconds, reading.seconds)
+            self._owed += passed - seconds
         kept = []
-        for sequence, outcome in zip(ticket.members, outcomes, strict=True):
+        for sequence, outcome in zip(ticket.members, reading.outcomes, strict=True):
             sequence.in_flight -= 1
             kept.append(_taken(sequence, outcome))
         if ticket.size:

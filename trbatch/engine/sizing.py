@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 8192  # tokens, unless asked for more
 _CPU_SEQS, _GPU_SEQS = 8, 64
+_CPU_PREFILL, _GPU_PREFILL = 512, 2048
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
 _GPU_BATCHES = (8, 32, 64, 128)  # timed, beside one sequence and all that can run
@@ -39,6 +40,11 @@ _CPU_TIMED, _GPU_TIMED = 64, 4096
 def max_num_seqs(config: EngineConfig, loaded: LoadedModel) -> int:
     """Sequences decoded together."""
     return config.max_num_seqs or (_CPU_SEQS if loaded.device.type == "cpu" else _GPU_SEQS)
+
+
+def prefill_chunk(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Prompt tokens of one prefill, over all its sequences."""
+    return config.prefill_chunk or (_CPU_PREFILL if loaded.device.type == "cpu" else _GPU_PREFILL)
 
 
 def max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from trbatch.engine.attention import Span
 from trbatch.engine.best_first import MAX_DEPTH, WIDEST
 from trbatch.engine.coming_true import count_paths
 from trbatch.engine.device_state import Accepted
-from trbatch.engine.device_step import Batch, State
+from trbatch.engine.device_step import Batch, Prompts, State
 from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
@@ -67,6 +68,24 @@ class PlainOperations:
             )
         return accepted
 
+    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
+        """See `device_step.Operations.prefill`."""
+        where, ends = [], []
+        starts = prompts.starts.tolist()
+        for at, (start, end) in enumerate(pairwise(starts)):
+            if count := end - start:
+                where.append(
+                    Span(
+                        room=_room(state, int(prompts.rows[at])),
+                        committed=int(prompts.committed[at]), length=count,
+                        positions=prompts.positions[start:end].long(),
+                        inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
+                    )
+                )  # fmt: skip
+                ends.append(end - 1)
+        keep = None if everywhere else torch.tensor(ends)
+        return state.model.project(prompts.tokens[: starts[-1]].long(), where, keep)
+
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
         """See `device_step.Operations.first`."""
         running = _running(state, Batch(rows, torch.zeros_like(rows)))
@@ -74,19 +93,14 @@ class PlainOperations:
         chosen = argmax(blocks_of(logits.float()))[running.at, None]
         return self._commit(state, rows, running, drafted, chosen, 1)
 
-    def learn_prompt(
-        self, state: State, sequence: Sequence, count: int, logits: Tensor | None
-    ) -> None:
+    def learn_prompt(self, state: State, sequence: Sequence, count: int, logits: Tensor) -> None:
         """See `device_step.Operations.learn_prompt`."""
         end = sequence.cached + count
         text = torch.tensor(sequence.tokens[: end + 1], device=state.nowhere.device)
-        known = None
-        if logits is not None:
-            known = topk(blocks_of(logits.float()), state.matrix.candidates)
+        known = topk(blocks_of(logits.float()), state.matrix.candidates)
         drafting.learn_prompt(
-            state.matrix, text, sequence.cached, count if known is None else known,
-            sequence.slot, sequence.task,
-        )  # fmt: skip
+            state.matrix, text, sequence.cached, known, sequence.slot, sequence.task
+        )
 
     def _draft(self, state: State, running: _Running, size: int) -> tuple[Draft, Ahead | None]:
         drafted = drafting.roots(running.last)
