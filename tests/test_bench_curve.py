@@ -140,7 +140,7 @@ def test_too_few_distinct_prompts_are_told_before_anything_is_decoded(
 
 
 class ScriptedEngine:
-    """Takes two requests at once; each needs a call for its prefill and then gives three tokens."""
+    """Takes two requests at once; each needs a call for its prefill, then three more."""
 
     capacity = 2
     config = SimpleNamespace(prefill_chunk=4)
@@ -165,6 +165,7 @@ class ScriptedEngine:
             fresh = self.capacity - len(self.running)
             for request in self.waiting[:fresh]:
                 self.running[request] = 3
+                self.tokens += 1
             del self.waiting[:fresh]
             return []
         self.steps += 1
@@ -186,12 +187,13 @@ def test_only_calls_without_prefill_are_timed_and_the_tail_is_told_apart() -> No
     engine: Any = ScriptedEngine()
     measured = measure(engine, list(range(5)), [4] * 5)  # type: ignore[arg-type]
     # Two and two and the last alone, of three steps each.
-    assert (measured.full.tokens, measured.tail.tokens) == (12, 3)
+    assert (measured.full.tokens, measured.tail.tokens) == (16, 4)
     assert measured.steps == {1: 6}
     # Eight tokens of prompts and four more for what may be read late: three calls, one a step.
     assert measured.timed == len(measured.seconds.get(1, [])) == 2
     assert measured.step_s is None, "of two calls no mean is taken"
-    assert (measured.acceptance, measured.context, measured.usual_size) == (1.0, 6.0, 1)
+    assert (measured.acceptance, measured.usual_size) == (1.0, 1)
+    assert measured.contexts == [7.0, 7.0], "a prompt of four and three tokens before the last"
     assert [one.key for one in measured.done] == list(range(5))
 
 
@@ -206,6 +208,8 @@ def test_all_tokens_of_a_real_engine_are_counted_once(
         measured = measure(engine, requests, [len(prompt) for prompt in ids])
         assert measured.full.tokens + measured.tail.tokens == 9 * 20
         assert measured.tail.tokens > 0
+        assert len(measured.contexts) == measured.timed
+        assert 0 < measured.context < 40 + 20
         assert measured.timed <= measured.steps.total() <= engine.stats()["forwards"]
         assert measured.acceptance == pytest.approx(
             sum(c.completion_tokens - 1 for c in measured.done)

@@ -215,7 +215,7 @@ class _Bench:
         plain = self._decode(batch, count, speculate=False)
         recycled = self._decode(batch, count, speculate=True)
         self._measured[batch] = plain, recycled
-        floor = self.floor.seconds(plain.slots, plain.context)
+        floor, other = (self.floor.seconds(m.slots, m.context) for m in (plain, recycled))
         row = {
             "batch": batch,
             "plain_tokens_per_s": _rounded(plain.full.rate, 2),
@@ -227,13 +227,12 @@ class _Bench:
             "recycled_step_ms": _milliseconds(recycled.step_s),
             "floor_ms": _milliseconds(floor),
             "plain_over_floor": _ratio(plain.step_s, floor),
-            "recycled_over_floor": _ratio(recycled.step_s, floor),
+            "recycled_over_floor": _ratio(recycled.step_s, other),
         }
         self.details.append(
             {
                 "batch": batch,
                 "prompts": count,
-                "context": round(plain.context, 1),
                 **{f"plain_{name}": value for name, value in _detail(plain).items()},
                 **{f"recycled_{name}": value for name, value in _detail(recycled).items()},
             }
@@ -305,6 +304,7 @@ def _detail(measured: Measured) -> dict[str, Any]:
     sizes = sorted(measured.seconds)
     return {
         "slots": measured.slots,
+        "context": round(measured.context, 1),
         "full_s": round(measured.full.seconds, 3),
         "tail_s": round(measured.tail.seconds, 3),
         "tail_tokens_per_s": _rounded(measured.tail.rate, 2),

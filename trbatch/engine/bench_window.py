@@ -43,6 +43,7 @@ class Measured:
     tail: Span = field(default_factory=Span)  # nobody waited any more
     steps: Counter[int] = field(default_factory=Counter)  # of the full window, by tokens a sequence
     seconds: dict[int, list[float]] = field(default_factory=dict)  # of those without prefill
+    contexts: list[float] = field(default_factory=list)  # of these: committed tokens a sequence
     done: list[Completion] = field(default_factory=list)
 
     @property
@@ -78,9 +79,9 @@ class Measured:
 
     @property
     def context(self) -> float:
-        """Committed tokens of a sequence, on average over its decoding."""
-        middles = [one.prompt_tokens + one.completion_tokens / 2 for one in self.done]
-        return statistics.mean(middles)
+        """Committed tokens of a sequence in the steps timed; of all its decoding if none was."""
+        middles = (one.prompt_tokens + one.completion_tokens / 2 for one in self.done)
+        return statistics.mean(self.contexts or middles)
 
 
 def measure(engine: Engine, requests: Sequence[Request], lengths: Sequence[int]) -> Measured:
@@ -97,10 +98,12 @@ def measure(engine: Engine, requests: Sequence[Request], lengths: Sequence[int])
     for request in requests:
         engine.add(request)
     measured, chunk = Measured(engine.capacity), engine.config.prefill_chunk
+    coming = iter(lengths)
+    admitted = sum(islice(coming, engine.capacity))
+    committed = admitted  # tokens of those that run
     # Tokens of prompts that may still wait for their prefill. One piece more than there are: what
     # a step gave may be read one call late.
-    coming = iter(lengths)
-    prefill = chunk + sum(islice(coming, engine.capacity))
+    prefill = chunk + admitted
     tokens, sizes = _so_far(engine)
     end = time.perf_counter()
     while engine.unfinished:
@@ -108,17 +111,21 @@ def measure(engine: Engine, requests: Sequence[Request], lengths: Sequence[int])
         finished = engine.step()
         start, end = end, time.perf_counter()  # what is counted between two calls counts as well
         before, (tokens, sizes) = (tokens, sizes), _so_far(engine)
-        made = sizes - before[1]
+        gained, made = tokens - before[0], sizes - before[1]
         span = measured.full if full else measured.tail
-        span.tokens += tokens - before[0]
+        span.tokens += gained
         span.seconds += end - start
         if full:
             measured.steps += made
         if full and prefill <= 0 and made.total() == 1:
             measured.seconds.setdefault(next(iter(made)), []).append(end - start)
+            measured.contexts.append(committed / engine.capacity)
+        admitted = sum(islice(coming, len(finished)))
         prefill -= chunk
         if finished:
-            prefill = max(0, prefill) + chunk + sum(islice(coming, len(finished)))
+            prefill = max(0, prefill) + chunk + admitted
+        committed += gained + admitted
+        committed -= sum(one.prompt_tokens + one.completion_tokens for one in finished)
         measured.done += finished
     measured.done = checked(measured.done)
     return measured
