@@ -69,22 +69,23 @@ def test_the_curve_has_speeds_steps_floor_and_tail_of_each_batch(
     json.dumps(result)
     assert (result["method"], result["prompt_count"], result["warm_up"]) == ("curve", 12, 3)
     assert [row["batch"] for row in result["by_batch"]] == [1, 3]
-    for row, detail in zip(result["by_batch"], result["details"], strict=True):
+    for row in result["by_batch"]:
         plain, recycled = row["plain_tokens_per_s"], row["recycled_tokens_per_s"]
         assert row["recycled_over_plain"] == pytest.approx(recycled / plain, rel=1e-3)
         assert row["generate_tokens_per_s"] > 0
         assert row["generate_batch"] == row["batch"]
         assert row["acceptance"] >= 1.0
-        assert row["plain_over_floor"] == pytest.approx(
-            row["plain_step_ms"] / row["floor_ms"], rel=0.05
-        )
-        assert set(detail["plain_steps_by_size"]) == {"1"}
-        assert detail["prompts"] == {1: 8, 3: 12}[row["batch"]]
-        assert detail["plain_slots"] == row["batch"]
+        assert row["prompts"] == {1: 8, 3: 12}[row["batch"]]
+    steps = {(step["batch"], step["decoding"]): step for step in result["steps"]}
+    for (batch, decoding), step in steps.items():
+        assert step["slots"] == batch
+        assert step["over_floor"] == pytest.approx(step["step_ms"] / step["floor_ms"], rel=0.05)
+        assert (set(step["steps_by_size"]) == {"1"}) == (decoding == "plain")
     # Of eight prompts one after the other, each gives its first token in its prefill.
-    alone = result["details"][0]
-    assert (alone["plain_steps_by_size"], alone["plain_tail_s"]) == ({"1": 8 * 11}, 0.0)
-    assert 0 < alone["plain_timed_steps"] <= 8 * 11
+    alone = steps[1, "plain"]
+    assert (alone["steps_by_size"], alone["tail_s"]) == ({"1": 8 * 11}, 0.0)
+    assert 0 < alone["timed_steps"] <= 8 * 11
+    assert 6 < alone["context"] < 11 + 12
     assert sum("batch" in line for line in said) == 2
 
 

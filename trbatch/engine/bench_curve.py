@@ -104,7 +104,7 @@ def curve(
     if shape and wanted.random_weights:
         del loaded
         bench.compare(models.random, rows)
-    result |= {"by_batch": rows, "details": bench.details}
+    result |= {"by_batch": rows, "steps": bench.steps}
     if png is not None:
         save_png(result, png)
     return result
@@ -207,38 +207,45 @@ class _Bench:
         self._longest = min(loaded.max_positions, longest + wanted.max_tokens)
         self._measured: dict[int, tuple[Measured, Measured]] = {}
         self.floor = Floor.of(loaded)
-        self.details: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
 
     def of_batch(self, batch: int) -> dict[str, Any]:
-        """The figures of one batch size; those that few will ask for go to `details`."""
+        """The figures of one batch size; those of its steps go to `steps`."""
         count = _count(batch)
         plain = self._decode(batch, count, speculate=False)
         recycled = self._decode(batch, count, speculate=True)
         self._measured[batch] = plain, recycled
-        floor, other = (self.floor.seconds(m.slots, m.context) for m in (plain, recycled))
         row = {
             "batch": batch,
+            "prompts": count,
             "plain_tokens_per_s": _rounded(plain.full.rate, 2),
             "recycled_tokens_per_s": _rounded(recycled.full.rate, 2),
             "recycled_over_plain": _ratio(recycled.full.rate, plain.full.rate),
             "acceptance": _rounded(recycled.acceptance, 4),
             "usual_size": recycled.usual_size,
-            "plain_step_ms": _milliseconds(plain.step_s),
-            "recycled_step_ms": _milliseconds(recycled.step_s),
-            "floor_ms": _milliseconds(floor),
-            "plain_over_floor": _ratio(plain.step_s, floor),
-            "recycled_over_floor": _ratio(recycled.step_s, other),
         }
-        self.details.append(
-            {
-                "batch": batch,
-                "prompts": count,
-                **{f"plain_{name}": value for name, value in _detail(plain).items()},
-                **{f"recycled_{name}": value for name, value in _detail(recycled).items()},
-            }
-        )
         self._progress(", ".join(f"{name} {value}" for name, value in row.items()))
+        for decoding, measured in (("plain", plain), ("recycled", recycled)):
+            self.steps.append({"batch": batch, "decoding": decoding, **self._steps_of(measured)})
         return row
+
+    def _steps_of(self, measured: Measured) -> dict[str, Any]:
+        """What the steps of one engine took, and its tail."""
+        floor = self.floor.seconds(measured.slots, measured.context)
+        medians = {size: measured.step_s_of(size) for size in sorted(measured.seconds)}
+        return {
+            "slots": measured.slots,
+            "context": round(measured.context, 1),
+            "step_ms": _milliseconds(measured.step_s),
+            "floor_ms": _milliseconds(floor),
+            "over_floor": _ratio(measured.step_s, floor),
+            "timed_steps": measured.timed,
+            "full_s": round(measured.full.seconds, 3),
+            "tail_s": round(measured.tail.seconds, 3),
+            "tail_tokens_per_s": _rounded(measured.tail.rate, 2),
+            "steps_by_size": {str(size): measured.steps[size] for size in sorted(measured.steps)},
+            "step_ms_by_size": {str(t): _milliseconds(s) for t, s in medians.items() if s},
+        }
 
     def compare(self, random: Any, rows: list[dict[str, Any]]) -> None:
         """Write into the rows how much longer the same steps take with random weights.
@@ -298,20 +305,6 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _detail(measured: Measured) -> dict[str, Any]:
-    sizes = sorted(measured.seconds)
-    return {
-        "slots": measured.slots,
-        "context": round(measured.context, 1),
-        "full_s": round(measured.full.seconds, 3),
-        "tail_s": round(measured.tail.seconds, 3),
-        "tail_tokens_per_s": _rounded(measured.tail.rate, 2),
-        "steps_by_size": {str(size): measured.steps[size] for size in sorted(measured.steps)},
-        "timed_steps": measured.timed,
-        "step_ms_by_size": {str(size): _milliseconds(measured.step_s_of(size)) for size in sizes},
-    }
 
 
 def _counted(ratio: float | None) -> float:
