@@ -167,6 +167,7 @@ class EngineConfig(_Config):
     spine: bool = True  # let a repeated passage of the text be a branch of the tree
     tree_size: int = 0  # tokens a step per sequence, the root included; 0: by the budget
     max_tree_size: int = DEFAULT_TREE_SIZE  # the largest that the budget may choose
+    enforce_eager: bool = False  # on a GPU, launch each kernel by itself: no captured graphs
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))

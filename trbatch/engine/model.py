@@ -225,16 +225,34 @@ class CausalModel:
         Returns:
             Raw logits [M, V], float32.
         """
+        return self.project(tokens, spans, keep).float()
+
+    def project(self, tokens: Tensor, spans: Sequence[Span], keep: Tensor | None = None) -> Tensor:
+        """The same in the network's own type."""
         assert self.cache is not None, "allocate the cache first"
         plan = self._plan_of(self.cache, spans)
         positions = torch.cat([span.positions for span in spans])
+        return self.run(tokens, positions, plan, keep)
+
+    def run(
+        self, tokens: Tensor, positions: Tensor, plan: Plan, keep: Tensor | None = None
+    ) -> Tensor:
+        """The network over a plan that is made already. Never waits for the device.
+
+        Args:
+            tokens, positions: [N] ids and places in their texts.
+            keep: see `forward`.
+
+        Returns:
+            Raw logits [M, V] in the network's type.
+        """
         with active(plan):
             out = self.loaded.network(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False,
                 logits_to_keep=0 if keep is None else keep,
             )  # fmt: skip
         logits: Tensor = out.logits[0]
-        return logits.float()
+        return logits
 
 
 def _planner(attention: str, loaded: LoadedModel) -> Callable[[KVCache, Sequence[Span]], Plan]:

@@ -1,0 +1,198 @@
+"""Engines whose steps run on the device and are read one late: the same texts, in whatever batch.
+
+Where there is no GPU the steps are the slow twins, and the kernels in Triton's interpreter; where
+there is one, captured graphs too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from trbatch.engine.device_step import BUCKETS, bucket_of
+from trbatch.engine.sequence import Completion
+from trbatch.engine.step_plain import PlainOperations
+
+PROMPTS = tiny.repetitive(5, seed=4) + tiny.prompts(4, seed=5)
+LENGTH = 24
+ON_GPU = tiny.DEVICE != "cpu"
+
+
+def kernels() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no Triton here")
+    from trbatch.engine.step_kernels import KernelOperations
+
+    return KernelOperations()
+
+
+OPERATIONS = [pytest.param(PlainOperations, id="plain"), pytest.param(kernels, id="kernels")]
+on_every_path = pytest.mark.parametrize("operations", OPERATIONS)
+
+
+def engine(operations: Any, kind: str = "llama", **settings: Any) -> Any:
+    made = operations()
+    if not made.captures:
+        settings["enforce_eager"] = True
+    elif not ON_GPU:
+        made.captures = False  # the interpreter has no graphs
+    return tiny.engine(tiny.loaded(kind), operations=made, **settings)
+
+
+def requests(**sampling: Any) -> list[Any]:
+    return [
+        tiny.request(i, ids, **{"max_tokens": LENGTH, **sampling}) for i, ids in enumerate(PROMPTS)
+    ]
+
+
+def expected(kind: str = "llama") -> list[list[int]]:
+    network = tiny.network(kind)
+    return [tiny.generate(network, ids, LENGTH) for ids in PROMPTS]
+
+
+def texts(done: dict[Any, Completion]) -> list[list[int]]:
+    return [done[i].token_ids for i in range(len(done))]
+
+
+@on_every_path
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_texts_are_those_of_generate(operations: Any, size: int) -> None:
+    done = tiny.decode(engine(operations, tree_size=size), requests())
+    assert texts(done) == expected()
+    accepted = sum(one.num_accepted_draft_tokens for one in done.values())
+    assert (accepted > 0) == (size > 1)
+    for one in done.values():
+        decoded = one.completion_tokens - 1
+        counts = one.acceptance_histogram
+        assert sum(counts) == one.num_spec_steps
+        assert sum((i + 1) * count for i, count in enumerate(counts)) == decoded
+        assert one.decode_s > 0 and one.prefill_s > 0
+
+
+@on_every_path
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gpt_neox"])
+def test_other_architectures_say_what_generate_says(operations: Any, kind: str) -> None:
+    done = tiny.decode(engine(operations, kind, tree_size=6, max_num_seqs=8), requests())
+    assert texts(done) == expected(kind)
+
+
+@on_every_path
+def test_the_budget_chooses_sizes_by_itself(
+    operations: Any, tmp_path: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
+    one = engine(operations, tree_size=0, max_tree_size=4, max_num_seqs=2)
+    assert texts(tiny.decode(one, requests())) == expected()
+    assert sum(one.stats()["tree_sizes"].values()) >= one.stats()["forwards"]
+
+
+def test_long_prompts_come_in_pieces() -> None:
+    done = tiny.decode(engine(PlainOperations, tree_size=9, prefill_chunk=7), requests())
+    assert texts(done) == expected()
+
+
+def test_each_step_is_started_before_the_last_is_read() -> None:
+    one = engine(PlainOperations, tree_size=9)
+    for request in requests():
+        one.add(request)
+    late = 0
+    while one.unfinished:
+        one.step()
+        running = one._scheduler.running
+        late += any(sequence.in_flight for sequence in running)
+        assert all(sequence.in_flight <= 2 for sequence in running)
+    assert late > LENGTH // 4
+
+
+def test_rows_that_the_host_chooses_for_run_beside_the_others() -> None:
+    """Sampled rows and rows with a logits processor take the same tokens as in a host's engine."""
+
+    def never_22(_: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[22] = -torch.inf
+        return logits
+
+    mixed = [
+        tiny.request(0, PROMPTS[0], max_tokens=LENGTH),
+        tiny.request(1, PROMPTS[1], max_tokens=LENGTH, temperature=0.8, seed=5),
+        tiny.request(2, PROMPTS[2], max_tokens=LENGTH, logits_processors=(never_22,)),
+        tiny.request(3, PROMPTS[3], max_tokens=LENGTH),
+    ]
+    wanted = tiny.decode(tiny.engine(tiny.loaded("llama"), speculate=False), mixed)
+    found = tiny.decode(engine(PlainOperations, tree_size=9), mixed)
+    assert texts(found) == texts(wanted)
+    assert texts(found)[0] == expected()[0]
+
+
+@on_every_path
+def test_a_text_ends_at_stop_ids_stop_strings_and_max_tokens(operations: Any) -> None:
+    words = expected()
+    stop_id, stop_word = words[0][7], f" {words[1][9]} "
+    found = tiny.decode(
+        engine(operations, tree_size=9),
+        [
+            tiny.request(0, PROMPTS[0], max_tokens=LENGTH, stop_token_ids=[stop_id]),
+            tiny.request(1, PROMPTS[1], max_tokens=LENGTH, stop=[stop_word]),
+            tiny.request(2, PROMPTS[2], max_tokens=5),
+            tiny.request(3, PROMPTS[3], max_tokens=1),
+        ],
+    )
+    plain = tiny.decode(
+        tiny.engine(tiny.loaded("llama"), speculate=False),
+        [
+            tiny.request(0, PROMPTS[0], max_tokens=LENGTH, stop_token_ids=[stop_id]),
+            tiny.request(1, PROMPTS[1], max_tokens=LENGTH, stop=[stop_word]),
+            tiny.request(2, PROMPTS[2], max_tokens=5),
+            tiny.request(3, PROMPTS[3], max_tokens=1),
+        ],
+    )
+    for key in range(4):
+        assert found[key].token_ids == plain[key].token_ids
+        assert found[key].text == plain[key].text
+        assert found[key].finish_reason == plain[key].finish_reason
+    assert [found[key].finish_reason for key in range(4)] == ["stop", "stop", "length", "length"]
+
+
+def test_dropped_requests_leave_the_others_alone() -> None:
+    one = engine(PlainOperations, tree_size=9, max_num_seqs=3)
+    for request in requests():
+        one.add(request)
+    done: dict[Any, Completion] = {}
+    for _ in range(4):
+        done |= {completion.key: completion for completion in one.step()}
+    one.abort([0, 1, 7])
+    while one.unfinished:
+        done |= {completion.key: completion for completion in one.step()}
+    assert set(done) == set(range(len(PROMPTS))) - {0, 1, 7}
+    wanted = expected()
+    assert all(done[key].token_ids == wanted[key] for key in done)
+
+
+def test_two_samples_of_one_row_and_rows_of_one_number_run_together() -> None:
+    same = [tiny.request(i, PROMPTS[0], max_tokens=LENGTH) for i in range(6)]
+    for request in same:
+        object.__setattr__(request, "order", 3)
+    done = tiny.decode(engine(PlainOperations, tree_size=9, max_num_seqs=6), same)
+    assert all(text == expected()[0] for text in texts(done))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 33, 100, 512, 600])
+def test_a_bucket_holds_its_rows(rows: int) -> None:
+    assert bucket_of(rows, 1024) >= rows
+    assert bucket_of(rows, rows) == rows, "never more than can run"
+    assert bucket_of(rows, 1024) in (*BUCKETS, rows)
+
+
+def test_matrices_learn_the_same_from_both_forms_of_a_step() -> None:
+    """What is left in the rows decides the next night's drafts."""
+    pytest.importorskip("triton")
+    left = []
+    for operations in (PlainOperations, kernels):
+        one = engine(operations, tree_size=5, max_num_seqs=3)
+        tiny.decode(one, requests())
+        left.append(one._matrix)
+    for name in ("shared", "pair_keys", "pair_rows", "changed", "pair_changed"):
+        assert torch.equal(getattr(left[0], name), getattr(left[1], name)), name
