@@ -21,7 +21,7 @@ from trbatch.engine.bench_curve import curve
 from trbatch.engine.bench_floor import Floor, copy_bandwidth, kv_bytes, weight_bytes
 from trbatch.engine.bench_method import measure_speed
 from trbatch.engine.bench_plot import check_png, save_png
-from trbatch.engine.bench_window import measure
+from trbatch.engine.bench_window import Measured, measure
 from trbatch.engine.shapes import SHAPES
 from trbatch.errors import InputError, UsageError
 
@@ -81,6 +81,7 @@ def test_the_curve_has_speeds_steps_floor_and_tail_of_each_batch(
         assert step["slots"] == batch
         assert step["over_floor"] == pytest.approx(step["step_ms"] / step["floor_ms"], rel=0.05)
         assert (set(step["steps_by_size"]) == {"1"}) == (decoding == "plain")
+    assert steps[3, "plain"]["timed_steps"] >= 4
     # Of eight prompts one after the other, each gives its first token in its prefill.
     alone = steps[1, "plain"]
     assert (alone["steps_by_size"], alone["tail_s"]) == ({"1": 8 * 11}, 0.0)
@@ -196,6 +197,15 @@ def test_only_calls_without_prefill_are_timed_and_the_tail_is_told_apart() -> No
     assert (measured.acceptance, measured.usual_size) == (1.0, 1)
     assert measured.contexts == [7.0, 7.0], "a prompt of four and three tokens before the last"
     assert [one.key for one in measured.done] == list(range(5))
+
+
+def test_a_step_takes_the_mean_of_the_medians_of_its_sizes() -> None:
+    measured = Measured(slots=1)
+    measured.seconds = {1: [1.0] * 5 + [90.0], 4: [2.0] * 18, 8: [70.0]}
+    assert measured.step_s_of(1) == 1.0, "one of them was captured"
+    assert measured.step_s_of(8) is None, "one is too few"
+    assert measured.step_s == pytest.approx((6 * 1.0 + 18 * 2.0) / 24)
+    assert measured.timed == 25
 
 
 def test_all_tokens_of_a_real_engine_are_counted_once(

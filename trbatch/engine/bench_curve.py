@@ -34,7 +34,6 @@ from trbatch.models import load_model, load_unmodified
 GPU_BATCHES = (1, 8, 32, 64, 128, 256)
 _PROMPTS_A_BATCH = 4
 _FEWEST_PROMPTS = 8  # decoded, however small the batch
-_REHEARSED = 16  # tokens of each sequence before the clock starts: what is made once is made then
 _GENERATED_PROMPTS, _GENERATED_TOKENS = 8, 64  # by transformers, whose steps all take as long
 _SAME = 1.03  # of a step's time; where random weights take longer than this, their times count
 
@@ -125,7 +124,8 @@ def _prompts(
             hint="a smaller --batch or --warm-up, or more prompts, of which jobs/make_prompts.py "
             "makes any number",
         )
-    return texts[:measured], texts[-others:]
+    # A rehearsal fills the batch; with fewer prompts it decodes some twice.
+    return texts[:measured], texts[measured:][: max(others, *wanted.batches)]
 
 
 def _count(batch: int) -> int:
@@ -286,13 +286,13 @@ class _Bench:
             tree_size=tree_size,
         )  # fmt: skip
         engine = Engine(self._loaded, config)
-        short = SamplingParams(max_tokens=_REHEARSED, ignore_eos=True)
         sampling = SamplingParams(max_tokens=self._wanted.max_tokens, ignore_eos=True)
+        # Whatever is made once, such as captured steps, is made before the clock starts.
         many = -(-batch // len(self._others))
-        decode(engine, requests_of((self._others * many)[:batch], short))
+        decode(engine, requests_of((self._others * many)[:batch], sampling))
         engine.forget()
         if speculate and self._wanted.warm_up:
-            decode(engine, requests_of(self._others, sampling))
+            decode(engine, requests_of(self._others[: self._wanted.warm_up], sampling))
         requests = requests_of(self._texts[:count], sampling)
         measured = measure(engine, requests, self._lengths)
         del engine

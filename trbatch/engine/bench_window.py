@@ -48,17 +48,22 @@ class Measured:
 
     @property
     def step_s(self) -> float | None:
-        """Mean seconds of a step without prefill while the batch was full, None of too few."""
-        return statistics.mean(self._every) if len(self._every) >= _FEW else None
+        """Seconds of a step without prefill while the batch was full, None of too few.
+
+        The mean over sizes of their medians: a step may be captured in the call that makes it
+        first, which is no part of what steps cost.
+        """
+        medians = {size: self.step_s_of(size) for size in self.seconds}
+        known = {size: median for size, median in medians.items() if median is not None}
+        if not known:
+            return None
+        total = sum(median * len(self.seconds[size]) for size, median in known.items())
+        return total / sum(len(self.seconds[size]) for size in known)
 
     @property
     def timed(self) -> int:
-        """How many steps that is the mean of."""
-        return len(self._every)
-
-    @property
-    def _every(self) -> list[float]:
-        return [seconds for times in self.seconds.values() for seconds in times]
+        """How many steps were timed."""
+        return sum(map(len, self.seconds.values()))
 
     def step_s_of(self, size: int) -> float | None:
         """Median seconds of such steps of one size, None of too few."""
