@@ -23,6 +23,7 @@ from trbatch.engine.bench_method import measure_speed
 from trbatch.engine.bench_plot import check_png, save_png
 from trbatch.engine.bench_window import Measured, measure
 from trbatch.engine.shapes import SHAPES
+from trbatch.engine.step_plain import PlainOperations
 from trbatch.errors import InputError, UsageError
 
 WORDS = [f"w{number}" for number in range(5, tiny.VOCAB)]
@@ -208,20 +209,23 @@ def test_a_step_takes_the_mean_of_the_medians_of_its_sizes() -> None:
     assert measured.timed == 25
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_all_tokens_of_a_real_engine_are_counted_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
     ids = tiny.prompts(9, seed=2)
     requests = [tiny.request(i, prompt, max_tokens=20) for i, prompt in enumerate(ids)]
-    for speculate in (True, False):
-        engine = tiny.engine(tiny.loaded("llama"), max_num_seqs=2, speculate=speculate, tree_size=0)
+    how = {"operations": PlainOperations(), "enforce_eager": True} if late else {}
+    for size in (4, 1):
+        engine = tiny.engine(tiny.loaded("llama"), max_num_seqs=2, tree_size=size, **how)
         measured = measure(engine, requests, [len(prompt) for prompt in ids])
         assert measured.full.tokens + measured.tail.tokens == 9 * 20
         assert measured.tail.tokens > 0
+        assert 0 < measured.timed <= measured.steps.total() <= engine.stats()["forwards"]
+        assert measured.usual_size == size
         assert len(measured.contexts) == measured.timed
         assert 0 < measured.context < 40 + 20
-        assert measured.timed <= measured.steps.total() <= engine.stats()["forwards"]
         assert measured.acceptance == pytest.approx(
             sum(c.completion_tokens - 1 for c in measured.done)
             / sum(c.num_spec_steps for c in measured.done)
