@@ -262,12 +262,17 @@ class DeviceStep:
     def _fill(self, shape: _Shape, rows: list[int], reads: list[int]) -> None:
         shape.inputs.copy_(to_device([rows, reads], self.device, torch.int64))
 
+    def absorb(self) -> None:
+        """Take in what was counted of candidates, before anybody else looks at it."""
+        if self._steps:
+            self.state.calibration.absorb(self.state.fresh, self._reads, steps=self._steps)
+            self._steps, self._reads = 0, set()
+
     def _count(self, tasks: set[int]) -> None:
         self._steps += 1
         self._reads |= tasks
-        if self._steps % _ABSORB_EVERY == 0:
-            self.state.calibration.absorb(self.state.fresh, self._reads, steps=_ABSORB_EVERY)
-            self._reads = set()
+        if self._steps >= _ABSORB_EVERY:
+            self.absorb()
 
 
 class StepTimer:

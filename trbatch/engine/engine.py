@@ -156,10 +156,12 @@ class Engine:
 
     def open_task(self, key: TaskKey) -> Task:
         """Make a task's matrix ready, from its saved file if there is one. Harmless twice."""
+        self._absorb()
         return self._tasks.open(key, busy=self._busy_tasks())
 
     def save_tasks(self) -> None:
         """Write the matrices of tasks that changed since the last time."""
+        self._absorb()
         self._tasks.save()
 
     def add(self, request: Request) -> None:
@@ -239,12 +241,18 @@ class Engine:
         """Read the steps that are under way, before something else may touch what they do."""
         return self._lagged.drain() if self._stepper is not None else 0
 
+    def _absorb(self) -> None:
+        if self._stepper is not None:
+            self._stepper.absorb()
+
     def forget(self) -> None:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
+        self._absorb()
         self._tasks.forget()
 
     def forget_rows(self) -> None:
         """Empty the matrices, but keep what was counted of how far candidates can be trusted."""
+        self._absorb()
         self._tasks.forget(counts=False)
 
     def stats(self) -> dict[str, Any]:
