@@ -89,8 +89,8 @@ class DevicePrefiller:
         ends = torch.tensor([count for _, count in pieces]).cumsum(0).tolist()
         logits = self._forward(pieces, ends)
         if self._learning:
-            self._learn(pieces, ends, logits)
-            logits = logits[to_device([end - 1 for end in ends], logits.device, torch.int64)]
+            for task in {sequence.task for sequence, _ in pieces}:
+                self._tasks.touch(task)
         for sequence, count in pieces:
             sequence.cached += count
         ready = [at for at, (sequence, _) in enumerate(pieces) if sequence.prefilled]
@@ -101,7 +101,7 @@ class DevicePrefiller:
         return self._choose_now([at for at in ready if at not in late], pieces, logits)
 
     def _forward(self, pieces: list[Piece], ends: list[int]) -> Tensor:
-        """Raw logits of all tokens in pieces, or of each piece's last where nothing is learned."""
+        """Raw logits at each piece's last token."""
         total, count = ends[-1], len(pieces)
         shape = self._shape(max(_SHORTEST, 1 << (total - 1).bit_length()))
         positions = [at for s, n in pieces for at in range(s.cached, s.cached + n)]
@@ -116,7 +116,7 @@ class DevicePrefiller:
             for number in [*column, *[0] * (size - len(column))]
         ]
         shape.numbers.copy_(to_device(padded, shape.numbers.device, torch.int32))
-        return shape.replay.run()[: total if self._learning else count]
+        return shape.replay.run()[:count]
 
     def _shape(self, tokens: int) -> _Shape:
         """A prefill of so many tokens."""
@@ -126,19 +126,11 @@ class DevicePrefiller:
             prompts = Prompts(*numbers.split(sizes))
             state, work = self._stepper.state, self._stepper.operations.prefill
             replay = self._stepper.graphs.record(
-                partial(work, state, prompts, everywhere=self._learning),
+                partial(work, state, prompts, learning=self._learning),
                 what=f"a prefill of {tokens} tokens",
             )
             self._shapes[tokens] = _Shape(numbers, sizes, replay)
         return self._shapes[tokens]
-
-    def _learn(self, pieces: list[Piece], ends: list[int], logits: Tensor) -> None:
-        """Recycle prompts. The later row of the input wins, whatever the slots."""
-        for at in sorted(range(len(pieces)), key=lambda at: pieces[at][0].turn):
-            sequence, count = pieces[at]
-            part = logits[ends[at] - count : ends[at]]
-            self._stepper.operations.learn_prompt(self._stepper.state, sequence, count, part)
-            self._tasks.touch(sequence.task)
 
     def _choose_now(self, which: list[int], pieces: list[Piece], logits: Tensor) -> int:
         """Rows whose sampling needs the host: these wait for the device."""

@@ -84,24 +84,16 @@ class Operations(Protocol):
         """One step of `size` tokens a row, the root included."""
         ...
 
-    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
-        """Pieces of prompts into the cache.
+    def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
+        """Pieces of prompts into the cache, and into the rows if they are worth learning from.
 
         Returns:
-            Raw logits of the tokens; `everywhere` false: [S, V] of those at `ends`.
+            Raw logits [S, V] at each piece's last token.
         """
         ...
 
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
         """The token after each prompt, from the logits [B, V] at its end."""
-        ...
-
-    def learn_prompt(self, state: State, sequence: Sequence, count: int, logits: Tensor) -> None:
-        """Recycle the `count` tokens of a prompt that follow the cached ones.
-
-        Args:
-            logits: [count, V].
-        """
         ...
 
 

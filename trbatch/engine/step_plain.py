@@ -19,7 +19,6 @@ from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.matrix import EMPTY
-from trbatch.engine.sequence import Sequence
 from trbatch.engine.verify import NOT_CHOSEN, Verdict
 
 
@@ -68,23 +67,34 @@ class PlainOperations:
             )
         return accepted
 
-    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
+    def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
         """See `device_step.Operations.prefill`."""
-        where, ends = [], []
+        where, pieces = [], []
         starts = prompts.starts.tolist()
         for at, (start, end) in enumerate(pairwise(starts)):
             if count := end - start:
+                slot, committed = int(prompts.rows[at]), int(prompts.committed[at])
                 where.append(
                     Span(
-                        room=_room(state, int(prompts.rows[at])),
-                        committed=int(prompts.committed[at]), length=count,
+                        room=_room(state, slot), committed=committed, length=count,
                         positions=prompts.positions[start:end].long(),
                         inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
                     )
                 )  # fmt: skip
-                ends.append(end - 1)
-        keep = None if everywhere else torch.tensor(ends)
-        return state.model.project(prompts.tokens[: starts[-1]].long(), where, keep)
+                pieces.append((slot, committed, start, end))
+        logits = state.model.forward(prompts.tokens[: starts[-1]].long(), where)
+        if learning:
+            candidates = topk(blocks_of(logits), state.matrix.candidates)
+            # The later row of the input wins, whatever the slots.
+            for slot, committed, start, end in sorted(
+                pieces, key=lambda piece: int(state.slots.turns[piece[0]])
+            ):
+                reach = min(int(state.slots.lengths[slot]), committed + end - start + 1)
+                drafting.learn_prompt(
+                    state.matrix, state.slots.texts[slot, :reach].long(), committed,
+                    candidates[start:end], slot, int(state.slots.tasks[slot]),
+                )  # fmt: skip
+        return logits[[end - 1 for *_, end in pieces]]
 
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
         """See `device_step.Operations.first`."""
@@ -92,15 +102,6 @@ class PlainOperations:
         drafted = drafting.roots(running.last)
         chosen = argmax(blocks_of(logits.float()))[running.at, None]
         return self._commit(state, rows, running, drafted, chosen, 1)
-
-    def learn_prompt(self, state: State, sequence: Sequence, count: int, logits: Tensor) -> None:
-        """See `device_step.Operations.learn_prompt`."""
-        end = sequence.cached + count
-        text = torch.tensor(sequence.tokens[: end + 1], device=state.nowhere.device)
-        known = topk(blocks_of(logits.float()), state.matrix.candidates)
-        drafting.learn_prompt(
-            state.matrix, text, sequence.cached, known, sequence.slot, sequence.task
-        )
 
     def _draft(self, state: State, running: _Running, size: int) -> tuple[Draft, Ahead | None]:
         drafted = drafting.roots(running.last)
