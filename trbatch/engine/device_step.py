@@ -317,7 +317,7 @@ class StepTimer:
         state = self._stepper.state
         assert state.model.cache is not None
         for slot, room in enumerate(rooms):
-            state.slots.active[slot] = False
+            state.slots.active[slot].fill_(False)
             state.matrix.clear_slot(slot)
             state.model.cache.give_back(room)
         state.matrix.clear_task(self._task)
