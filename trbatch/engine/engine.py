@@ -110,7 +110,7 @@ class Engine:
         recycling = self._most > 1
         if self._stepper is not None:
             size = self._most if config.tree_size or not recycling else 0
-            self._lagged = LaggedDecoder(self._stepper, self.budget, size=size)
+            self._lagged = LaggedDecoder(self._stepper, self.budget, size=size, paths=self._paths)
             self._device_prefiller = DevicePrefiller(
                 self._stepper, self._lagged, self._tasks, config, recycling=recycling
             )
