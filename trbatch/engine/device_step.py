@@ -22,10 +22,11 @@ from torch import Tensor
 from trbatch.config import EngineConfig
 from trbatch.engine.calibration import PLACES, Calibration
 from trbatch.engine.captured import Graphs, Replay
-from trbatch.engine.device_state import NO_RANK, REPORT_NUMBERS, Accepted, Slots
+from trbatch.engine.device_state import NO_RANK, REPORT_NUMBERS, Accepted, Noise, Slots
 from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
+from trbatch.engine.sampling import sorts
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.transfer import Clock, OnItsWay, to_device
 from trbatch.engine.tree import Tree
@@ -80,8 +81,12 @@ class Operations(Protocol):
 
     captures: bool  # whether steps can be captured as graphs
 
-    def step(self, state: State, batch: Batch, size: int) -> Accepted:
-        """One step of `size` tokens a row, the root included."""
+    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
+        """One step of `size` tokens a row, the root included.
+
+        Args:
+            sampling: whether any row does; else all take the likeliest.
+        """
         ...
 
     def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
@@ -92,7 +97,7 @@ class Operations(Protocol):
         """
         ...
 
-    def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
         """The token after each prompt, from the logits [B, V] at its end."""
         ...
 
@@ -154,7 +159,7 @@ class DeviceStep:
         self.device, self.most, self.capacity = device, most, capacity
         self.graphs = Graphs(device, wanted=capture and operations.captures)
         self._steps = 0
-        self._shapes: dict[tuple[int, int], _Shape] = {}
+        self._shapes: dict[tuple[int, int, bool], _Shape] = {}
         self._turns: dict[int, int] = {}  # slot -> turn
         self._reads: set[int] = set()  # tasks of which something may have been counted
 
@@ -174,24 +179,25 @@ class DeviceStep:
         self.state.slots.put(
             sequence.slot, sequence.tokens, left=sequence.max_tokens, stops=stops[:MOST_STOPS],
             pages=sequence.room.pages, task=sequence.task, turn=self._turn_of(sequence),
+            noise=_noise_of(sequence),
         )  # fmt: skip
-        greedy = request.sampling.greedy and not request.logits_processors
-        return greedy and len(stops) <= MOST_STOPS
+        hosts = request.logits_processors or sorts(request.sampling)
+        return not hosts and len(stops) <= MOST_STOPS
 
-    def is_ready(self, count: int, size: int) -> bool:
+    def is_ready(self, members: ListLike[Sequence], size: int) -> bool:
         """Whether a step of this shape was captured."""
-        return not self.graphs.wanted or (bucket_of(count, self.capacity), size) in self._shapes
+        return not self.graphs.wanted or self._key(members, size) in self._shapes
 
-    def prepare(self, count: int, size: int) -> None:
+    def prepare(self, members: ListLike[Sequence], size: int) -> None:
         """Capture a step of this shape."""
-        self._shape(bucket_of(count, self.capacity), size)
+        self._shape(*self._key(members, size))
         _wait(self.device)
 
     @torch.inference_mode()
     def launch(self, members: ListLike[Sequence], size: int) -> _Handle:
         """Start a step of `size` tokens a sequence."""
-        bucket = bucket_of(len(members), self.capacity)
-        shape = self._shape(bucket, size)
+        bucket, *_ = key = self._key(members, size)
+        shape = self._shape(*key)
         padding = bucket - len(members)
         self._fill(
             shape, [s.slot for s in members] + [-1] * padding,
@@ -215,7 +221,8 @@ class DeviceStep:
         rows = to_device([sequence.slot for sequence in members], self.device, torch.int64)
         clock, report = Clock(self.device), rows
         if members:
-            report = self.operations.first(self.state, rows, logits).report
+            sampling = any(_samples(sequence) for sequence in members)
+            report = self.operations.first(self.state, rows, logits, sampling=sampling).report
         copy = OnItsWay(report)
         clock.stop()
         return _Handle(copy, clock, len(members), 0)
@@ -237,13 +244,17 @@ class DeviceStep:
         self._turns[sequence.slot] = turn
         return turn
 
-    def _shape(self, bucket: int, size: int) -> _Shape:
-        key = bucket, size
+    def _key(self, members: ListLike[Sequence], size: int) -> tuple[int, int, bool]:
+        sampling = any(_samples(sequence) for sequence in members)
+        return bucket_of(len(members), self.capacity), size, sampling
+
+    def _shape(self, bucket: int, size: int, sampling: bool = False) -> _Shape:
+        key = bucket, size, sampling
         if key not in self._shapes:
             inputs = torch.zeros(2, bucket, dtype=torch.int64, device=self.device)
             inputs[0] = -1  # a step of padding rows alone changes nothing
             batch = Batch(inputs[0], inputs[1])
-            work = partial(self.operations.step, self.state, batch, size)
+            work = partial(self.operations.step, self.state, batch, size, sampling=sampling)
             replay = self.graphs.record(work, what=f"a step of {bucket} x {size} tokens")
             self._shapes[key] = _Shape(inputs, replay)
         return self._shapes[key]
@@ -319,6 +330,20 @@ class StepTimer:
             state.model.cache.give_back(room)
         state.matrix.clear_task(self._task)
         state.fresh.zero_()
+
+
+def _samples(sequence: Sequence) -> bool:
+    return not sequence.request.sampling.greedy
+
+
+def _noise_of(sequence: Sequence) -> Noise | None:
+    if not _samples(sequence):
+        return None
+    request = sequence.request
+    return Noise(
+        sequence.prompt_length, request.sampling.temperature, request.sampling.min_p,
+        request.seed, request.sample_index,
+    )  # fmt: skip
 
 
 def _outcome(report: list[int], drafted: int) -> Outcome:

@@ -53,11 +53,11 @@ class Reading:
 class Stepper(Protocol):
     """The device's half of decoding."""
 
-    def is_ready(self, count: int, size: int) -> bool:
-        """Whether a step of `count` sequences can be started without making something first."""
+    def is_ready(self, members: ListLike[Sequence], size: int) -> bool:
+        """Whether a step of these can be started without making something first."""
         ...
 
-    def prepare(self, count: int, size: int) -> None:
+    def prepare(self, members: ListLike[Sequence], size: int) -> None:
         """Make what such steps need, once: nothing may be under way."""
         ...
 
@@ -129,11 +129,11 @@ class LaggedDecoder:
         if members:
             context = sum(len(s.tokens) for s in members) / len(members)
             size = self._size or self._budget.choose_size(len(members), context)
-            if not self._stepper.is_ready(len(members), size):
+            if not self._stepper.is_ready(members, size):
                 # So that no step's time has it in it.
                 given = self._settle_to(0)
                 members = [sequence for sequence in members if not sequence.ended]
-                self._stepper.prepare(len(members), size)
+                self._stepper.prepare(members, size)
         if members:
             self._push(_Ticket(list(members), self._stepper.launch(members, size), size, context))
         left = 1 if members or self._after_prompts else 0

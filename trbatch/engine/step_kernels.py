@@ -17,6 +17,7 @@ from trbatch.engine.kernels.cache import move_paths
 from trbatch.engine.kernels.calibrate import calibrate
 from trbatch.engine.kernels.draft import Trees, draft
 from trbatch.engine.kernels.learn import learn
+from trbatch.engine.kernels.sample import sample
 from trbatch.engine.kernels.spine import look_ahead
 from trbatch.engine.matrix import ORDERS
 
@@ -26,10 +27,10 @@ class KernelOperations:
 
     captures = True
 
-    def step(self, state: State, batch: Batch, size: int) -> Accepted:
+    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
         """One step: a plain one has no kernels for drafts at all."""
         if size == 1:
-            return self._plain(state, batch)
+            return self._plain(state, batch, sampling=sampling)
         slots, matrix, rows = state.slots, state.matrix, batch.rows
         at = rows.clamp(min=0)
         active = (rows >= 0) & slots.active[at]
@@ -41,7 +42,10 @@ class KernelOperations:
         )  # fmt: skip
         logits = _forward(state, rows, trees.tokens, trees.depths, trees.ancestors)
         candidates = likeliest.topk(logits, matrix.candidates)
-        chosen = candidates[:, 0].contiguous().view(len(rows), size)
+        chosen = candidates[:, 0].contiguous()
+        if sampling:
+            chosen = sample(slots, rows, logits, chosen, trees.depths.flatten())
+        chosen = chosen.view(len(rows), size)
         accepted = _commit(state, rows, trees.tokens, trees.parents, chosen)
         calibrate(
             matrix, state.fresh, accepted.nodes, accepted.tokens, trees.contexts, trees.depths,
@@ -71,15 +75,15 @@ class KernelOperations:
         _learn_prompts(state, prompts, likeliest.topk(logits, state.matrix.candidates))
         return logits[ends]
 
-    def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
         """See `device_step.Operations.first`."""
-        return _commit_roots(state, rows, likeliest.argmax(logits))
+        return _commit_roots(state, rows, logits, sampling=sampling)
 
-    def _plain(self, state: State, batch: Batch) -> Accepted:
+    def _plain(self, state: State, batch: Batch, *, sampling: bool) -> Accepted:
         rows = batch.rows
         tokens = state.slots.last[rows.clamp(min=0), :1]
         logits = _forward(state, rows, tokens, torch.zeros_like(tokens), None)
-        return _commit_roots(state, rows, likeliest.argmax(logits))
+        return _commit_roots(state, rows, logits, sampling=sampling)
 
     def _ahead(self, state: State, rows: Tensor) -> tuple[Tensor, Tensor]:
         if state.spine:
@@ -160,7 +164,10 @@ def _commit(
     return accepted
 
 
-def _commit_roots(state: State, rows: Tensor, chosen: Tensor) -> Accepted:
-    """Steps without drafts: each row takes the token after its root."""
+def _commit_roots(state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
+    """Steps without drafts: each row takes the token after its root, from logits [B, V]."""
+    chosen = likeliest.argmax(logits)
+    if sampling:
+        chosen = sample(state.slots, rows, logits, chosen, torch.zeros_like(chosen))
     roots = state.slots.last[rows.clamp(min=0), :1].contiguous()
     return _commit(state, rows, roots, torch.zeros_like(roots), chosen[:, None])

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from trbatch.config import SamplingParams
 from trbatch.engine import best_first, drafting, reference
 from trbatch.engine.ahead import Ahead
 from trbatch.engine.attention import Span
@@ -19,6 +20,7 @@ from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.matrix import EMPTY
+from trbatch.engine.sampling import Choice, choose, uniform
 from trbatch.engine.verify import NOT_CHOSEN, Verdict
 
 
@@ -37,7 +39,7 @@ class PlainOperations:
 
     captures = False
 
-    def step(self, state: State, batch: Batch, size: int) -> Accepted:
+    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
         """One step. A plain one neither counts nor learns, like the kernels'."""
         running = _running(state, batch)
         if not len(running.at):
@@ -47,7 +49,10 @@ class PlainOperations:
         logits = self._forward(state, running, drafted)
         blocks = blocks_of(logits)
         width = drafted.tokens.shape[1]
-        chosen = drafting.padded(argmax(blocks), drafted.sizes, width, NOT_CHOSEN)
+        flat = argmax(blocks)
+        if sampling:
+            flat = _sampled(state, running, drafted, logits)
+        chosen = drafting.padded(flat, drafted.sizes, width, NOT_CHOSEN)
         accepted = self._commit(state, batch.rows, running, drafted, chosen, size)
         if size > 1:
             verdict = Verdict(
@@ -60,8 +65,8 @@ class PlainOperations:
             )  # fmt: skip
             for row, found in zip(running.at.tolist(), ranks, strict=True):
                 accepted.ranks[row, : len(found)] = torch.tensor(found)
-            flat = topk(blocks, state.matrix.candidates)
-            candidates = drafting.padded(flat, drafted.sizes, width, EMPTY)
+            known = topk(blocks, state.matrix.candidates)
+            candidates = drafting.padded(known, drafted.sizes, width, EMPTY)
             turns = state.slots.turns[running.slots].argsort().argsort()
             tasks = state.slots.tasks[running.slots].long()
             drafting.learn(
@@ -98,12 +103,15 @@ class PlainOperations:
                 )  # fmt: skip
         return logits[[end - 1 for *_, end in pieces]]
 
-    def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
         """See `device_step.Operations.first`."""
         running = _running(state, Batch(rows, torch.zeros_like(rows)))
         drafted = drafting.roots(running.last)
-        chosen = argmax(blocks_of(logits.float()))[running.at, None]
-        return self._commit(state, rows, running, drafted, chosen, 1)
+        logits = logits.float()[running.at]
+        chosen = argmax(blocks_of(logits))
+        if sampling:
+            chosen = _sampled(state, running, drafted, logits)
+        return self._commit(state, rows, running, drafted, chosen[:, None], 1)
 
     def _draft(self, state: State, running: _Running, size: int) -> tuple[Draft, Ahead | None]:
         drafted = drafting.roots(running.last)
@@ -168,6 +176,20 @@ def _running(state: State, batch: Batch) -> _Running:
     at = runs.nonzero().flatten()
     mine = batch.rows[at]
     return _Running(at, mine, batch.reads[at], slots.last[mine].long())
+
+
+def _sampled(state: State, running: _Running, drafted: Draft, logits: Tensor) -> Tensor:
+    """[N] the model's own next token at each node, by each row's settings and noise."""
+    slots, choices = state.slots, []
+    for row, slot in enumerate(running.slots.tolist()):
+        params = SamplingParams(
+            temperature=float(slots.temperatures[slot]), min_p=float(slots.min_ps[slot])
+        )
+        begin = int(slots.lengths[slot]) - int(slots.begins[slot])
+        seed, sample = int(slots.seeds[slot]), int(slots.samples[slot])
+        for depth in drafted.depths[row, : drafted.sizes[row]].tolist():
+            choices.append(Choice(params, uniform(seed, sample, begin + depth)))
+    return choose(logits, choices)
 
 
 def _room(state: State, slot: int) -> Room:
