@@ -158,6 +158,7 @@ class EngineConfig(_Config):
     gpu_memory_utilization: float = 0.9
     page_size: int = 16  # tokens a page of the K/V cache
     prefill_chunk: int = 512  # prompt tokens a prefill step, over all its sequences
+    prefix_sharing: bool = True  # run what prompts have in common at their begin only once
     speculate: bool = True
     # How nodes are picked: for each row by chance, along one tree of the task that is learned, or
     # along the published one, as a reference.

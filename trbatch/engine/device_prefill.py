@@ -12,7 +12,8 @@ from trbatch.engine import spans
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.device_step import DeviceStep
 from trbatch.engine.lagged import LaggedDecoder
-from trbatch.engine.prefill import Piece, pieces_of, tokens_of
+from trbatch.engine.prefill import Piece, advance, lessons_of, pieces_of, tokens_of
+from trbatch.engine.prefix import Prefixes
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
 from trbatch.engine.transfer import to_device
@@ -30,24 +31,25 @@ class DevicePrefiller:
         stepper: DeviceStep,
         decoder: LaggedDecoder,
         tasks: Tasks,
+        prefixes: Prefixes,
         config: EngineConfig,
         *,
         recycling: bool,
     ) -> None:
         self._stepper, self._decoder, self._tasks = stepper, decoder, tasks
-        self._chunk = config.prefill_chunk
+        self._prefixes = prefixes
         self._learning = recycling and config.recycle_prompts
 
     @torch.inference_mode()
-    def run(self, sequences: list[Sequence]) -> int:
-        """Start a forward over pieces of prompts, `prefill_chunk` tokens in all.
+    def run(self, sequences: list[Sequence], most: int) -> int:
+        """Start a forward over pieces of prompts, `most` tokens in all.
 
         Returns:
             How many tokens those took whose first token the host has to choose.
         """
         state, device = self._stepper.state, self._stepper.device
         model = state.model
-        pieces = pieces_of(sequences, self._chunk)
+        pieces = pieces_of(sequences, most, self._prefixes)
         where = [spans.of_prompt(sequence, count) for sequence, count in pieces]
         tokens = to_device(tokens_of(pieces), device, torch.int64)
         ends = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
@@ -56,9 +58,10 @@ class DevicePrefiller:
         if self._learning:
             self._learn(pieces, logits)
             logits = logits[to_device(ends.tolist(), device, torch.int64)]
-        for sequence, count in pieces:
-            sequence.cached += count
-        ready = [at for at, (sequence, _) in enumerate(pieces) if sequence.prefilled]
+        advance(pieces, self._prefixes)
+        done = [sequence for sequence, _ in pieces if sequence.prefilled]
+        self._stepper.set_pages(done)
+        ready = [at for at, (s, _) in enumerate(pieces) if s.prefilled and not s.generated]
         late = [at for at in ready if pieces[at][0].lagged]
         members = [pieces[at][0] for at in late]
         at = to_device(late, device, torch.int64)
@@ -67,16 +70,11 @@ class DevicePrefiller:
         return self._choose_now([at for at in ready if at not in late], pieces, logits)
 
     def _learn(self, pieces: list[Piece], logits: torch.Tensor) -> None:
-        """Recycle prompts. The later row of the input wins, whatever the slots."""
-        starts, start = {}, 0
-        for sequence, count in pieces:
-            starts[sequence.slot] = start
-            start += count
-        for sequence, count in sorted(pieces, key=lambda piece: piece[0].turn):
-            start = starts[sequence.slot]
-            part = logits[start : start + count]
-            self._stepper.operations.learn_prompt(self._stepper.state, sequence, count, part)
-            self._tasks.touch(sequence.task)
+        operations, state = self._stepper.operations, self._stepper.state
+        candidates = operations.candidates(state, logits)
+        for lesson in lessons_of(pieces, candidates, self._prefixes):
+            operations.learn_prompt(state, lesson)
+            self._tasks.touch(lesson.sequence.task)
 
     def _choose_now(self, which: list[int], pieces: list[Piece], logits: torch.Tensor) -> int:
         """Rows whose sampling needs the host: these wait for the device."""

@@ -25,6 +25,7 @@ from trbatch.engine.device_state import REPORT_NUMBERS, Accepted, Slots
 from trbatch.engine.lagged import Outcome
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
+from trbatch.engine.prefill import Lesson
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.transfer import OnItsWay, to_device
 from trbatch.engine.tree import Tree
@@ -75,14 +76,12 @@ class Operations(Protocol):
         """The token after each prompt, from the logits [B, V] at its end."""
         ...
 
-    def learn_prompt(
-        self, state: State, sequence: Sequence, count: int, logits: Tensor | None
-    ) -> None:
-        """Recycle the `count` tokens of a prompt that follow the cached ones.
+    def candidates(self, state: State, logits: Tensor) -> Tensor:
+        """[N, k] the likeliest tokens of logits [N, V]."""
+        ...
 
-        Args:
-            logits: [count, V].
-        """
+    def learn_prompt(self, state: State, lesson: Lesson) -> None:
+        """Recycle part of a prompt."""
         ...
 
 
@@ -168,6 +167,18 @@ class DeviceStep:
         )  # fmt: skip
         greedy = request.sampling.greedy and not request.logits_processors
         return greedy and len(stops) <= MOST_STOPS
+
+    def set_pages(self, sequences: ListLike[Sequence]) -> None:
+        """Steps that are started from now on find these sequences on the pages they have now."""
+        table = self.state.slots.pages
+        numbers = [
+            (sequence.slot, place, page)
+            for sequence in sequences
+            for place, page in enumerate(sequence.room.pages)
+        ]
+        if numbers:
+            slots, places, pages = to_device(numbers, self.device, torch.int64).unbind(1)
+            table.index_put_((slots, places), pages.to(table.dtype))
 
     def launch(self, members: ListLike[Sequence], size: int) -> _Handle:
         """Start a step of `size` tokens a sequence."""

@@ -29,6 +29,7 @@ from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.prefill import Prefiller
+from trbatch.engine.prefix import Prefixes
 from trbatch.engine.replica import Copies
 from trbatch.engine.scheduler import Scheduler
 from trbatch.engine.sequence import Completion, Figures, Request, Sequence, TaskKey
@@ -74,12 +75,14 @@ class Engine:
         self.max_model_len = sizing.max_model_len(config, loaded)
         # Tokens a step per sequence, at most: the root and its nodes.
         self._most = (config.tree_size or config.max_tree_size) if config.speculate else 1
+        template = fixed_tree(config, tree)
         self._model = CausalModel(loaded, page_size=config.page_size)
         slots = sizing.cache_slots(
             config, loaded, self._model.bytes_per_token,
             sequences=self.capacity, longest=self.max_model_len + self._most, spare=self._most,
         )  # fmt: skip
-        self._cache = self._model.allocate(slots)
+        operations = operations or operations_for(loaded, config, template)
+        self._cache = self._model.allocate(slots, adjacent=operations is None)
         self._scheduler = Scheduler(self._cache, slots=self.capacity, spare=self._most)
         bigrams = None
         if config.bigrams and self._most > 1:
@@ -97,22 +100,27 @@ class Engine:
         self.copies = Copies(self._matrix, self._tasks)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
-        template = fixed_tree(config, tree)
-        self._stepper = self._make_stepper(operations or operations_for(loaded, config, template))
+        self._stepper = self._make_stepper(operations)
         self.budget = self._make_budget()
         drafter = Drafter(
             self._matrix, self._calibration, self._paths, self.budget, config,
             most=self._most, template=template,
         )  # fmt: skip
         recycling = self._most > 1
+        self._prefixes = Prefixes(
+            self._cache, sharing=config.prefix_sharing,
+            candidates=self._matrix.candidates if recycling and config.recycle_prompts else 0,
+        )  # fmt: skip
         if self._stepper is not None:
             size = self._most if config.tree_size or not recycling else 0
             self._lagged = LaggedDecoder(self._stepper, self.budget, size=size)
             self._device_prefiller = DevicePrefiller(
-                self._stepper, self._lagged, self._tasks, config, recycling=recycling
+                self._stepper, self._lagged, self._tasks, self._prefixes, config,
+                recycling=recycling,
             )
         self._prefiller = Prefiller(
-            self._model, self._matrix, self._tasks, self.budget, config, recycling=recycling
+            self._model, self._matrix, self._tasks, self.budget, self._prefixes, config,
+            recycling=recycling,
         )
         self._eager = EagerDecoder(
             self._model, self._matrix, self._tasks, self.budget, drafter, config,
@@ -208,8 +216,8 @@ class Engine:
 
     def _prefill(self, sequences: list[Sequence]) -> int:
         if self._stepper is not None:
-            return self._device_prefiller.run(sequences)
-        return len(self._prefiller.run(sequences))
+            return self._device_prefiller.run(sequences, self.config.prefill_chunk)
+        return len(self._prefiller.run(sequences, self.config.prefill_chunk))
 
     def _decode(self, sequences: list[Sequence]) -> int:
         """One step of those on the device, one of the others. Returns the tokens that came out."""
@@ -232,10 +240,12 @@ class Engine:
     def forget(self) -> None:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
         self._tasks.forget()
+        self._prefixes.clear()
 
     def forget_rows(self) -> None:
         """Empty the matrices, but keep what was counted of how far candidates can be trusted."""
         self._tasks.forget(counts=False)
+        self._prefixes.clear()
 
     def stats(self) -> dict[str, Any]:
         """What the engine did since it was made (counts, seconds), and on what (texts)."""
@@ -243,6 +253,7 @@ class Engine:
             "tokens": self._tokens,
             "forwards": self._forwards,
             "busy_s": self._busy_s,
+            "prefix_hit_tokens": self._prefixes.hit_tokens,
             "tree_sizes": dict(sorted(self.budget.chosen.items())),
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
             "device": sizing.machine_name(self.loaded.device),

@@ -46,6 +46,7 @@ class Scheduler:
         sequence.slot = min(self._free_slots)
         self._free_slots.remove(sequence.slot)
         sequence.room = self._cache.take_room(self._tokens(sequence))
+        sequence.begin_anew()
         self.running.append(sequence)
         return sequence
 

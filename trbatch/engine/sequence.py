@@ -135,7 +135,13 @@ class Sequence:
     task: int = -1  # index of the matrix that it teaches
     reads: int = -1  # of the one that drafts its tokens: the same, or an empty one to compare with
     room: Any = None  # kv_cache.Room
-    cached: int = 0  # prompt tokens whose keys are in the cache
+    # Tokens that are run before it decodes: its prompt; what it had said, too, if it has to begin
+    # anew. Of these:
+    goal: int = 0
+    cached: int = 0  # that have their keys and values in the cache
+    learned: int = 0  # that rows were written for
+    recalled: int = 0  # whose candidates are kept for others with the same beginning
+    page_keys: list[bytes] = field(default_factory=list)  # what its first pages say (`prefix`)
     lagged: bool = False  # whether its steps are read one late
     in_flight: int = 0  # steps that were started with it and not read yet
     finish_reason: str = ""
@@ -153,8 +159,14 @@ class Sequence:
 
     @property
     def prefilled(self) -> bool:
-        """Whether the whole prompt is in the cache."""
-        return self.cached == self.prompt_length
+        """Whether it can decode: all but its next root is in the cache."""
+        return self.cached == self.goal
+
+    def begin_anew(self) -> None:
+        """Nothing of it is in the cache any more, or yet."""
+        # What it said last is the root of the next tree.
+        self.goal = len(self.tokens) - 1 if self.generated else self.prompt_length
+        self.cached = self.learned = self.recalled = 0
 
     @property
     def turn(self) -> tuple[int, int]:

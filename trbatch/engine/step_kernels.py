@@ -19,7 +19,7 @@ from trbatch.engine.kernels.draft import Trees, draft
 from trbatch.engine.kernels.learn import learn
 from trbatch.engine.kernels.spine import look_ahead
 from trbatch.engine.matrix import last_tokens
-from trbatch.engine.sequence import Sequence
+from trbatch.engine.prefill import Lesson
 from trbatch.engine.transfer import to_device
 
 
@@ -59,14 +59,16 @@ class KernelOperations:
         """See `device_step.Operations.first`."""
         return _commit_roots(state, rows, likeliest.argmax(logits))
 
-    def learn_prompt(
-        self, state: State, sequence: Sequence, count: int, logits: Tensor | None
-    ) -> None:
+    def candidates(self, state: State, logits: Tensor) -> Tensor:
+        """See `device_step.Operations.candidates`."""
+        return likeliest.topk(logits, state.matrix.candidates)
+
+    def learn_prompt(self, state: State, lesson: Lesson) -> None:
         """A piece of prompt is a tree without branches, and all of it was accepted."""
-        assert logits is not None, "a GPU computes them in passing"
-        device, done = logits.device, sequence.cached
-        text = to_device(sequence.tokens[: done + count + 1], device, torch.int64)
-        candidates = likeliest.topk(logits, state.matrix.candidates)
+        candidates, sequence, done = lesson.rows, lesson.sequence, lesson.first
+        assert isinstance(candidates, Tensor), "a GPU computes them in passing"
+        device, count = candidates.device, len(candidates)
+        text = to_device(sequence.tokens[: lesson.end + 1], device, torch.int64)
         known = text[done + 1 : done + 1 + count]
         candidates[: len(known)] = put_first(known, candidates[: len(known)])
         node = torch.arange(count, device=device)

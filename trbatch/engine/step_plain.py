@@ -18,7 +18,7 @@ from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.matrix import EMPTY
-from trbatch.engine.sequence import Sequence
+from trbatch.engine.prefill import Lesson
 from trbatch.engine.verify import NOT_CHOSEN, Verdict
 
 
@@ -71,19 +71,17 @@ class PlainOperations:
         chosen = argmax(blocks_of(logits.float()))[running.at, None]
         return self._commit(state, rows, running, drafted, chosen, 1)
 
-    def learn_prompt(
-        self, state: State, sequence: Sequence, count: int, logits: Tensor | None
-    ) -> None:
+    def candidates(self, state: State, logits: Tensor) -> Tensor:
+        """See `device_step.Operations.candidates`."""
+        return topk(blocks_of(logits.float()), state.matrix.candidates)
+
+    def learn_prompt(self, state: State, lesson: Lesson) -> None:
         """See `device_step.Operations.learn_prompt`."""
-        end = sequence.cached + count
-        text = torch.tensor(sequence.tokens[: end + 1], device=state.nowhere.device)
-        known = None
-        if logits is not None:
-            known = topk(blocks_of(logits.float()), state.matrix.candidates)
+        sequence = lesson.sequence
+        text = torch.tensor(sequence.tokens[: lesson.end + 1], device=state.nowhere.device)
         drafting.learn_prompt(
-            state.matrix, text, sequence.cached, count if known is None else known,
-            sequence.slot, sequence.task,
-        )  # fmt: skip
+            state.matrix, text, lesson.first, lesson.rows, sequence.slot, sequence.task
+        )
 
     def _draft(self, state: State, running: _Running, size: int) -> tuple[Draft, Ahead | None]:
         drafted = drafting.roots(running.last)
@@ -156,7 +154,4 @@ def _room(state: State, slot: int) -> Room:
     """The pages of a slot as the host's paths know them."""
     cache = state.model.cache
     assert cache is not None
-    pages = [page for page in state.slots.pages[slot].tolist() if page >= 0]
-    starts = torch.tensor(pages, device=state.nowhere.device) * cache.page_size
-    places = torch.arange(cache.page_size, device=state.nowhere.device)
-    return Room(tuple(pages), (starts[:, None] + places).flatten(), None)
+    return cache.room_of([page for page in state.slots.pages[slot].tolist() if page >= 0])
