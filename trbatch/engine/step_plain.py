@@ -40,13 +40,16 @@ class PlainOperations:
     def step(self, state: State, batch: Batch, size: int) -> Accepted:
         """One step. A plain one neither counts nor learns, like the kernels'."""
         running = _running(state, batch)
+        if not len(running.at):
+            deepest = min(MAX_DEPTH, size - 1)
+            return Accepted.nothing(len(batch.rows), size, deepest, batch.rows.device)
         drafted, ahead = self._draft(state, running, size)
         logits = self._forward(state, running, drafted)
         blocks = blocks_of(logits)
         width = drafted.tokens.shape[1]
         chosen = drafting.padded(argmax(blocks), drafted.sizes, width, NOT_CHOSEN)
         accepted = self._commit(state, batch.rows, running, drafted, chosen, size)
-        if size > 1 and len(running.at):
+        if size > 1:
             verdict = Verdict(
                 accepted.nodes[running.at].long(), accepted.tokens[running.at].long(),
                 accepted.on_path[running.at, :width],
@@ -85,7 +88,7 @@ class PlainOperations:
 
     def _draft(self, state: State, running: _Running, size: int) -> tuple[Draft, Ahead | None]:
         drafted = drafting.roots(running.last)
-        if size == 1 or not len(running.at):
+        if size == 1:
             return drafted, None
         ahead = None
         if state.spine:
@@ -112,8 +115,6 @@ class PlainOperations:
                 )
             )  # fmt: skip
         nodes = [drafted.tokens[i, :size] for i, size in enumerate(drafted.sizes)]
-        if not nodes:
-            return torch.zeros(0, state.matrix.vocab_size, device=state.nowhere.device)
         return state.model.forward(torch.cat(nodes).clamp(min=0), spans)
 
     def _commit(
