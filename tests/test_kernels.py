@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trbatch.engine import reference
 from trbatch.engine.attention import Span, active, attention_forward
-from trbatch.engine.kv_cache import KVCache, Room
+from trbatch.engine.kv_cache import KVCache
 from trbatch.engine.model import CausalModel
 from trbatch.engine.tree import default_tree
 

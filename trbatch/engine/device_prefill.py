@@ -12,8 +12,8 @@ from trbatch.engine import spans
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.device_step import DeviceStep
 from trbatch.engine.lagged import LaggedDecoder
-from trbatch.engine.prefill import Piece, advance, lessons_of, pieces_of, tokens_of
-from trbatch.engine.prefix import Prefixes
+from trbatch.engine.prefill import advance, lessons_of, pieces_of, tokens_of
+from trbatch.engine.prefix import Piece, Prefixes
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
 from trbatch.engine.transfer import to_device

@@ -117,11 +117,11 @@ class Engine:
             self._device_prefiller = DevicePrefiller(
                 self._stepper, self._lagged, self._tasks, self._prefixes, config,
                 recycling=recycling,
-            )
+            )  # fmt: skip
         self._prefiller = Prefiller(
             self._model, self._matrix, self._tasks, self.budget, self._prefixes, config,
             recycling=recycling,
-        )
+        )  # fmt: skip
         self._eager = EagerDecoder(
             self._model, self._matrix, self._tasks, self.budget, drafter, config,
             recycling=recycling,

@@ -1,9 +1,9 @@
 """Pages of keys and values: who holds which, and where each token's lie.
 
 One tensor per layer shape, [layers, 2, kv_heads, slots, head_dim]; a page is `page_size` slots in a
-row. Pages of one sequence may lie anywhere; where they are adjacent its keys are a plain view, which
-the CPU path needs to be quick. Knows nothing of trees: a step's in-flight nodes lie in the slots
-behind the committed tokens and are moved by `move`.
+row. Pages of one sequence may lie anywhere; where they are adjacent its keys are a plain view, and
+the CPU path needs that to be quick. Knows nothing of trees: a step's in-flight nodes lie in the
+slots behind the committed tokens and are moved by `move`.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ class Room:
 
     def __init__(self, pages: Sequence[int], page_size: int, device: torch.device) -> None:
         self._page_size, self._device = page_size, device
+        self._slots: Tensor | None = None
+        self._first: int | None = None
         self.pages: list[int] = []
         self.put(0, pages)
 
@@ -211,7 +213,7 @@ class Room:
         return rest
 
     def _changed(self) -> None:
-        self._slots: Tensor | None = None
+        self._slots = None
         first = self.pages[0] if self.pages else 0
         adjacent = self.pages == list(range(first, first + len(self.pages)))
         self._first = first * self._page_size if adjacent else None
