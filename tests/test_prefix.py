@@ -97,16 +97,14 @@ def test_the_first_step_learns_what_a_sharing_prompt_has_not_run() -> None:
     one = engine(max_num_seqs=2, recycle_prompts=True)
     tiny.decode(one, requests(PROMPTS[:1]))
     one.add(tiny.request(7, PROMPTS[1], max_tokens=LENGTH))
-    one._scheduler.admit()
+    one._admit()
     (sequence,) = one._scheduler.running
-    one._begin(sequence)
     one._prefiller.run([sequence], 512)
     assert one.stats()["prefix_hit_tokens"] == SHARED
     alone = engine(max_num_seqs=2, prefix_sharing=False)
     alone.add(tiny.request(7, PROMPTS[1], max_tokens=LENGTH))
-    alone._scheduler.admit()
+    alone._admit()
     (other,) = alone._scheduler.running
-    alone._begin(other)
     alone._prefiller.run([other], 512)
     mine, others = one._matrix, alone._matrix
     written = others.keys[other.slot] >= 0

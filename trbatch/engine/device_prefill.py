@@ -59,8 +59,6 @@ class DevicePrefiller:
             self._learn(pieces, logits)
             logits = logits[to_device(ends.tolist(), device, torch.int64)]
         advance(pieces, self._prefixes)
-        done = [sequence for sequence, _ in pieces if sequence.prefilled]
-        self._stepper.set_pages(done)
         ready = [at for at, (s, _) in enumerate(pieces) if s.prefilled and not s.generated]
         late = [at for at in ready if pieces[at][0].lagged]
         members = [pieces[at][0] for at in late]

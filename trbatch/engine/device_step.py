@@ -154,7 +154,7 @@ class DeviceStep:
         return f"{type(self.operations).__name__}{', captured' if self._captures else ''}"
 
     def admit(self, sequence: Sequence) -> bool:
-        """Take a sequence that has a slot and pages; its prompt is the text so far.
+        """Take a sequence that has a slot and pages.
 
         Returns:
             Whether all that decides its tokens is known on the device, so that steps can be
@@ -162,11 +162,16 @@ class DeviceStep:
         """
         request, stops = sequence.request, sorted(sequence.stop.stop_ids)
         self.state.slots.put(
-            sequence.slot, sequence.tokens, left=sequence.max_tokens, stops=stops[:MOST_STOPS],
-            pages=sequence.room.pages, task=sequence.task, turn=self._turn_of(sequence),
+            sequence.slot, sequence.tokens, left=sequence.max_tokens - sequence.generated,
+            stops=stops[:MOST_STOPS], pages=[page for _, page in sequence.room.news()],
+            task=sequence.task, turn=self._turn_of(sequence),
         )  # fmt: skip
         greedy = request.sampling.greedy and not request.logits_processors
         return greedy and len(stops) <= MOST_STOPS
+
+    def release(self, slot: int) -> None:
+        """Nobody has this slot any more; all steps of who had it have been read."""
+        self._turns.pop(slot, None)
 
     def set_pages(self, sequences: ListLike[Sequence]) -> None:
         """Steps that are started from now on find these sequences on the pages they have now."""
@@ -174,7 +179,7 @@ class DeviceStep:
         numbers = [
             (sequence.slot, place, page)
             for sequence in sequences
-            for place, page in enumerate(sequence.room.pages)
+            for place, page in sequence.room.news()
         ]
         if numbers:
             slots, places, pages = to_device(numbers, self.device, torch.int64).unbind(1)

@@ -9,6 +9,7 @@ has to choose, and all rows on a CPU, go through `eager`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -38,8 +39,11 @@ from trbatch.engine.text import EncodingFailed, StopChecker, encode
 from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
 
+logger = logging.getLogger(__name__)
+
 MAX_TASKS = 8  # matrices in memory
 _NOBODY = MAX_TASKS  # one more, that stays empty
+_BULK = 4  # times the usual piece of prompts, where hardly anybody decodes
 _ALONE = 32  # one row in so many is drafted without its task's rows, to tell what these bring
 
 
@@ -83,7 +87,12 @@ class Engine:
         )  # fmt: skip
         operations = operations or operations_for(loaded, config, template)
         self._cache = self._model.allocate(slots, adjacent=operations is None)
-        self._scheduler = Scheduler(self._cache, slots=self.capacity, spare=self._most)
+        shrinking = operations is not None and not config.tree_size
+        self._scheduler = Scheduler(
+            self._cache, slots=self.capacity, spare=self._most, window=config.admission_window,
+            most_tokens=sizing.most_tokens(loaded) if shrinking else 0,
+        )  # fmt: skip
+        self._prompt_chunk = config.prefill_chunk
         bigrams = None
         if config.bigrams and self._most > 1:
             bigrams = rows_of(self._model, candidates=min(CANDIDATES, loaded.vocab_size))
@@ -194,48 +203,113 @@ class Engine:
         """Drop requests; they are not returned."""
         unwanted = set(keys)
         self._drain()
-        self._scheduler.drop(unwanted)
+        for sequence in self._scheduler.drop(unwanted):
+            self._release(sequence.slot)
         self._finished = [done for done in self._finished if done.key not in unwanted]
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Prefill a piece of the prompts that wait, then decode once. Returns who finished."""
         start = time.perf_counter()
-        while self._scheduler.can_admit() and self._tasks.can_open(
-            self._scheduler.waiting[0].request.task, self._busy_tasks()
-        ):
-            self._begin(self._scheduler.admit())
-        if prefilling := self._scheduler.prefilling():
-            self._tokens += self._prefill(prefilling)
-        self._tokens += self._decode([s for s in self._scheduler.decoding() if not s.ended])
-        for sequence in [s for s in self._scheduler.running if s.ended and not s.in_flight]:
-            self._retire(sequence)
+        too_much = ""
+        try:
+            self._admit()
+            if prefilling := self._scheduler.prefilling():
+                self._prefill(prefilling)
+            self._decode()
+        except torch.OutOfMemoryError as error:
+            too_much = str(error)  # not the error itself: it holds what was on its way
+        if too_much:
+            self._run_fewer(too_much)
+        self._retire_ended()
         finished, self._finished = self._finished, []
         self._busy_s += time.perf_counter() - start
         return finished
 
-    def _prefill(self, sequences: list[Sequence]) -> int:
-        if self._stepper is not None:
-            return self._device_prefiller.run(sequences, self.config.prefill_chunk)
-        return len(self._prefiller.run(sequences, self.config.prefill_chunk))
+    def _admit(self) -> None:
+        while (waits := self._scheduler.next()) is not None:
+            if not self._tasks.can_open(waits.request.task, self._busy_tasks()):
+                break
+            self._scheduler.admit(waits)
+            self._begin(waits)
 
-    def _decode(self, sequences: list[Sequence]) -> int:
-        """One step of those on the device, one of the others. Returns the tokens that came out."""
-        tokens = 0
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        """Run a piece of the prompts, a small one while most decode: these have to wait for it."""
+        most, running = self._prompt_chunk, self._scheduler.running
+        if self.loaded.device.type != "cpu" and 2 * len(sequences) > len(running):
+            most *= _BULK
+        if self._stepper is not None:
+            self._tokens += self._device_prefiller.run(sequences, most)
+        else:
+            self._tokens += len(self._prefiller.run(sequences, most))
+
+    def _decode(self) -> None:
+        """One step of those on the device, one of the others."""
+        late = [sequence for sequence in self._scheduler.decoding() if sequence.lagged]
+        size = self._lagged.next_size(late) if late else 0
+        self._make_room(size)
+        sequences = self._scheduler.decoding()
         late = [sequence for sequence in sequences if sequence.lagged]
         now = [sequence for sequence in sequences if not sequence.lagged]
         if self._stepper is not None:
-            tokens += self._lagged.run(late)
+            self._tokens += self._lagged.run(late, size)
             for task in {sequence.task for sequence in late}:
                 self._tasks.touch(task)
         if now:
-            tokens += self._drain() + self._eager.run(now)
+            self._drain()
+            self._tokens += self._eager.run(now)
         self._forwards += bool(late) + bool(now)
-        return tokens
 
-    def _drain(self) -> int:
+    def _make_room(self, size: int) -> None:
+        """Pages for the next step of all that decode. Whoever came last gives way if need be.
+
+        Args:
+            size: tokens of each sequence whose steps are read late.
+        """
+        for sequence in list(self._scheduler.running):
+            while sequence.decodes and not self._scheduler.grow(
+                sequence,
+                len(sequence.tokens) + sequence.ahead + (size if sequence.lagged else self._most),
+            ):
+                if self._stepper is not None and self._lagged.under_way:
+                    self._drain()  # who has ended may give its pages back
+                    self._retire_ended()
+                else:
+                    assert len(self._scheduler.running) > 1, "one sequence alone always fits"
+                    self._preempt(self._scheduler.running[-1])
+        if self._stepper is not None:
+            self._stepper.set_pages(self._scheduler.running)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence.slot)
+        self._scheduler.preempt(sequence)
+
+    def _run_fewer(self, why: str) -> None:
+        """The device's memory did not suffice: go on with half as many sequences.
+
+        All of them begin anew from their texts, since nobody knows how far the step had come.
+        """
+        self._drain()
+        self._retire_ended()
+        running = list(self._scheduler.running)
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._prompt_chunk = max(self.config.page_size, self._prompt_chunk // 2)
+        if len(running) == 1:
+            running[0].error = RowError("out_of_memory", f"it does not fit, even alone: {why}")
+            return
+        self._scheduler.most = max(1, len(running) // 2)
+        for sequence in reversed(running):
+            self._preempt(sequence)
+        logger.warning(
+            "out of memory with %d sequences, going on with at most %d: %s",
+            len(running), self._scheduler.most, why,
+        )  # fmt: skip
+
+    def _drain(self) -> None:
         """Read the steps that are under way, before something else may touch what they do."""
-        return self._lagged.drain() if self._stepper is not None else 0
+        if self._stepper is not None:
+            self._tokens += self._lagged.drain()
 
     def forget(self) -> None:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
@@ -254,6 +328,7 @@ class Engine:
             "forwards": self._forwards,
             "busy_s": self._busy_s,
             "prefix_hit_tokens": self._prefixes.hit_tokens,
+            "preemptions": self._scheduler.preemptions,
             "tree_sizes": dict(sorted(self.budget.chosen.items())),
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
             "device": sizing.machine_name(self.loaded.device),
@@ -277,7 +352,7 @@ class Engine:
         return {sequence.task for sequence in self._scheduler.running if sequence.task >= 0}
 
     def _begin(self, sequence: Sequence) -> None:
-        sequence.figures.started = time.perf_counter()
+        sequence.figures.started = sequence.figures.started or time.perf_counter()
         sequence.task = self.open_task(sequence.request.task).index
         alone = sequence.request.seed % _ALONE == _ALONE - 1
         sequence.reads = _NOBODY if alone else sequence.task
@@ -285,7 +360,16 @@ class Engine:
         if self._stepper is not None:
             sequence.lagged = self._stepper.admit(sequence)
 
+    def _retire_ended(self) -> None:
+        for sequence in [s for s in self._scheduler.running if s.ended and not s.in_flight]:
+            self._retire(sequence)
+
+    def _release(self, slot: int) -> None:
+        if self._stepper is not None:
+            self._stepper.release(slot)
+
     def _retire(self, sequence: Sequence) -> None:
+        self._release(sequence.slot)
         self._scheduler.retire(sequence)
         alone = sequence.reads != sequence.task
         self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)

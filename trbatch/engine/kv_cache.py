@@ -165,12 +165,13 @@ class PagePool:
 class Room:
     """The pages of one sequence, seen as slots."""
 
-    __slots__ = ("_device", "_first", "_page_size", "_slots", "pages")
+    __slots__ = ("_device", "_first", "_page_size", "_slots", "_told", "pages")
 
     def __init__(self, pages: Sequence[int], page_size: int, device: torch.device) -> None:
         self._page_size, self._device = page_size, device
         self._slots: Tensor | None = None
         self._first: int | None = None
+        self._told = 0  # pages that `news` need not name
         self.pages: list[int] = []
         self.put(0, pages)
 
@@ -202,17 +203,25 @@ class Room:
         assert at <= len(self.pages)
         before = self.pages[at : at + len(pages)]
         self.pages[at : at + len(pages)] = pages
-        self._changed()
+        self._changed(at)
         return before
 
     def cut(self, count: int) -> list[int]:
         """Keep the first `count` pages only. Returns the others."""
         rest = self.pages[count:]
         del self.pages[count:]
-        self._changed()
+        self._changed(count)
         return rest
 
-    def _changed(self) -> None:
+    def news(self) -> list[tuple[int, int]]:
+        """(place, page) of each of its pages that may be another than when this was asked last."""
+        if self._told == len(self.pages):
+            return []
+        begin, self._told = self._told, len(self.pages)
+        return list(enumerate(self.pages))[begin:]
+
+    def _changed(self, begin: int) -> None:
+        self._told = min(self._told, begin)
         self._slots = None
         first = self.pages[0] if self.pages else 0
         adjacent = self.pages == list(range(first, first + len(self.pages)))

@@ -59,6 +59,11 @@ class _Ticket:
     context: float = 0.0
     pieces: ListLike[tuple[Sequence, int]] = ()  # of prompts, and their tokens
 
+    @property
+    def gives(self) -> int:
+        """Tokens for each member, at most."""
+        return self.size or 1
+
 
 class LaggedDecoder:
     """Starts steps and reads them one late.
@@ -86,18 +91,29 @@ class LaggedDecoder:
         self._push(_Ticket(list(members), handle, pieces=list(pieces)))
         self._after_prompts = True
 
-    def run(self, members: ListLike[Sequence]) -> int:
+    @property
+    def under_way(self) -> bool:
+        """Whether anything was started and is not read yet."""
+        return bool(self._pending)
+
+    def next_size(self, members: ListLike[Sequence]) -> int:
+        """How many tokens a sequence gets in the next step of these, the root included."""
+        context = sum(len(s.tokens) for s in members) / len(members)
+        return self._size or self._budget.choose_size(len(members), context)
+
+    def run(self, members: ListLike[Sequence], size: int = 0) -> int:
         """Start a step of these sequences and read what was started before it.
 
         Args:
-            members: those that have not ended, as far as is known.
+            members: those that have not ended, as far as is known. They have room for the step.
+            size: tokens of each; 0: `next_size`.
 
         Returns:
             How many tokens were read.
         """
         if members:
             context = sum(len(s.tokens) for s in members) / len(members)
-            size = self._size or self._budget.choose_size(len(members), context)
+            size = size or self.next_size(members)
             self._push(_Ticket(list(members), self._stepper.launch(members, size), size, context))
         left = 1 if members or self._after_prompts else 0
         self._after_prompts = False
@@ -117,6 +133,7 @@ class LaggedDecoder:
         self._pending.append(ticket)
         for sequence in ticket.members:
             sequence.in_flight += 1
+            sequence.ahead += ticket.gives
 
     def _settle(self, ticket: _Ticket) -> int:
         """Wait for what was started and write it down. Returns its tokens."""
@@ -126,6 +143,7 @@ class LaggedDecoder:
         kept = []
         for sequence, outcome in zip(ticket.members, outcomes, strict=True):
             sequence.in_flight -= 1
+            sequence.ahead -= ticket.gives
             kept.append(_taken(sequence, outcome))
         if ticket.size:
             self._account(ticket, kept, seconds)

@@ -175,7 +175,9 @@ def lessons_of(
         for begin in range(first, cached, _LESSON):
             end = min(begin + _LESSON, cached)
             lessons.append(Lesson(sequence, begin, prefixes.recall(sequence, begin, end)))
-        lessons.append(Lesson(sequence, cached, candidates[start : start + count]))
+        for begin in range(0, count, _LESSON):
+            part = candidates[start + begin : start + min(begin + _LESSON, count)]
+            lessons.append(Lesson(sequence, cached + begin, part))
         start += count
     return sorted(lessons, key=lambda lesson: lesson.sequence.turn)
 

@@ -144,6 +144,8 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)  # what its first pages say (`prefix`)
     lagged: bool = False  # whether its steps are read one late
     in_flight: int = 0  # steps that were started with it and not read yet
+    ahead: int = 0  # tokens that these may give, at most
+    place: int = 0  # how many came before it
     finish_reason: str = ""
     error: RowError | None = None  # why it has no text; what it took since means nothing
 
@@ -151,6 +153,11 @@ class Sequence:
     def ended(self) -> bool:
         """Whether nothing more is to be decoded."""
         return bool(self.finish_reason) or self.error is not None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it takes part in the next step."""
+        return self.room is not None and self.prefilled and not self.ended
 
     @property
     def generated(self) -> int:
