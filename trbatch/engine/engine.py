@@ -211,16 +211,17 @@ class Engine:
     def step(self) -> list[Completion]:
         """Prefill a piece of the prompts that wait, then decode once. Returns who finished."""
         start = time.perf_counter()
-        too_much = ""
+        too_much, in_prompts = "", True
         try:
             self._admit()
             if prefilling := self._scheduler.prefilling():
                 self._prefill(prefilling)
+            in_prompts = False
             self._decode()
         except torch.OutOfMemoryError as error:
             too_much = str(error)  # not the error itself: it holds what was on its way
         if too_much:
-            self._run_fewer(too_much)
+            self._run_less(too_much, in_prompts=in_prompts)
         self._retire_ended()
         finished, self._finished = self._finished, []
         self._busy_s += time.perf_counter() - start
@@ -284,27 +285,33 @@ class Engine:
         self._release(sequence.slot)
         self._scheduler.preempt(sequence)
 
-    def _run_fewer(self, why: str) -> None:
-        """The device's memory did not suffice: go on with half as many sequences.
+    def _run_less(self, why: str, *, in_prompts: bool) -> None:
+        """The device's memory did not suffice: go on with smaller prefills or fewer sequences.
 
-        All of them begin anew from their texts, since nobody knows how far the step had come.
+        All begin anew from their texts, since nobody knows how far the step had come.
         """
         self._drain()
         self._retire_ended()
-        running = list(self._scheduler.running)
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._prompt_chunk = max(self.config.page_size, self._prompt_chunk // 2)
-        if len(running) == 1:
+        running, chunk = list(self._scheduler.running), self._prompt_chunk
+        if in_prompts and chunk > self.config.page_size:
+            self._prompt_chunk = max(self.config.page_size, chunk // 2)
+            logger.warning(
+                "out of memory in prompts, going on with pieces of %d tokens: %s",
+                self._prompt_chunk, why,
+            )  # fmt: skip
+        elif len(running) == 1:
             running[0].error = RowError("out_of_memory", f"it does not fit, even alone: {why}")
             return
-        self._scheduler.most = max(1, len(running) // 2)
+        else:
+            self._scheduler.most = max(1, len(running) // 2)
+            logger.warning(
+                "out of memory with %d sequences, going on with at most %d: %s",
+                len(running), self._scheduler.most, why,
+            )  # fmt: skip
         for sequence in reversed(running):
             self._preempt(sequence)
-        logger.warning(
-            "out of memory with %d sequences, going on with at most %d: %s",
-            len(running), self._scheduler.most, why,
-        )  # fmt: skip
 
     def _drain(self) -> None:
         """Read the steps that are under way, before something else may touch what they do."""
