@@ -75,7 +75,7 @@ def test_shared_pages_serve_every_architecture(kind: str, on_device: bool) -> No
 
 
 @on_both_paths
-@pytest.mark.parametrize("chunk", [7, 16, 512])
+@pytest.mark.parametrize("chunk", [7, 44, 512])
 def test_prompts_that_begin_together_run_their_common_part_once(
     on_device: bool, chunk: int
 ) -> None:

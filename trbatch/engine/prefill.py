@@ -21,6 +21,7 @@ from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
 
 _SMALL_TREE = 6.0  # tokens a step and sequence
+_WORTH_WAITING = 4  # pages that another is about to fill
 _LESSON = 512  # places that are learned from at once
 
 
@@ -124,16 +125,16 @@ class Lesson:
 def pieces_of(sequences: ListLike[Sequence], most: int, prefixes: Prefixes) -> list[Piece]:
     """What is prefilled next: `most` tokens of the prompts that are not in the cache yet.
 
-    What others have prefilled is taken first; whoever needs what another is about to prefill waits
-    for it.
+    What others have prefilled is taken first; whoever has much in common with what another is about
+    to prefill waits for it.
     """
     pieces: list[Piece] = []
-    under_way: set[bytes | None] = set()
+    under_way: set[bytes] = set()
     for sequence in sequences:
         if most == 0:
             break
         prefixes.share(sequence)
-        if prefixes.next_key(sequence) in under_way:
+        if prefixes.common(sequence, under_way) >= _WORTH_WAITING:
             continue
         left = sequence.goal - sequence.cached
         count = min(most, left)

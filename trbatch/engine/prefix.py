@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence as ListLike
+from collections.abc import Set
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -74,12 +76,12 @@ class Prefixes:
         sequence.cached += self.page_size * len(found)
         self.hit_tokens += self.page_size * len(found)
 
-    def next_key(self, sequence: Sequence) -> bytes | None:
-        """What the page that comes next says, if it could be shared."""
-        index = sequence.cached // self.page_size
-        if not self._at_border(sequence) or index >= self._last(sequence):
-            return None
-        return self._key(sequence, index)
+    def common(self, sequence: Sequence, under_way: Set[bytes]) -> int:
+        """How many of the pages that come next are among those that others are about to fill."""
+        begin = sequence.cached // self.page_size
+        end = self._last(sequence) if self._at_border(sequence) else begin
+        keys = (self._key(sequence, index) for index in range(begin, end))
+        return sum(1 for _ in takewhile(under_way.__contains__, keys))
 
     def keys_of(self, sequence: Sequence, count: int) -> list[bytes]:
         """What the pages say that are full when the next `count` tokens have been run."""
