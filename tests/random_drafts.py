@@ -175,6 +175,6 @@ def random_answers(drafted: drafting.Draft, seed: int) -> Tensor:
     tokens, parents = drafted.tokens.cpu(), drafted.parents.cpu()
     for row, its_tokens, its_parents in zip(chosen, tokens, parents, strict=True):
         for node in range(1, len(row)):
-            if its_tokens[node] >= 0 and torch.rand((), generator=generator) < 0.5:
+            if its_tokens[node] >= 0 and torch.rand((), generator=generator) < 0.8:
                 row[its_parents[node]] = its_tokens[node]
     return chosen.to(drafted.tokens.device)

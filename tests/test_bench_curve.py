@@ -21,8 +21,9 @@ from trbatch.engine.bench_curve import curve
 from trbatch.engine.bench_floor import Floor, copy_bandwidth, kv_bytes, weight_bytes
 from trbatch.engine.bench_method import measure_speed
 from trbatch.engine.bench_plot import check_png, save_png
-from trbatch.engine.bench_window import measure
+from trbatch.engine.bench_window import Measured, measure
 from trbatch.engine.shapes import SHAPES
+from trbatch.engine.step_plain import PlainOperations
 from trbatch.errors import InputError, UsageError
 
 WORDS = [f"w{number}" for number in range(5, tiny.VOCAB)]
@@ -69,22 +70,24 @@ def test_the_curve_has_speeds_steps_floor_and_tail_of_each_batch(
     json.dumps(result)
     assert (result["method"], result["prompt_count"], result["warm_up"]) == ("curve", 12, 3)
     assert [row["batch"] for row in result["by_batch"]] == [1, 3]
-    for row, detail in zip(result["by_batch"], result["details"], strict=True):
+    for row in result["by_batch"]:
         plain, recycled = row["plain_tokens_per_s"], row["recycled_tokens_per_s"]
         assert row["recycled_over_plain"] == pytest.approx(recycled / plain, rel=1e-3)
         assert row["generate_tokens_per_s"] > 0
         assert row["generate_batch"] == row["batch"]
         assert row["acceptance"] >= 1.0
-        assert row["plain_over_floor"] == pytest.approx(
-            row["plain_step_ms"] / row["floor_ms"], rel=0.05
-        )
-        assert set(detail["plain_steps_by_size"]) == {"1"}
-        assert detail["prompts"] == {1: 8, 3: 12}[row["batch"]]
-        assert detail["plain_slots"] == row["batch"]
+        assert row["prompts"] == {1: 8, 3: 12}[row["batch"]]
+    steps = {(step["batch"], step["decoding"]): step for step in result["steps"]}
+    for (batch, decoding), step in steps.items():
+        assert step["slots"] == batch
+        assert step["over_floor"] == pytest.approx(step["step_ms"] / step["floor_ms"], rel=0.05)
+        assert (set(step["steps_by_size"]) == {"1"}) == (decoding == "plain")
+    assert steps[3, "plain"]["timed_steps"] >= 4
     # Of eight prompts one after the other, each gives its first token in its prefill.
-    alone = result["details"][0]
-    assert (alone["plain_steps_by_size"], alone["plain_tail_s"]) == ({"1": 8 * 11}, 0.0)
-    assert 0 < alone["plain_timed_steps"] <= 8 * 11
+    alone = steps[1, "plain"]
+    assert (alone["steps_by_size"], alone["tail_s"]) == ({"1": 8 * 11}, 0.0)
+    assert 0 < alone["timed_steps"] <= 8 * 11
+    assert 6 < alone["context"] < 11 + 12
     assert sum("batch" in line for line in said) == 2
 
 
@@ -140,7 +143,7 @@ def test_too_few_distinct_prompts_are_told_before_anything_is_decoded(
 
 
 class ScriptedEngine:
-    """Takes two requests at once; each needs a call for its prefill and then gives three tokens."""
+    """Takes two requests at once; each needs a call for its prefill, then three more."""
 
     capacity = 2
     config = SimpleNamespace(prefill_chunk=4)
@@ -165,6 +168,7 @@ class ScriptedEngine:
             fresh = self.capacity - len(self.running)
             for request in self.waiting[:fresh]:
                 self.running[request] = 3
+                self.tokens += 1
             del self.waiting[:fresh]
             return []
         self.steps += 1
@@ -186,27 +190,42 @@ def test_only_calls_without_prefill_are_timed_and_the_tail_is_told_apart() -> No
     engine: Any = ScriptedEngine()
     measured = measure(engine, list(range(5)), [4] * 5)  # type: ignore[arg-type]
     # Two and two and the last alone, of three steps each.
-    assert (measured.full.tokens, measured.tail.tokens) == (12, 3)
+    assert (measured.full.tokens, measured.tail.tokens) == (16, 4)
     assert measured.steps == {1: 6}
     # Eight tokens of prompts and four more for what may be read late: three calls, one a step.
     assert measured.timed == len(measured.seconds.get(1, [])) == 2
     assert measured.step_s is None, "of two calls no mean is taken"
-    assert (measured.acceptance, measured.context, measured.usual_size) == (1.0, 6.0, 1)
+    assert (measured.acceptance, measured.usual_size) == (1.0, 1)
+    assert measured.contexts == [7.0, 7.0], "a prompt of four and three tokens before the last"
     assert [one.key for one in measured.done] == list(range(5))
 
 
+def test_a_step_takes_the_mean_of_the_medians_of_its_sizes() -> None:
+    measured = Measured(slots=1)
+    measured.seconds = {1: [1.0] * 5 + [90.0], 4: [2.0] * 18, 8: [70.0]}
+    assert measured.step_s_of(1) == 1.0, "one of them was captured"
+    assert measured.step_s_of(8) is None, "one is too few"
+    assert measured.step_s == pytest.approx((6 * 1.0 + 18 * 2.0) / 24)
+    assert measured.timed == 25
+
+
+@pytest.mark.parametrize("late", [False, True])
 def test_all_tokens_of_a_real_engine_are_counted_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
     ids = tiny.prompts(9, seed=2)
     requests = [tiny.request(i, prompt, max_tokens=20) for i, prompt in enumerate(ids)]
-    for speculate in (True, False):
-        engine = tiny.engine(tiny.loaded("llama"), max_num_seqs=2, speculate=speculate, tree_size=0)
+    how = {"operations": PlainOperations(), "enforce_eager": True} if late else {}
+    for size in (4, 1):
+        engine = tiny.engine(tiny.loaded("llama"), max_num_seqs=2, tree_size=size, **how)
         measured = measure(engine, requests, [len(prompt) for prompt in ids])
         assert measured.full.tokens + measured.tail.tokens == 9 * 20
         assert measured.tail.tokens > 0
-        assert measured.timed <= measured.steps.total() <= engine.stats()["forwards"]
+        assert 0 < measured.timed <= measured.steps.total() <= engine.stats()["forwards"]
+        assert measured.usual_size == size
+        assert len(measured.contexts) == measured.timed
+        assert 0 < measured.context < 40 + 20
         assert measured.acceptance == pytest.approx(
             sum(c.completion_tokens - 1 for c in measured.done)
             / sum(c.num_spec_steps for c in measured.done)

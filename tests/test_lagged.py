@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as ListLike
 
 import pytest
@@ -11,7 +12,7 @@ from trbatch.config import SamplingParams
 from trbatch.engine.budget import Budget
 from trbatch.engine.costs import CostTable
 from trbatch.engine.curve import STEP_SIZES, Curve, prior_tokens
-from trbatch.engine.lagged import LaggedDecoder, Outcome
+from trbatch.engine.lagged import LaggedDecoder, Outcome, Reading
 from trbatch.engine.sequence import Figures, Sequence
 from trbatch.engine.text import StopChecker
 
@@ -24,6 +25,14 @@ class Script:
         self.said: dict[int, int] = {}
         self.under_way: list[int] = []
         self.launches = 0
+        self.prepared = {(count, 4) for count in (1, 2)}
+
+    def is_ready(self, count: int, size: int) -> bool:
+        return (count, size) in self.prepared
+
+    def prepare(self, count: int, size: int) -> None:
+        assert not self.under_way, "something runs while a step is made ready"
+        self.prepared.add((count, size))
 
     def launch(self, members: ListLike[Sequence], size: int) -> int:
         assert len(self.under_way) < 3, "a step was started before the last but one was read"
@@ -34,7 +43,7 @@ class Script:
         )
         return self.launches
 
-    def read(self, handle: int) -> list[Outcome]:
+    def read(self, handle: int) -> Reading:
         assert handle == self.under_way.pop(0), "steps are read in their order"
         outcomes = []
         for key in self._members[handle]:
@@ -43,7 +52,7 @@ class Script:
             tokens = self.texts[key][begin : begin + count]
             self.said[key] = begin + len(tokens)
             outcomes.append(Outcome(tokens, count, max(0, len(tokens) - 1)))
-        return outcomes
+        return Reading(outcomes, 0.001)
 
 
 def sequence(key: int, length: int, **sampling) -> Sequence:
@@ -121,6 +130,20 @@ def test_the_token_after_a_prompt_is_read_when_the_next_step_is_under_way() -> N
     assert one.tokens == [5, 20] and one.in_flight == 1
     assert one.figures.prefill_s > 0 and one.figures.forwards == 0, "a prompt is no decode step"
     assert decoder.drain() == 1 and one.figures.forwards == 1
+
+
+def test_prompts_that_the_host_starts_meanwhile_are_not_in_a_steps_time() -> None:
+    script = Script({1: list(range(20, 40)), 2: list(range(60, 80))}, [1])
+    one, two, decoder = sequence(1, 20), sequence(2, 20), decoder_of(script)
+    decoder.run([one])
+    time.sleep(0.1)  # the host makes a prefill
+    decoder.after_prompts([(two, 7)], [two], script.launch([two], 0))
+    decoder.run([one, two])
+    assert one.figures.decode_s == pytest.approx(0.001), "what the device was busy with it"
+    assert two.figures.prefill_s > 0.09, "what passed else belongs to the prompts"
+    time.sleep(0.1)  # and here it is only slow
+    decoder.run([one, two])
+    assert one.figures.decode_s > 0.1
 
 
 def costs(plain: float, token: float) -> CostTable:

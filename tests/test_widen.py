@@ -14,6 +14,7 @@ from trbatch.config import cache_folder
 from trbatch.engine.engine import Engine
 from trbatch.engine.model import LoadedModel, from_network
 from trbatch.engine.shapes import SHAPES, Shape
+from trbatch.engine.step_plain import PlainOperations
 from trbatch.engine.widen import random_like_shape, wide_network, widen
 from trbatch.errors import ModelError, UsageError
 
@@ -105,7 +106,7 @@ def test_the_engine_and_generate_say_the_same_of_both(own_cache: None) -> None:
     wanted = [tiny.generate(model.network, ids, 12) for ids in prompts]
     settings: dict[str, dict[str, Any]] = {
         "grouped": {"speculate": False}, "alone": {"tree_size": 8},
-        "same": {"tree_size": 8, "tree": "learned"},
+        "same": {"tree_size": 8, "operations": PlainOperations(), "enforce_eager": True},
     }  # fmt: skip
     for shape in ALL.values():
         network = plain_network(model, shape)

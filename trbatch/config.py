@@ -157,7 +157,7 @@ class EngineConfig(_Config):
     max_model_len: int = 0  # prompt and output together, tokens; 0: the model's, 8,192 at most
     gpu_memory_utilization: float = 0.9
     page_size: int = 16  # tokens a page of the K/V cache
-    prefill_chunk: int = 512  # prompt tokens a step, over all sequences, while most decode
+    prefill_chunk: int = 0  # prompt tokens a prefill, over all its sequences; 0: by the machine
     admission_window: int = 256  # rows that wait, of which the longest goes first; 1: in order
     prefix_sharing: bool = True  # run what prompts have in common at their begin only once
     speculate: bool = True
@@ -174,9 +174,9 @@ class EngineConfig(_Config):
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _choice("tree", self.tree, TREES)
-        for name in ("max_num_seqs", "max_model_len", "tree_size"):
+        for name in ("max_num_seqs", "max_model_len", "tree_size", "prefill_chunk"):
             _integer(name, getattr(self, name), 0)
-        for name in ("page_size", "prefill_chunk", "max_tree_size", "admission_window"):
+        for name in ("page_size", "max_tree_size", "admission_window"):
             _integer(name, getattr(self, name), 1)
         _number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_below=True)
 

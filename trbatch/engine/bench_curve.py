@@ -34,7 +34,6 @@ from trbatch.models import load_model, load_unmodified
 GPU_BATCHES = (1, 8, 32, 64, 128, 256)
 _PROMPTS_A_BATCH = 4
 _FEWEST_PROMPTS = 8  # decoded, however small the batch
-_REHEARSED = 16  # tokens of each sequence before the clock starts: what is made once is made then
 _GENERATED_PROMPTS, _GENERATED_TOKENS = 8, 64  # by transformers, whose steps all take as long
 _SAME = 1.03  # of a step's time; where random weights take longer than this, their times count
 
@@ -104,7 +103,7 @@ def curve(
     if shape and wanted.random_weights:
         del loaded
         bench.compare(models.random, rows)
-    result |= {"by_batch": rows, "details": bench.details}
+    result |= {"by_batch": rows, "steps": bench.steps}
     if png is not None:
         save_png(result, png)
     return result
@@ -125,7 +124,8 @@ def _prompts(
             hint="a smaller --batch or --warm-up, or more prompts, of which jobs/make_prompts.py "
             "makes any number",
         )
-    return texts[:measured], texts[-others:]
+    # A rehearsal fills the batch; with fewer prompts it decodes some twice.
+    return texts[:measured], texts[measured:][: max(others, *wanted.batches)]
 
 
 def _count(batch: int) -> int:
@@ -207,39 +207,45 @@ class _Bench:
         self._longest = min(loaded.max_positions, longest + wanted.max_tokens)
         self._measured: dict[int, tuple[Measured, Measured]] = {}
         self.floor = Floor.of(loaded)
-        self.details: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
 
     def of_batch(self, batch: int) -> dict[str, Any]:
-        """The figures of one batch size; those that few will ask for go to `details`."""
+        """The figures of one batch size; those of its steps go to `steps`."""
         count = _count(batch)
         plain = self._decode(batch, count, speculate=False)
         recycled = self._decode(batch, count, speculate=True)
         self._measured[batch] = plain, recycled
-        floor = self.floor.seconds(plain.slots, plain.context)
         row = {
             "batch": batch,
+            "prompts": count,
             "plain_tokens_per_s": _rounded(plain.full.rate, 2),
             "recycled_tokens_per_s": _rounded(recycled.full.rate, 2),
             "recycled_over_plain": _ratio(recycled.full.rate, plain.full.rate),
             "acceptance": _rounded(recycled.acceptance, 4),
             "usual_size": recycled.usual_size,
-            "plain_step_ms": _milliseconds(plain.step_s),
-            "recycled_step_ms": _milliseconds(recycled.step_s),
-            "floor_ms": _milliseconds(floor),
-            "plain_over_floor": _ratio(plain.step_s, floor),
-            "recycled_over_floor": _ratio(recycled.step_s, floor),
         }
-        self.details.append(
-            {
-                "batch": batch,
-                "prompts": count,
-                "context": round(plain.context, 1),
-                **{f"plain_{name}": value for name, value in _detail(plain).items()},
-                **{f"recycled_{name}": value for name, value in _detail(recycled).items()},
-            }
-        )
         self._progress(", ".join(f"{name} {value}" for name, value in row.items()))
+        for decoding, measured in (("plain", plain), ("recycled", recycled)):
+            self.steps.append({"batch": batch, "decoding": decoding, **self._steps_of(measured)})
         return row
+
+    def _steps_of(self, measured: Measured) -> dict[str, Any]:
+        """What the steps of one engine took, and its tail."""
+        floor = self.floor.seconds(measured.slots, measured.context)
+        medians = {size: measured.step_s_of(size) for size in sorted(measured.seconds)}
+        return {
+            "slots": measured.slots,
+            "context": round(measured.context, 1),
+            "step_ms": _milliseconds(measured.step_s),
+            "floor_ms": _milliseconds(floor),
+            "over_floor": _ratio(measured.step_s, floor),
+            "timed_steps": measured.timed,
+            "full_s": round(measured.full.seconds, 3),
+            "tail_s": round(measured.tail.seconds, 3),
+            "tail_tokens_per_s": _rounded(measured.tail.rate, 2),
+            "steps_by_size": {str(size): measured.steps[size] for size in sorted(measured.steps)},
+            "step_ms_by_size": {str(t): _milliseconds(s) for t, s in medians.items() if s},
+        }
 
     def compare(self, random: Any, rows: list[dict[str, Any]]) -> None:
         """Write into the rows how much longer the same steps take with random weights.
@@ -280,13 +286,13 @@ class _Bench:
             tree_size=tree_size,
         )  # fmt: skip
         engine = Engine(self._loaded, config)
-        short = SamplingParams(max_tokens=_REHEARSED, ignore_eos=True)
         sampling = SamplingParams(max_tokens=self._wanted.max_tokens, ignore_eos=True)
+        # Whatever is made once, such as captured steps, is made before the clock starts.
         many = -(-batch // len(self._others))
-        decode(engine, requests_of((self._others * many)[:batch], short))
+        decode(engine, requests_of((self._others * many)[:batch], sampling))
         engine.forget()
         if speculate and self._wanted.warm_up:
-            decode(engine, requests_of(self._others, sampling))
+            decode(engine, requests_of(self._others[: self._wanted.warm_up], sampling))
         requests = requests_of(self._texts[:count], sampling)
         measured = measure(engine, requests, self._lengths)
         del engine
@@ -299,19 +305,6 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _detail(measured: Measured) -> dict[str, Any]:
-    sizes = sorted(measured.seconds)
-    return {
-        "slots": measured.slots,
-        "full_s": round(measured.full.seconds, 3),
-        "tail_s": round(measured.tail.seconds, 3),
-        "tail_tokens_per_s": _rounded(measured.tail.rate, 2),
-        "steps_by_size": {str(size): measured.steps[size] for size in sorted(measured.steps)},
-        "timed_steps": measured.timed,
-        "step_ms_by_size": {str(size): _milliseconds(measured.step_s_of(size)) for size in sizes},
-    }
 
 
 def _counted(ratio: float | None) -> float:

@@ -76,6 +76,8 @@ def generate_rate(
 ) -> float:
     """`generate` on groups of `batch` prompts, padded on the left."""
     tokenizer = loaded.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what pads is masked
     seconds, tokens = 0.0, 0
     for start in range(0, len(prompts), batch):
         group = [templated(tokenizer, p.text) for p in prompts[start : start + batch]]

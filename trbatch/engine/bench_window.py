@@ -43,21 +43,27 @@ class Measured:
     tail: Span = field(default_factory=Span)  # nobody waited any more
     steps: Counter[int] = field(default_factory=Counter)  # of the full window, by tokens a sequence
     seconds: dict[int, list[float]] = field(default_factory=dict)  # of those without prefill
+    contexts: list[float] = field(default_factory=list)  # of these: committed tokens a sequence
     done: list[Completion] = field(default_factory=list)
 
     @property
     def step_s(self) -> float | None:
-        """Mean seconds of a step without prefill while the batch was full, None of too few."""
-        return statistics.mean(self._every) if len(self._every) >= _FEW else None
+        """Seconds of a step without prefill while the batch was full, None of too few.
+
+        The mean over sizes of their medians: a step may be captured in the call that makes it
+        first, which is no part of what steps cost.
+        """
+        medians = {size: self.step_s_of(size) for size in self.seconds}
+        known = {size: median for size, median in medians.items() if median is not None}
+        if not known:
+            return None
+        total = sum(median * len(self.seconds[size]) for size, median in known.items())
+        return total / sum(len(self.seconds[size]) for size in known)
 
     @property
     def timed(self) -> int:
-        """How many steps that is the mean of."""
-        return len(self._every)
-
-    @property
-    def _every(self) -> list[float]:
-        return [seconds for times in self.seconds.values() for seconds in times]
+        """How many steps were timed."""
+        return sum(map(len, self.seconds.values()))
 
     def step_s_of(self, size: int) -> float | None:
         """Median seconds of such steps of one size, None of too few."""
@@ -78,9 +84,9 @@ class Measured:
 
     @property
     def context(self) -> float:
-        """Committed tokens of a sequence, on average over its decoding."""
-        middles = [one.prompt_tokens + one.completion_tokens / 2 for one in self.done]
-        return statistics.mean(middles)
+        """Committed tokens of a sequence in the steps timed; of all its decoding if none was."""
+        middles = (one.prompt_tokens + one.completion_tokens / 2 for one in self.done)
+        return statistics.mean(self.contexts or middles)
 
 
 def measure(engine: Engine, requests: Sequence[Request], lengths: Sequence[int]) -> Measured:
@@ -97,10 +103,12 @@ def measure(engine: Engine, requests: Sequence[Request], lengths: Sequence[int])
     for request in requests:
         engine.add(request)
     measured, chunk = Measured(engine.capacity), engine.config.prefill_chunk
+    coming = iter(lengths)
+    admitted = sum(islice(coming, engine.capacity))
+    committed = admitted  # tokens of those that run
     # Tokens of prompts that may still wait for their prefill. One piece more than there are: what
     # a step gave may be read one call late.
-    coming = iter(lengths)
-    prefill = chunk + sum(islice(coming, engine.capacity))
+    prefill = chunk + admitted
     tokens, sizes = _so_far(engine)
     end = time.perf_counter()
     while engine.unfinished:
@@ -108,17 +116,21 @@ def measure(engine: Engine, requests: Sequence[Request], lengths: Sequence[int])
         finished = engine.step()
         start, end = end, time.perf_counter()  # what is counted between two calls counts as well
         before, (tokens, sizes) = (tokens, sizes), _so_far(engine)
-        made = sizes - before[1]
+        gained, made = tokens - before[0], sizes - before[1]
         span = measured.full if full else measured.tail
-        span.tokens += tokens - before[0]
+        span.tokens += gained
         span.seconds += end - start
         if full:
             measured.steps += made
         if full and prefill <= 0 and made.total() == 1:
             measured.seconds.setdefault(next(iter(made)), []).append(end - start)
+            measured.contexts.append(committed / engine.capacity)
+        admitted = sum(islice(coming, len(finished)))
         prefill -= chunk
         if finished:
-            prefill = max(0, prefill) + chunk + sum(islice(coming, len(finished)))
+            prefill = max(0, prefill) + chunk + admitted
+        committed += gained + admitted
+        committed -= sum(one.prompt_tokens + one.completion_tokens for one in finished)
         measured.done += finished
     measured.done = checked(measured.done)
     return measured

@@ -9,11 +9,11 @@ is made of comes from an `Operations`: kernels (`step_kernels`), or their slow t
 from __future__ import annotations
 
 import importlib.util
-import logging
 import time
 from bisect import bisect_left
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,23 +21,21 @@ from torch import Tensor
 
 from trbatch.config import EngineConfig
 from trbatch.engine.calibration import PLACES, Calibration
+from trbatch.engine.captured import Graphs, Replay
 from trbatch.engine.device_state import REPORT_NUMBERS, Accepted, Slots
-from trbatch.engine.lagged import Outcome
+from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.prefill import Lesson
 from trbatch.engine.sequence import Sequence
-from trbatch.engine.transfer import OnItsWay, to_device
+from trbatch.engine.transfer import Clock, OnItsWay, to_device
 from trbatch.engine.tree import Tree
-
-logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # rows
 MOST_STOPS = 8  # ids that end a text, on the device
 _SAMPLES = 1024  # of a row, at most
 _EQUALS = 16  # sequences of the same row and sample that may run together
 _ABSORB_EVERY = 4  # steps between two looks at what was counted of candidates
-_WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries make their plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,21 @@ class Batch:
     reads: Tensor  # whose task's rows draft
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a prefill is told: pieces of up to S prompts, N tokens in all, int32 each.
+
+    Those behind `starts[-1]` are padding, and so is a piece without tokens.
+    """
+
+    tokens: Tensor  # [N]
+    positions: Tensor  # [N]
+    starts: Tensor  # [S + 1] piece s has tokens starts[s] to starts[s + 1]
+    committed: Tensor  # [S] tokens of the prompt that are in the cache
+    rows: Tensor  # [S] its slot
+    ends: Tensor  # [S] its last token among the N
+
+
 class Operations(Protocol):
     """The parts of a step, quick or slow."""
 
@@ -70,6 +83,14 @@ class Operations(Protocol):
 
     def step(self, state: State, batch: Batch, size: int) -> Accepted:
         """One step of `size` tokens a row, the root included."""
+        ...
+
+    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
+        """Pieces of prompts into the cache.
+
+        Returns:
+            Raw logits of the tokens; `everywhere` false: [S, V] of those at `ends`.
+        """
         ...
 
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
@@ -87,17 +108,16 @@ class Operations(Protocol):
 
 @dataclass(slots=True)
 class _Shape:
-    """A step of one shape: its inputs, and its graph with what that gives if it was captured."""
+    """A step of one shape, and its inputs."""
 
     inputs: Tensor  # [2, B]
-    batch: Batch
-    graph: Any = None
-    accepted: Accepted | None = None
+    replay: Replay[Accepted]
 
 
 @dataclass(frozen=True, slots=True)
 class _Handle:
     report: OnItsWay
+    clock: Clock
     members: int
     drafted: int
 
@@ -141,17 +161,16 @@ class DeviceStep:
         )  # fmt: skip
         self.operations = operations
         self.device, self.most, self.capacity = device, most, capacity
-        self._captures = capture and operations.captures
+        self.graphs = Graphs(device, wanted=capture and operations.captures)
         self._steps = 0
         self._shapes: dict[tuple[int, int], _Shape] = {}
-        self._pool: Any = None  # memory that all graphs share
         self._turns: dict[int, int] = {}  # slot -> turn
         self._reads: set[int] = set()  # tasks of which something may have been counted
 
     @property
     def kind(self) -> str:
         """What its steps are, among the ways in which steps can be made."""
-        return f"{type(self.operations).__name__}{', captured' if self._captures else ''}"
+        return f"{type(self.operations).__name__}{', captured' if self.graphs.wanted else ''}"
 
     def admit(self, sequence: Sequence) -> bool:
         """Take a sequence that has a slot and pages.
@@ -174,7 +193,7 @@ class DeviceStep:
         self._turns.pop(slot, None)
 
     def set_pages(self, sequences: ListLike[Sequence]) -> None:
-        """Steps that are started from now on find these sequences on the pages they have now."""
+        """What is started from now on finds these sequences on the pages they have now."""
         table = self.state.slots.pages
         numbers = [
             (sequence.slot, place, page)
@@ -185,6 +204,16 @@ class DeviceStep:
             slots, places, pages = to_device(numbers, self.device, torch.int64).unbind(1)
             table.index_put_((slots, places), pages.to(table.dtype))
 
+    def is_ready(self, count: int, size: int) -> bool:
+        """Whether a step of this shape was captured."""
+        return not self.graphs.wanted or (bucket_of(count, self.capacity), size) in self._shapes
+
+    def prepare(self, count: int, size: int) -> None:
+        """Capture a step of this shape."""
+        self._shape(bucket_of(count, self.capacity), size)
+        _wait(self.device)
+
+    @torch.inference_mode()
     def launch(self, members: ListLike[Sequence], size: int) -> _Handle:
         """Start a step of `size` tokens a sequence."""
         bucket = bucket_of(len(members), self.capacity)
@@ -194,10 +223,13 @@ class DeviceStep:
             shape, [s.slot for s in members] + [-1] * padding,
             [s.reads for s in members] + [0] * padding,
         )  # fmt: skip
-        accepted = self._run(shape, size)
+        clock = Clock(self.device)
+        accepted = shape.replay.run()
+        report = OnItsWay(accepted.report)
+        clock.stop()
         if size > 1:
             self._count({sequence.reads for sequence in members})
-        return _Handle(OnItsWay(accepted.report), len(members), size - 1)
+        return _Handle(report, clock, len(members), size - 1)
 
     @torch.inference_mode()
     def first(self, members: ListLike[Sequence], logits: Tensor) -> _Handle:
@@ -207,18 +239,21 @@ class DeviceStep:
             logits: [B, V] at the prompts' ends.
         """
         rows = to_device([sequence.slot for sequence in members], self.device, torch.int64)
-        if not members:
-            return _Handle(OnItsWay(rows), 0, 0)
-        accepted = self.operations.first(self.state, rows, logits)
-        return _Handle(OnItsWay(accepted.report), len(members), 0)
+        clock, report = Clock(self.device), rows
+        if members:
+            report = self.operations.first(self.state, rows, logits).report
+        copy = OnItsWay(report)
+        clock.stop()
+        return _Handle(copy, clock, len(members), 0)
 
-    def read(self, handle: _Handle) -> list[Outcome]:
+    def read(self, handle: _Handle) -> Reading:
         """Wait for a step and get what it gave each of its members."""
         rows = handle.report.wait()[: handle.members]
-        return [
+        outcomes = [
             Outcome(row[REPORT_NUMBERS : REPORT_NUMBERS + row[0]], handle.drafted, row[2])
             for row in rows
         ]
+        return Reading(outcomes, handle.clock.seconds)
 
     def _turn_of(self, sequence: Sequence) -> int:
         """Who it is among others: by row of the input and sample, and no two of them equal."""
@@ -235,55 +270,27 @@ class DeviceStep:
         key = bucket, size
         if key not in self._shapes:
             inputs = torch.zeros(2, bucket, dtype=torch.int64, device=self.device)
-            inputs[0] = -1
-            self._shapes[key] = shape = _Shape(inputs, Batch(inputs[0], inputs[1]))
-            if self._captures:
-                self._capture(shape, size)
+            inputs[0] = -1  # a step of padding rows alone changes nothing
+            batch = Batch(inputs[0], inputs[1])
+            work = partial(self.operations.step, self.state, batch, size)
+            replay = self.graphs.record(work, what=f"a step of {bucket} x {size} tokens")
+            self._shapes[key] = _Shape(inputs, replay)
         return self._shapes[key]
-
-    @torch.inference_mode()
-    def _capture(self, shape: _Shape, size: int) -> None:
-        """Record a step of padding rows alone: it changes nothing, and compiles what is new."""
-        start = time.perf_counter()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                self.operations.step(self.state, shape.batch, size)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                shape.accepted = self.operations.step(self.state, shape.batch, size)
-        except RuntimeError as error:
-            # Such as a mixture of experts that looks on the host which expert gets which token.
-            said = str(error).strip().split("\n", 1)[0]
-            logger.warning("steps of this model cannot be captured, they are launched: %s", said)
-            self._captures = False
-            return
-        shape.graph = graph
-        rows, seconds = shape.inputs.shape[1], time.perf_counter() - start
-        logger.debug("captured a step of %d x %d tokens in %.2f s", rows, size, seconds)
-
-    @torch.inference_mode()
-    def _run(self, shape: _Shape, size: int) -> Accepted:
-        if shape.graph is None:
-            return self.operations.step(self.state, shape.batch, size)
-        shape.graph.replay()
-        assert shape.accepted is not None
-        return shape.accepted
 
     def _fill(self, shape: _Shape, rows: list[int], reads: list[int]) -> None:
         shape.inputs.copy_(to_device([rows, reads], self.device, torch.int64))
 
+    def absorb(self) -> None:
+        """Take in what was counted of candidates, before anybody else looks at it."""
+        if self._steps:
+            self.state.calibration.absorb(self.state.fresh, self._reads, steps=self._steps)
+            self._steps, self._reads = 0, set()
+
     def _count(self, tasks: set[int]) -> None:
         self._steps += 1
         self._reads |= tasks
-        if self._steps % _ABSORB_EVERY == 0:
-            self.state.calibration.absorb(self.state.fresh, self._reads, steps=_ABSORB_EVERY)
-            self._reads = set()
+        if self._steps >= _ABSORB_EVERY:
+            self.absorb()
 
 
 class StepTimer:
@@ -311,7 +318,7 @@ class StepTimer:
         )
         _wait(stepper.device)
         start = time.perf_counter()
-        report = OnItsWay(stepper._run(shape, size).report)
+        report = OnItsWay(shape.replay.run().report)
         report.wait()
         seconds = time.perf_counter() - start
         self._give_back(rooms)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from trbatch.engine import sizing
 from trbatch.engine.bigrams import rows_of
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
+from trbatch.engine.curve import STEP_SIZES
 from trbatch.engine.device_prefill import DevicePrefiller
 from trbatch.engine.device_step import DeviceStep, Operations, StepTimer, operations_for
 from trbatch.engine.drafter import Drafter
@@ -43,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 MAX_TASKS = 8  # matrices in memory
 _NOBODY = MAX_TASKS  # one more, that stays empty
-_BULK = 4  # times the usual piece of prompts, where hardly anybody decodes
 _ALONE = 32  # one row in so many is drafted without its task's rows, to tell what these bring
 
 
@@ -74,6 +75,7 @@ class Engine:
         task_orders: int = TASK_ORDERS,
     ) -> None:
         config = config or EngineConfig()
+        config = replace(config, prefill_chunk=sizing.prefill_chunk(config, loaded))
         self.loaded, self.config = loaded, config
         self.capacity = sizing.max_num_seqs(config, loaded)
         self.max_model_len = sizing.max_model_len(config, loaded)
@@ -127,6 +129,7 @@ class Engine:
                 self._stepper, self._lagged, self._tasks, self._prefixes, config,
                 recycling=recycling,
             )  # fmt: skip
+            self._device_prefiller.prepare()
         self._prefiller = Prefiller(
             self._model, self._matrix, self._tasks, self.budget, self._prefixes, config,
             recycling=recycling,
@@ -153,10 +156,13 @@ class Engine:
         timer: sizing.Timer = sizing.StepTimer(self._model, self.loaded, longest)
         if stepper is not None:
             timer = StepTimer(stepper, task=_NOBODY, longest=longest)
-        costs = sizing.step_costs(
-            timer, self.loaded, self._most, self.capacity, fixed=fixed,
-            how="" if stepper is None else stepper.kind,
-        )  # fmt: skip
+        if stepper is None:
+            costs = sizing.step_costs(timer, self.loaded, self._most, self.capacity, fixed=fixed)
+        else:
+            costs = sizing.step_costs(
+                timer, self.loaded, self._most, self.capacity, fixed=fixed, how=stepper.kind,
+                grid=STEP_SIZES,
+            )  # fmt: skip
         return Budget(costs, most=self._most, most_tokens=sizing.most_tokens(self.loaded))
 
     @property
@@ -166,10 +172,12 @@ class Engine:
 
     def open_task(self, key: TaskKey) -> Task:
         """Make a task's matrix ready, from its saved file if there is one. Harmless twice."""
+        self._absorb()
         return self._tasks.open(key, busy=self._busy_tasks())
 
     def save_tasks(self) -> None:
         """Write the matrices of tasks that changed since the last time."""
+        self._absorb()
         self._tasks.save()
 
     def add(self, request: Request) -> None:
@@ -235,14 +243,13 @@ class Engine:
             self._begin(waits)
 
     def _prefill(self, sequences: list[Sequence]) -> None:
-        """Run a piece of the prompts, a small one while most decode: these have to wait for it."""
-        most, running = self._prompt_chunk, self._scheduler.running
-        if self.loaded.device.type != "cpu" and 2 * len(sequences) > len(running):
-            most *= _BULK
-        if self._stepper is not None:
-            self._tokens += self._device_prefiller.run(sequences, most)
-        else:
-            self._tokens += len(self._prefiller.run(sequences, most))
+        """Run a piece of the prompts: those that decode wait for it, so it is not all at once."""
+        if self._stepper is None:
+            self._tokens += len(self._prefiller.run(sequences, self._prompt_chunk))
+            return
+        decoding = len(self._scheduler.running) > len(sequences)
+        if self._device_prefiller.is_worth_it(sequences, decoding=decoding):
+            self._tokens += self._device_prefiller.run(sequences, self._prompt_chunk)
 
     def _decode(self) -> None:
         """One step of those on the device, one of the others."""
@@ -318,13 +325,19 @@ class Engine:
         if self._stepper is not None:
             self._tokens += self._lagged.drain()
 
+    def _absorb(self) -> None:
+        if self._stepper is not None:
+            self._stepper.absorb()
+
     def forget(self) -> None:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
+        self._absorb()
         self._tasks.forget()
         self._prefixes.clear()
 
     def forget_rows(self) -> None:
         """Empty the matrices, but keep what was counted of how far candidates can be trusted."""
+        self._absorb()
         self._tasks.forget(counts=False)
         self._prefixes.clear()
 

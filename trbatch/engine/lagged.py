@@ -37,15 +37,31 @@ class Outcome:
     accepted: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a step gave its members, and for how many seconds the device was busy with it."""
+
+    outcomes: list[Outcome]
+    seconds: float
+
+
 class Stepper(Protocol):
     """The device's half of decoding."""
+
+    def is_ready(self, count: int, size: int) -> bool:
+        """Whether a step of `count` sequences can be started without making something first."""
+        ...
+
+    def prepare(self, count: int, size: int) -> None:
+        """Make what such steps need, once: nothing may be under way."""
+        ...
 
     def launch(self, members: ListLike[Sequence], size: int) -> Any:
         """Start a step of `size` tokens a sequence; returns what `read` wants."""
         ...
 
-    def read(self, handle: Any) -> list[Outcome]:
-        """Wait for a step and get what it gave each of its members."""
+    def read(self, handle: Any) -> Reading:
+        """Wait for a step, and what it gave."""
         ...
 
 
@@ -77,6 +93,7 @@ class LaggedDecoder:
         self._pending: deque[_Ticket] = deque()
         self._after_prompts = False  # whether the newest is one of prompts
         self._read_at = 0.0
+        self._owed = 0.0  # seconds of prompts that passed before a step was read
 
     def after_prompts(
         self, pieces: ListLike[tuple[Sequence, int]], members: ListLike[Sequence], handle: Any
@@ -98,8 +115,7 @@ class LaggedDecoder:
 
     def next_size(self, members: ListLike[Sequence]) -> int:
         """How many tokens a sequence gets in the next step of these, the root included."""
-        context = sum(len(s.tokens) for s in members) / len(members)
-        return self._size or self._budget.choose_size(len(members), context)
+        return self._size or self._budget.choose_size(len(members), _context(members))
 
     def run(self, members: ListLike[Sequence], size: int = 0) -> int:
         """Start a step of these sequences and read what was started before it.
@@ -111,21 +127,31 @@ class LaggedDecoder:
         Returns:
             How many tokens were read.
         """
+        given = 0
         if members:
-            context = sum(len(s.tokens) for s in members) / len(members)
+            context = _context(members)
             size = size or self.next_size(members)
+            if not self._stepper.is_ready(len(members), size):
+                # So that no step's time has it in it.
+                given = self._settle_to(0)
+                members = [sequence for sequence in members if not sequence.ended]
+                self._stepper.prepare(len(members), size)
+        if members:
             self._push(_Ticket(list(members), self._stepper.launch(members, size), size, context))
         left = 1 if members or self._after_prompts else 0
         self._after_prompts = False
-        given = 0
-        while len(self._pending) > left:
-            given += self._settle(self._pending.popleft())
-        return given
+        return given + self._settle_to(left)
 
     def drain(self) -> int:
         """Read all that is under way. Returns how many tokens it gave."""
         self._after_prompts = False
         return self.run([])
+
+    def _settle_to(self, left: int) -> int:
+        given = 0
+        while len(self._pending) > left:
+            given += self._settle(self._pending.popleft())
+        return given
 
     def _push(self, ticket: _Ticket) -> None:
         if not self._pending:
@@ -137,11 +163,18 @@ class LaggedDecoder:
 
     def _settle(self, ticket: _Ticket) -> int:
         """Wait for what was started and write it down. Returns its tokens."""
-        outcomes = self._stepper.read(ticket.handle)
+        reading = self._stepper.read(ticket.handle)
         now = time.perf_counter()
         seconds, self._read_at = now - self._read_at, now
+        if not ticket.size:
+            seconds, self._owed = seconds + self._owed, 0.0
+        elif any(not later.size for later in self._pending):
+            # The host was busy with prompts meanwhile. Else what passed between two readings is
+            # what a step takes, also where the device had to wait for the host.
+            passed, seconds = seconds, min(seconds, reading.seconds)
+            self._owed += passed - seconds
         kept = []
-        for sequence, outcome in zip(ticket.members, outcomes, strict=True):
+        for sequence, outcome in zip(ticket.members, reading.outcomes, strict=True):
             sequence.in_flight -= 1
             sequence.ahead -= ticket.gives
             kept.append(_taken(sequence, outcome))
@@ -168,6 +201,10 @@ class LaggedDecoder:
         if alive:
             given = sum(len(outcome.tokens) for outcome in outcomes)
             self._budget.count_tokens(size, given, alive)
+
+
+def _context(members: ListLike[Sequence]) -> float:
+    return sum(len(sequence.tokens) for sequence in members) / len(members)
 
 
 def _taken(sequence: Sequence, outcome: Outcome) -> Outcome:

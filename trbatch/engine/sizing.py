@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 8192  # tokens, unless asked for more
 _CPU_SEQS, _GPU_SEQS = 8, 64
+_CPU_PREFILL, _GPU_PREFILL = 512, 2048
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
 _GPU_BATCHES = (8, 32, 64, 128)  # timed, beside one sequence and all that can run
@@ -38,6 +40,11 @@ _CPU_TIMED, _GPU_TIMED = 64, 4096
 def max_num_seqs(config: EngineConfig, loaded: LoadedModel) -> int:
     """Sequences decoded together."""
     return config.max_num_seqs or (_CPU_SEQS if loaded.device.type == "cpu" else _GPU_SEQS)
+
+
+def prefill_chunk(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Prompt tokens of one prefill, over all its sequences."""
+    return config.prefill_chunk or (_CPU_PREFILL if loaded.device.type == "cpu" else _GPU_PREFILL)
 
 
 def max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
@@ -115,7 +122,14 @@ def most_tokens(loaded: LoadedModel) -> int:
 
 
 def step_costs(
-    run: Timer, loaded: LoadedModel, most: int, capacity: int, *, fixed: int = 0, how: str = ""
+    run: Timer,
+    loaded: LoadedModel,
+    most: int,
+    capacity: int,
+    *,
+    fixed: int = 0,
+    how: str = "",
+    grid: Sequence[int] = TIMED_SIZES,
 ) -> CostTable:
     """The cost table of this model on this machine, timed once and kept in the cache folder.
 
@@ -125,9 +139,10 @@ def step_costs(
         most: tokens a step per sequence, at most.
         fixed: the only such number that will be used, beside plain steps; 0: any up to `most`.
         how: what kind of steps these are, where there is more than one.
+        grid: sizes that are timed, those up to the largest that is used.
     """
     largest = fixed or most
-    between = () if fixed else [size for size in TIMED_SIZES if size < largest]
+    between = () if fixed else [size for size in grid if size < largest]
     sizes = sorted({1, *between, largest})
     file = _costs_file(loaded, sizes, capacity, how)
     kept = _read_costs(file)

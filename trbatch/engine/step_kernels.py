@@ -8,7 +8,7 @@ from torch import Tensor
 from trbatch.engine.ahead import put_first
 from trbatch.engine.best_first import MAX_DEPTH
 from trbatch.engine.device_state import Accepted
-from trbatch.engine.device_step import Batch, State
+from trbatch.engine.device_step import Batch, Prompts, State
 from trbatch.engine.gpu_attention import PagedPlan
 from trbatch.engine.kernels import likeliest
 from trbatch.engine.kernels.accept import accept
@@ -54,6 +54,20 @@ class KernelOperations:
             accepted.on_path,
         )  # fmt: skip
         return accepted
+
+    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
+        """See `device_step.Operations.prefill`."""
+        model = state.model
+        assert model.cache is not None
+        layout = Layout(
+            starts=prompts.starts, committed=prompts.committed,
+            pages=state.slots.pages[prompts.rows.long()].clamp(min=0),
+            positions=prompts.positions, ancestors=None, longest=len(prompts.tokens),
+            page_size=model.cache.page_size,
+        )  # fmt: skip
+        ids, positions = prompts.tokens.long(), prompts.positions.long()
+        keep = None if everywhere else prompts.ends.long()
+        return model.run(ids, positions, PagedPlan(model.cache, layout), keep)
 
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
         """See `device_step.Operations.first`."""

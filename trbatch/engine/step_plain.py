@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from trbatch.engine.attention import Span
 from trbatch.engine.best_first import MAX_DEPTH, WIDEST
 from trbatch.engine.coming_true import count_paths
 from trbatch.engine.device_state import Accepted
-from trbatch.engine.device_step import Batch, State
+from trbatch.engine.device_step import Batch, Prompts, State
 from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
@@ -66,6 +67,24 @@ class PlainOperations:
                 state.matrix, drafted, candidates, verdict.on_path, running.slots, tasks, turns
             )
         return accepted
+
+    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
+        """See `device_step.Operations.prefill`."""
+        where, ends = [], []
+        starts = prompts.starts.tolist()
+        for at, (start, end) in enumerate(pairwise(starts)):
+            if count := end - start:
+                where.append(
+                    Span(
+                        room=_room(state, int(prompts.rows[at])),
+                        committed=int(prompts.committed[at]), length=count,
+                        positions=prompts.positions[start:end].long(),
+                        inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
+                    )
+                )  # fmt: skip
+                ends.append(end - 1)
+        keep = None if everywhere else torch.tensor(ends)
+        return state.model.project(prompts.tokens[: starts[-1]].long(), where, keep)
 
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
         """See `device_step.Operations.first`."""

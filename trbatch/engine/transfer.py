@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,26 @@ def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -
     return numbers.to(device, non_blocking=True)
 
 
+class Clock:
+    """How long the device is busy with what is started between `__init__` and `stop`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._start: Any = _event(timing=True) if device.type == "cuda" else time.perf_counter()
+        self._stop: Any = None
+
+    def stop(self) -> None:
+        """All has been started."""
+        on_gpu = isinstance(self._start, torch.cuda.Event)
+        self._stop = _event(timing=True) if on_gpu else time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Once the device is through with it."""
+        if isinstance(self._start, float):
+            return float(self._stop - self._start)
+        return float(self._start.elapsed_time(self._stop)) / 1e3
+
+
 class OnItsWay:
     """A small tensor that is being copied to the host."""
 
@@ -22,9 +43,7 @@ class OnItsWay:
         on_gpu = tensor.device.type == "cuda"
         self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
         self._copy.copy_(tensor, non_blocking=True)
-        self._there = torch.cuda.Event() if on_gpu else None
-        if self._there is not None:
-            self._there.record()
+        self._there = _event() if on_gpu else None
 
     def wait(self) -> list[Any]:
         """Its numbers, when they are there."""
@@ -32,3 +51,9 @@ class OnItsWay:
             self._there.synchronize()
         numbers: list[Any] = self._copy.tolist()
         return numbers
+
+
+def _event(*, timing: bool = False) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=timing)
+    event.record()
+    return event

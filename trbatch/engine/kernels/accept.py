@@ -88,7 +88,11 @@ def _moves(
     tl.store(targets + level - 1, target, mask=there)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "parents_apart", "size", "deepest", "most_stops", "most_pages", "longest", "page_size",
+    ]
+)  # fmt: skip
 def _accept(
     tokens: tl.tensor, parents: tl.tensor, chosen: tl.tensor, rows: tl.tensor,
     lengths: tl.tensor, last: tl.tensor, left: tl.tensor, stops: tl.tensor, active: tl.tensor,

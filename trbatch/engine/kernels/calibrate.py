@@ -68,7 +68,7 @@ def _calibrate(
     known = (step < most) & (step < expectations)
     expected = tl.load(ahead + sequence * expectations + step, mask=known, other=-1).to(tl.int32)
     # The spine holds as long as every token that led here was the expected one.
-    left_at = tl.min(tl.where((truth != expected) | (truth < 0), step, P))
+    left_at = tl.min(tl.where(truth != expected, step, P))
     expected = tl.where(step <= left_at, expected, -1)
     long = tl.load(matched + sequence).to(tl.int32) + depth
     token, cell, other, other_cell, spine_cell = rows.candidates(
