@@ -197,3 +197,16 @@ def test_samples_of_one_row_share_their_prompt_and_differ() -> None:
     assert one.stats()["prefix_hit_tokens"] == 3 * ((len(PROMPTS[0]) - 1) // PAGE * PAGE)
     wanted = tiny.decode(engine(max_num_seqs=4, prefix_sharing=False), rows)
     assert {k: c.token_ids for k, c in found.items()} == {k: c.token_ids for k, c in wanted.items()}
+
+
+def test_on_a_host_every_sequence_keeps_one_run_of_pages() -> None:
+    """What is known of earlier prompts lies everywhere, and must not be in the way."""
+    one = engine(max_num_seqs=4, max_model_len=256, tree_size=5)
+    for request in requests([COMMON[:PAGE] + p * 8 for p in tiny.prompts(40, seed=2, longest=7)]):
+        one.add(request)
+    idle = 0
+    while one.unfinished:
+        one.step()
+        assert all(sequence.room.first is not None for sequence in one._scheduler.running)
+        idle = max(idle, len(one._cache.pool._idle))
+    assert idle > one._cache.pool.pages // 4, "hardly anything was known"
