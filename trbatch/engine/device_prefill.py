@@ -18,7 +18,7 @@ from trbatch.engine.captured import Replay
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.device_step import DeviceStep, Prompts
 from trbatch.engine.lagged import LaggedDecoder
-from trbatch.engine.prefill import advance, lessons_of, pieces_of, tokens_of
+from trbatch.engine.prefill import advance, pieces_of
 from trbatch.engine.prefix import Piece, Prefixes
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
@@ -35,6 +35,7 @@ _PATIENCE = 16  # steps that a prompt waits for others at most
 class _Shape:
     numbers: Tensor  # all inputs in one piece, for one copy
     sizes: list[int]  # how it is divided
+    prompts: Prompts  # the parts
     replay: Replay[Tensor]
 
 
@@ -89,11 +90,14 @@ class DevicePrefiller:
         self._waited = 0
         pieces = pieces_of(sequences, most, self._prefixes)[: self._pieces]
         self._stepper.set_pages([sequence for sequence, _ in pieces])
-        ends = torch.tensor([count for _, count in pieces]).cumsum(0).tolist()
-        logits = self._forward(pieces, ends)
         if self._learning:
-            self._learn(pieces, logits)
-            logits = logits[to_device([end - 1 for end in ends], logits.device, torch.int64)]
+            self._prefixes.count_kept(pieces)
+            for sequence, count in pieces:
+                self._recall(sequence)
+                sequence.learned = sequence.cached + count
+                self._tasks.touch(sequence.task)
+        shape = self._filled([(sequence, sequence.cached, count) for sequence, count in pieces])
+        logits = shape.replay.run()[: len(pieces)]
         advance(pieces, self._prefixes)
         ready = [at for at, (s, _) in enumerate(pieces) if s.prefilled and not s.generated]
         late = [at for at in ready if pieces[at][0].lagged]
@@ -102,15 +106,24 @@ class DevicePrefiller:
         self._decoder.after_prompts(pieces, members, self._stepper.first(members, chosen))
         return self._choose_now([at for at in ready if at not in late], pieces, logits)
 
-    def _forward(self, pieces: list[Piece], ends: list[int]) -> Tensor:
-        """Raw logits of all tokens in pieces, or of each piece's last where nothing is learned."""
-        total, count = ends[-1], len(pieces)
+    def _recall(self, sequence: Sequence) -> None:
+        """Learn what others' prompts have kept of the pages that this one took from them."""
+        for first in range(sequence.learned, sequence.cached, self._chunk):
+            count = min(self._chunk, sequence.cached - first)
+            shape = self._filled([(sequence, first, count)])
+            self._stepper.operations.recall(self._stepper.state, shape.prompts)
+
+    def _filled(self, parts: list[tuple[Sequence, int, int]]) -> _Shape:
+        """The shape for these parts of prompts, told of them: where each begins, its tokens."""
+        ends = torch.tensor([count for *_, count in parts]).cumsum(0).tolist()
+        total = ends[-1]
         shape = self._shape(max(_SHORTEST, 1 << (total - 1).bit_length()))
-        positions = [at for s, n in pieces for at in range(s.cached, s.cached + n)]
         columns = (
-            tokens_of(pieces), positions, [0, *ends, *[total] * (self._pieces - count)],
-            [sequence.cached for sequence, _ in pieces],
-            [sequence.slot for sequence, _ in pieces], [end - 1 for end in ends],
+            [token for s, first, count in parts for token in s.tokens[first : first + count]],
+            [at for _, first, count in parts for at in range(first, first + count)],
+            [0, *ends, *[total] * (self._pieces - len(parts))],
+            [first for _, first, _ in parts], [sequence.slot for sequence, *_ in parts],
+            [end - 1 for end in ends],
         )  # fmt: skip
         padded = [
             number
@@ -118,7 +131,7 @@ class DevicePrefiller:
             for number in [*column, *[0] * (size - len(column))]
         ]
         shape.numbers.copy_(to_device(padded, shape.numbers.device, torch.int32))
-        return shape.replay.run()[: total if self._learning else count]
+        return shape
 
     def _shape(self, tokens: int) -> _Shape:
         """A prefill of so many tokens."""
@@ -128,19 +141,11 @@ class DevicePrefiller:
             prompts = Prompts(*numbers.split(sizes))
             state, work = self._stepper.state, self._stepper.operations.prefill
             replay = self._stepper.graphs.record(
-                partial(work, state, prompts, everywhere=self._learning),
+                partial(work, state, prompts, learning=self._learning),
                 what=f"a prefill of {tokens} tokens",
             )
-            self._shapes[tokens] = _Shape(numbers, sizes, replay)
+            self._shapes[tokens] = _Shape(numbers, sizes, prompts, replay)
         return self._shapes[tokens]
-
-    def _learn(self, pieces: list[Piece], logits: Tensor) -> None:
-        """Recycle prompts. The later row of the input wins, whatever the slots."""
-        operations, state = self._stepper.operations, self._stepper.state
-        candidates = operations.candidates(state, logits)
-        for lesson in lessons_of(pieces, candidates, self._prefixes):
-            operations.learn_prompt(state, lesson)
-            self._tasks.touch(lesson.sequence.task)
 
     def _choose_now(self, which: list[int], pieces: list[Piece], logits: Tensor) -> int:
         """Rows whose sampling needs the host: these wait for the device."""

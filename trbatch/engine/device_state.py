@@ -95,7 +95,7 @@ class Slots:
             (self.turns, turn), (self.read, 0), (self.source, -1), (self.matched, 0),
         )  # fmt: skip
         for column, value in numbers:
-            column[slot] = value
+            column[slot].fill_(value)  # an assignment would wait for the device
         for table, values in ((self.last, newest), (self.stops, stops), (self.pages, pages)):
             width = table.shape[1]
             assert len(values) <= width, f"{len(values)} values, room for {width}"
@@ -103,7 +103,7 @@ class Slots:
             table[slot].copy_(to_device(padded, table.device, table.dtype))
         text = to_device(tokens, self.texts.device, self.texts.dtype)
         self.texts[slot, : len(tokens)].copy_(text)
-        self.active[slot] = True
+        self.active[slot].fill_(True)
 
 
 @dataclass(frozen=True, slots=True)

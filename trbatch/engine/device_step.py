@@ -26,7 +26,6 @@ from trbatch.engine.device_state import REPORT_NUMBERS, Accepted, Slots
 from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
-from trbatch.engine.prefill import Lesson
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.transfer import Clock, OnItsWay, to_device
 from trbatch.engine.tree import Tree
@@ -51,6 +50,8 @@ class State:
     # [tasks, 2, PLACES] int32 candidates that came true and that were seen, since the last look.
     fresh: Tensor
     spine: bool  # whether repeated passages are followed
+    # [slots of the cache, k] int32 what the model said after each token of a prompt; see `prefix`.
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +86,20 @@ class Operations(Protocol):
         """One step of `size` tokens a row, the root included."""
         ...
 
-    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
-        """Pieces of prompts into the cache.
+    def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
+        """Pieces of prompts into the cache, and into the rows if they are worth learning from.
 
         Returns:
-            Raw logits of the tokens; `everywhere` false: [S, V] of those at `ends`.
+            Raw logits [S, V] at each piece's last token.
         """
+        ...
+
+    def recall(self, state: State, prompts: Prompts) -> None:
+        """Learn from pieces that were run for other prompts and are in the cache."""
         ...
 
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
         """The token after each prompt, from the logits [B, V] at its end."""
-        ...
-
-    def candidates(self, state: State, logits: Tensor) -> Tensor:
-        """[N, k] the likeliest tokens of logits [N, V]."""
-        ...
-
-    def learn_prompt(self, state: State, lesson: Lesson) -> None:
-        """Recycle part of a prompt."""
         ...
 
 
@@ -128,6 +125,7 @@ class DeviceStep:
     Args:
         most: tokens a row, at most.
         longest: tokens of the longest sequence with its tree.
+        kept: see `State`.
         capture: replay graphs, where the operations allow it.
     """
 
@@ -142,6 +140,7 @@ class DeviceStep:
         most: int,
         longest: int,
         spine: bool = True,
+        kept: Tensor | None = None,
         capture: bool = True,
     ) -> None:
         cache, device = model.cache, model.loaded.device
@@ -157,7 +156,7 @@ class DeviceStep:
             fresh=torch.zeros(
                 matrix.shared.shape[0], 2, PLACES, dtype=torch.int32, device=device
             ),
-            spine=spine,
+            spine=spine, kept=kept,
         )  # fmt: skip
         self.operations = operations
         self.device, self.most, self.capacity = device, most, capacity
@@ -343,7 +342,7 @@ class StepTimer:
         state = self._stepper.state
         assert state.model.cache is not None
         for slot, room in enumerate(rooms):
-            state.slots.active[slot] = False
+            state.slots.active[slot].fill_(False)
             state.matrix.clear_slot(slot)
             state.model.cache.give_back(room)
         state.matrix.clear_task(self._task)

@@ -111,16 +111,16 @@ class Engine:
         self.copies = Copies(self._matrix, self._tasks)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
+        recycling = self._most > 1
+        self._prefixes = Prefixes(
+            self._cache, sharing=config.prefix_sharing,
+            candidates=self._matrix.candidates if recycling and config.recycle_prompts else 0,
+        )  # fmt: skip
         self._stepper = self._make_stepper(operations)
         self.budget = self._make_budget()
         drafter = Drafter(
             self._matrix, self._calibration, self._paths, self.budget, config,
             most=self._most, template=template,
-        )  # fmt: skip
-        recycling = self._most > 1
-        self._prefixes = Prefixes(
-            self._cache, sharing=config.prefix_sharing,
-            candidates=self._matrix.candidates if recycling and config.recycle_prompts else 0,
         )  # fmt: skip
         if self._stepper is not None:
             size = self._most if config.tree_size or not recycling else 0
@@ -145,7 +145,8 @@ class Engine:
         return DeviceStep(
             self._model, self._matrix, self._calibration, operations,
             capacity=self.capacity, most=self._most, longest=self.max_model_len + self._most,
-            spine=self.config.spine, capture=not self.config.enforce_eager,
+            spine=self.config.spine, kept=self._prefixes.candidates,
+            capture=not self.config.enforce_eager,
         )  # fmt: skip
 
     def _make_budget(self) -> Budget:

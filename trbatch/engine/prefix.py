@@ -44,12 +44,11 @@ class Prefixes:
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._recalled: set[int] = set()  # known pages whose candidates are kept
-        self._candidates: Tensor | None = None
+        # [slots, k] what the model said after each token that was run as a prompt.
+        self.candidates: Tensor | None = None
         if sharing and candidates:
             slots = cache.pool.pages * cache.page_size
-            self._candidates = torch.zeros(
-                slots, candidates, dtype=torch.int32, device=cache.device
-            )
+            self.candidates = torch.zeros(slots, candidates, dtype=torch.int32, device=cache.device)
         self.hit_tokens = 0  # that did not have to be run
         cache.pool.forget = self._forget
 
@@ -109,18 +108,22 @@ class Prefixes:
         Args:
             candidates: [N, k] of all pieces, one after the other.
         """
-        if self._candidates is None:
+        if self.candidates is None:
             return
         slots = [s.room.slots[s.cached : s.cached + count] for s, count in pieces]
-        self._candidates.index_copy_(0, torch.cat(slots), candidates.to(torch.int32))
+        self.candidates.index_copy_(0, torch.cat(slots), candidates.to(torch.int32))
+        self.count_kept(pieces)
+
+    def count_kept(self, pieces: ListLike[Piece]) -> None:
+        """What the model said after the tokens that come next is kept, or is about to be."""
         for sequence, count in pieces:
             if sequence.recalled == sequence.cached:
                 sequence.recalled += count
 
     def recall(self, sequence: Sequence, first: int, end: int) -> Tensor:
         """[end - first, k] int64: what was kept of a sequence's tokens, up to `recalled`."""
-        assert self._candidates is not None and end <= sequence.recalled
-        return self._candidates[sequence.room.slots[first:end]].to(torch.int64)
+        assert self.candidates is not None and end <= sequence.recalled
+        return self.candidates[sequence.room.slots[first:end]].to(torch.int64)
 
     def clear(self) -> None:
         """Forget all pages."""
@@ -149,8 +152,8 @@ class Prefixes:
     def _copy(self, source: ListLike[int], target: ListLike[int]) -> None:
         places = (self._cache.room_of(source).slots, self._cache.room_of(target).slots)
         self._cache.move(*places)
-        if self._candidates is not None:
-            self._candidates[places[1]] = self._candidates[places[0]]
+        if self.candidates is not None:
+            self.candidates[places[1]] = self.candidates[places[0]]
 
     def _forget(self, page: int) -> None:
         del self._pages[self._keys.pop(page)]

@@ -18,9 +18,7 @@ from trbatch.engine.kernels.calibrate import calibrate
 from trbatch.engine.kernels.draft import Trees, draft
 from trbatch.engine.kernels.learn import learn
 from trbatch.engine.kernels.spine import look_ahead
-from trbatch.engine.matrix import last_tokens
-from trbatch.engine.prefill import Lesson
-from trbatch.engine.transfer import to_device
+from trbatch.engine.matrix import ORDERS
 
 
 class KernelOperations:
@@ -55,9 +53,9 @@ class KernelOperations:
         )  # fmt: skip
         return accepted
 
-    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
+    def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
         """See `device_step.Operations.prefill`."""
-        model = state.model
+        model, ends = state.model, prompts.ends.long()
         assert model.cache is not None
         layout = Layout(
             starts=prompts.starts, committed=prompts.committed,
@@ -66,32 +64,24 @@ class KernelOperations:
             page_size=model.cache.page_size,
         )  # fmt: skip
         ids, positions = prompts.tokens.long(), prompts.positions.long()
-        keep = None if everywhere else prompts.ends.long()
-        return model.run(ids, positions, PagedPlan(model.cache, layout), keep)
+        keep = None if learning else ends
+        logits = model.run(ids, positions, PagedPlan(model.cache, layout), keep)
+        if not learning:
+            return logits
+        candidates = likeliest.topk(logits, state.matrix.candidates)
+        if state.kept is not None:
+            state.kept.index_copy_(0, _places(state, prompts), candidates.to(torch.int32))
+        _learn_prompts(state, prompts, candidates)
+        return logits[ends]
+
+    def recall(self, state: State, prompts: Prompts) -> None:
+        """See `device_step.Operations.recall`."""
+        assert state.kept is not None, "nothing is kept, so nothing is shared"
+        _learn_prompts(state, prompts, state.kept[_places(state, prompts)].to(torch.int64))
 
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
         """See `device_step.Operations.first`."""
         return _commit_roots(state, rows, likeliest.argmax(logits))
-
-    def candidates(self, state: State, logits: Tensor) -> Tensor:
-        """See `device_step.Operations.candidates`."""
-        return likeliest.topk(logits, state.matrix.candidates)
-
-    def learn_prompt(self, state: State, lesson: Lesson) -> None:
-        """A piece of prompt is a tree without branches, and all of it was accepted."""
-        candidates, sequence, done = lesson.rows, lesson.sequence, lesson.first
-        assert isinstance(candidates, Tensor), "a GPU computes them in passing"
-        device, count = candidates.device, len(candidates)
-        text = to_device(sequence.tokens[: lesson.end + 1], device, torch.int64)
-        known = text[done + 1 : done + 1 + count]
-        candidates[: len(known)] = put_first(known, candidates[: len(known)])
-        node = torch.arange(count, device=device)
-        learn(
-            state.matrix, state.slots, to_device([sequence.slot], device, torch.int64),
-            text[None, done : done + count].contiguous(), (node - 1).clamp(min=0)[None],
-            last_tokens(text)[None, done : done + count].contiguous(), candidates[None],
-            torch.ones(1, count, dtype=torch.bool, device=device),
-        )  # fmt: skip
 
     def _plain(self, state: State, batch: Batch) -> Accepted:
         rows = batch.rows
@@ -104,6 +94,52 @@ class KernelOperations:
             return look_ahead(state.slots, rows, MAX_DEPTH + 1)
         nothing = torch.full((len(rows), MAX_DEPTH + 1), -1, device=rows.device)
         return nothing, torch.zeros_like(rows)
+
+
+def _whose(prompts: Prompts) -> Tensor:
+    """[N] the slot of the sequence that each token belongs to; of padding, any."""
+    node = torch.arange(len(prompts.tokens), dtype=torch.int32, device=prompts.tokens.device)
+    piece = torch.searchsorted(prompts.starts[1:], node, right=True)
+    return prompts.rows.long()[piece.clamp(max=len(prompts.rows) - 1)]
+
+
+def _places(state: State, prompts: Prompts) -> Tensor:
+    """[N] the slots of the cache in which tokens of prompts lie; padding lies nowhere."""
+    assert state.model.cache is not None
+    size, at = state.model.cache.page_size, prompts.positions.long()
+    node = torch.arange(len(at), device=at.device)
+    page = state.slots.pages[_whose(prompts), at // size].long()
+    page = torch.where(node < prompts.starts[-1], page, state.nowhere[0])
+    return page * size + at % size
+
+
+def _learn_prompts(state: State, prompts: Prompts, candidates: Tensor) -> None:
+    """Recycle candidates [N, k] of pieces of prompts.
+
+    A piece is a tree without branches, and all of it was accepted. Where the prompt itself says
+    what followed, that token goes first.
+    """
+    slots, starts, count = state.slots, prompts.starts, len(prompts.tokens)
+    rows, node = prompts.rows.long(), torch.arange(count, device=candidates.device)
+    whose = _whose(prompts)
+    after = prompts.positions.long() + 1
+    known = (after < slots.lengths[whose]) & (node < starts[-1])
+    following = slots.texts[whose, after.clamp(max=slots.texts.shape[1] - 1)].long()
+    candidates = torch.where(known[:, None], put_first(following, candidates), candidates)
+    # Laid out as trees, one for each piece.
+    inside = node < (starts[1:] - starts[:-1])[:, None]  # [S, N]
+    place = prompts.committed[:, None].long() + node
+    texts = slots.texts[rows]
+    contexts = []
+    for back in range(ORDERS):
+        at = (place - back).clamp(0, texts.shape[1] - 1)
+        contexts.append(torch.where(inside & (place >= back), texts.gather(1, at), -1))
+    flat = (starts[:-1, None] + node).clamp(max=count - 1)
+    learn(
+        state.matrix, slots, torch.where(inside[:, 0], rows, -1), contexts[0],
+        (node - 1).clamp(min=0).expand(len(rows), -1), torch.stack(contexts, dim=2),
+        candidates[flat], inside.contiguous(),
+    )  # fmt: skip
 
 
 def _forward(

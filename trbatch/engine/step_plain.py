@@ -19,8 +19,9 @@ from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.matrix import EMPTY
-from trbatch.engine.prefill import Lesson
 from trbatch.engine.verify import NOT_CHOSEN, Verdict
+
+_Piece = tuple[int, int, int, int]  # slot, tokens before it, begin and end among those of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +69,31 @@ class PlainOperations:
             )
         return accepted
 
-    def prefill(self, state: State, prompts: Prompts, *, everywhere: bool) -> Tensor:
+    def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
         """See `device_step.Operations.prefill`."""
-        where, ends = [], []
-        starts = prompts.starts.tolist()
-        for at, (start, end) in enumerate(pairwise(starts)):
-            if count := end - start:
-                where.append(
-                    Span(
-                        room=_room(state, int(prompts.rows[at])),
-                        committed=int(prompts.committed[at]), length=count,
-                        positions=prompts.positions[start:end].long(),
-                        inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
-                    )
-                )  # fmt: skip
-                ends.append(end - 1)
-        keep = None if everywhere else torch.tensor(ends)
-        return state.model.project(prompts.tokens[: starts[-1]].long(), where, keep)
+        where, pieces = [], _pieces(prompts)
+        for slot, committed, start, end in pieces:
+            count = end - start
+            where.append(
+                Span(
+                    room=_room(state, slot), committed=committed, length=count,
+                    positions=prompts.positions[start:end].long(),
+                    inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
+                )
+            )  # fmt: skip
+        logits = state.model.forward(prompts.tokens[: pieces[-1][3]].long(), where)
+        if learning:
+            candidates = topk(blocks_of(logits), state.matrix.candidates)
+            if state.kept is not None:
+                state.kept[_places(state, pieces)] = candidates.to(torch.int32)
+            _learn_prompts(state, pieces, candidates)
+        return logits[[end - 1 for *_, end in pieces]]
+
+    def recall(self, state: State, prompts: Prompts) -> None:
+        """See `device_step.Operations.recall`."""
+        assert state.kept is not None, "nothing is kept, so nothing is shared"
+        pieces = _pieces(prompts)
+        _learn_prompts(state, pieces, state.kept[_places(state, pieces)].long())
 
     def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
         """See `device_step.Operations.first`."""
@@ -92,18 +101,6 @@ class PlainOperations:
         drafted = drafting.roots(running.last)
         chosen = argmax(blocks_of(logits.float()))[running.at, None]
         return self._commit(state, rows, running, drafted, chosen, 1)
-
-    def candidates(self, state: State, logits: Tensor) -> Tensor:
-        """See `device_step.Operations.candidates`."""
-        return topk(blocks_of(logits.float()), state.matrix.candidates)
-
-    def learn_prompt(self, state: State, lesson: Lesson) -> None:
-        """See `device_step.Operations.learn_prompt`."""
-        sequence = lesson.sequence
-        text = torch.tensor(sequence.tokens[: lesson.end + 1], device=state.nowhere.device)
-        drafting.learn_prompt(
-            state.matrix, text, lesson.first, lesson.rows, sequence.slot, sequence.task
-        )
 
     def _draft(self, state: State, running: _Running, size: int) -> tuple[Draft, Ahead | None]:
         drafted = drafting.roots(running.last)
@@ -168,6 +165,35 @@ def _running(state: State, batch: Batch) -> _Running:
     at = runs.nonzero().flatten()
     mine = batch.rows[at]
     return _Running(at, mine, batch.reads[at], slots.last[mine].long())
+
+
+def _pieces(prompts: Prompts) -> list[_Piece]:
+    pairs = enumerate(pairwise(prompts.starts.tolist()))
+    return [
+        (int(prompts.rows[at]), int(prompts.committed[at]), start, end)
+        for at, (start, end) in pairs
+        if start < end
+    ]
+
+
+def _places(state: State, pieces: list[_Piece]) -> Tensor:
+    """[N] the slots of the cache in which the tokens of pieces lie."""
+    return torch.cat([
+        _room(state, slot).slots[committed : committed + end - start]
+        for slot, committed, start, end in pieces
+    ])  # fmt: skip
+
+
+def _learn_prompts(state: State, pieces: list[_Piece], candidates: Tensor) -> None:
+    """Recycle candidates [N, k]. The later row of the input wins, whatever the slots."""
+    for slot, committed, start, end in sorted(
+        pieces, key=lambda piece: int(state.slots.turns[piece[0]])
+    ):
+        reach = min(int(state.slots.lengths[slot]), committed + end - start + 1)
+        drafting.learn_prompt(
+            state.matrix, state.slots.texts[slot, :reach].long(), committed,
+            candidates[start:end], slot, int(state.slots.tasks[slot]),
+        )  # fmt: skip
 
 
 def _room(state: State, slot: int) -> Room:

@@ -202,7 +202,7 @@ def learn(
     sizes = (parents.stride(0), size, matrix.vocab_size, own_count, pair_count)
     block = triton.next_power_of_2(size)
     options = {
-        "ORDERS": matrix.orders, "BLOCK_T": block, "ROUNDS": max(0, size - 2).bit_length(),
+        "ORDERS": matrix.orders, "BLOCK_T": block, "ROUNDS": block.bit_length() - 1,
         "num_warps": min(8, max(1, block // _NODES_A_WARP)),
     }  # fmt: skip
     grid = (batch, matrix.orders + (TASK_ORDERS if pair_count else 1))
