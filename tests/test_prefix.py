@@ -210,3 +210,21 @@ def test_on_a_host_every_sequence_keeps_one_run_of_pages() -> None:
         assert all(sequence.room.first is not None for sequence in one._scheduler.running)
         idle = max(idle, len(one._cache.pool._idle))
     assert idle > one._cache.pool.pages // 4, "hardly anything was known"
+
+
+def test_kernels_learn_from_shared_pages_what_they_would_have_run() -> None:
+    """On a GPU what is kept is written inside of prefills; where there is none, interpreted."""
+    pytest.importorskip("triton")
+    from trbatch.engine.step_kernels import KernelOperations
+
+    left = []
+    for sharing in (True, False):
+        operations = KernelOperations()
+        operations.captures = operations.captures and tiny.DEVICE != "cpu"
+        one = engine(tree_size=3, operations=operations, prefix_sharing=sharing)
+        done = tiny.decode(one, requests(PROMPTS[:2], max_tokens=3))
+        assert one.stats()["prefix_hit_tokens"] == (SHARED if sharing else 0)
+        left.append((outputs(done), one._matrix))
+    assert left[0][0] == left[1][0]
+    for name in ("shared", "pair_keys", "pair_rows", "keys"):
+        assert torch.equal(getattr(left[0][1], name), getattr(left[1][1], name)), name
