@@ -17,9 +17,10 @@ from trbatch.engine.device_step import BUCKETS, bucket_of
 from trbatch.engine.sequence import Completion
 from trbatch.engine.step_plain import PlainOperations
 
+ON_GPU = tiny.DEVICE != "cpu"
 PROMPTS = tiny.repetitive(5, seed=4) + tiny.prompts(4, seed=5)
 LENGTH = 24
-ON_GPU = tiny.DEVICE != "cpu"
+FEW, SHORT = 3, 9  # prompts and tokens for the interpreter, which takes a second a step
 
 
 def kernels() -> Any:
@@ -43,15 +44,22 @@ def engine(operations: Any, kind: str = "llama", **settings: Any) -> Any:
     return tiny.engine(tiny.loaded(kind), operations=made, **settings)
 
 
-def requests(**sampling: Any) -> list[Any]:
+def amount(operations: Any) -> tuple[int, int]:
+    """How many prompts to decode, and how many tokens of each."""
+    return (FEW, SHORT) if operations is kernels and not ON_GPU else (len(PROMPTS), LENGTH)
+
+
+def requests(operations: Any = PlainOperations, **sampling: Any) -> list[Any]:
+    count, length = amount(operations)
     return [
-        tiny.request(i, ids, **{"max_tokens": LENGTH, **sampling}) for i, ids in enumerate(PROMPTS)
+        tiny.request(i, ids, **{"max_tokens": length, **sampling})
+        for i, ids in enumerate(PROMPTS[:count])
     ]
 
 
-def expected(kind: str = "llama") -> list[list[int]]:
-    network = tiny.network(kind)
-    return [tiny.generate(network, ids, LENGTH) for ids in PROMPTS]
+def expected(operations: Any = PlainOperations, kind: str = "llama") -> list[list[int]]:
+    network, (count, length) = tiny.network(kind), amount(operations)
+    return [tiny.generate(network, ids, length) for ids in PROMPTS[:count]]
 
 
 def texts(done: dict[Any, Completion]) -> list[list[int]]:
@@ -59,10 +67,10 @@ def texts(done: dict[Any, Completion]) -> list[list[int]]:
 
 
 @on_every_path
-@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize("size", [1, 3, 9])
 def test_texts_are_those_of_generate(operations: Any, size: int) -> None:
-    done = tiny.decode(engine(operations, tree_size=size), requests())
-    assert texts(done) == expected()
+    done = tiny.decode(engine(operations, tree_size=size), requests(operations))
+    assert texts(done) == expected(operations)
     accepted = sum(one.num_accepted_draft_tokens for one in done.values())
     assert (accepted > 0) == (size > 1)
     for one in done.values():
@@ -76,8 +84,8 @@ def test_texts_are_those_of_generate(operations: Any, size: int) -> None:
 @on_every_path
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gpt_neox"])
 def test_other_architectures_say_what_generate_says(operations: Any, kind: str) -> None:
-    done = tiny.decode(engine(operations, kind, tree_size=6, max_num_seqs=8), requests())
-    assert texts(done) == expected(kind)
+    one = engine(operations, kind, tree_size=6, max_num_seqs=8)
+    assert texts(tiny.decode(one, requests(operations))) == expected(operations, kind)
 
 
 @on_every_path
@@ -85,8 +93,8 @@ def test_the_budget_chooses_sizes_by_itself(
     operations: Any, tmp_path: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
-    one = engine(operations, tree_size=0, max_tree_size=4, max_num_seqs=2)
-    assert texts(tiny.decode(one, requests())) == expected()
+    one = engine(operations, tree_size=0, max_tree_size=3, max_num_seqs=2)
+    assert texts(tiny.decode(one, requests(operations))) == expected(operations)
     assert sum(one.stats()["tree_sizes"].values()) >= one.stats()["forwards"]
 
 
@@ -127,28 +135,17 @@ def test_rows_that_the_host_chooses_for_run_beside_the_others() -> None:
     assert texts(found)[0] == expected()[0]
 
 
-@on_every_path
-def test_a_text_ends_at_stop_ids_stop_strings_and_max_tokens(operations: Any) -> None:
+def test_a_text_ends_at_stop_ids_stop_strings_and_max_tokens() -> None:
     words = expected()
     stop_id, stop_word = words[0][7], f" {words[1][9]} "
-    found = tiny.decode(
-        engine(operations, tree_size=9),
-        [
-            tiny.request(0, PROMPTS[0], max_tokens=LENGTH, stop_token_ids=[stop_id]),
-            tiny.request(1, PROMPTS[1], max_tokens=LENGTH, stop=[stop_word]),
-            tiny.request(2, PROMPTS[2], max_tokens=5),
-            tiny.request(3, PROMPTS[3], max_tokens=1),
-        ],
-    )
-    plain = tiny.decode(
-        tiny.engine(tiny.loaded("llama"), speculate=False),
-        [
-            tiny.request(0, PROMPTS[0], max_tokens=LENGTH, stop_token_ids=[stop_id]),
-            tiny.request(1, PROMPTS[1], max_tokens=LENGTH, stop=[stop_word]),
-            tiny.request(2, PROMPTS[2], max_tokens=5),
-            tiny.request(3, PROMPTS[3], max_tokens=1),
-        ],
-    )
+    ends: list[dict[str, Any]] = [
+        {"stop_token_ids": [stop_id]}, {"stop": [stop_word]}, {"max_tokens": 5}, {"max_tokens": 1},
+    ]  # fmt: skip
+    ending = [
+        tiny.request(i, PROMPTS[i], **{"max_tokens": LENGTH, **end}) for i, end in enumerate(ends)
+    ]
+    found = tiny.decode(engine(PlainOperations, tree_size=9), ending)
+    plain = tiny.decode(tiny.engine(tiny.loaded("llama"), speculate=False), ending)
     for key in range(4):
         assert found[key].token_ids == plain[key].token_ids
         assert found[key].text == plain[key].text
@@ -192,7 +189,7 @@ def test_matrices_learn_the_same_from_both_forms_of_a_step() -> None:
     left = []
     for operations in (PlainOperations, kernels):
         one = engine(operations, tree_size=5, max_num_seqs=3)
-        tiny.decode(one, requests())
+        tiny.decode(one, requests(kernels))
         left.append(one._matrix)
     for name in ("shared", "pair_keys", "pair_rows", "changed", "pair_changed"):
         assert torch.equal(getattr(left[0], name), getattr(left[1], name)), name
