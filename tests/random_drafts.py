@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trbatch.config import EngineConfig
 from trbatch.engine import best_first, drafting, verify
 from trbatch.engine.ahead import Ahead
-from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
-from trbatch.engine.costs import CostTable
-from trbatch.engine.drafter import Drafter
+from trbatch.engine.coming_true import count_paths
 from trbatch.engine.kernels.calibrate import calibrate
 from trbatch.engine.kernels.draft import Trees, draft
 from trbatch.engine.matrix import Contexts, Matrix
@@ -69,23 +66,25 @@ class Case:
             row[1 : 1 + int(marked.sum())] = of[marked]
         return best_first.build(found, taken, last), chances
 
-    def calibrate(self, fresh: Tensor, trees: Any, nodes: Tensor, truths: Tensor) -> None:
+    def calibrate(
+        self, fresh: Tensor, trees: Any, nodes: Tensor, truths: Tensor, ranks: Tensor
+    ) -> None:
         """By the kernel. trees: a `Draft`, or `Trees`."""
         calibrate(
             self.matrix, fresh, nodes, truths, trees.contexts, trees.depths, self.slots,
-            self.tasks, self.active, self.ahead.tokens, self.ahead.matched,
+            self.tasks, self.active, self.ahead.tokens, self.ahead.matched, ranks,
         )  # fmt: skip
 
-    def counted(self, drafted: drafting.Draft, verdict: verify.Verdict) -> Tensor:
-        """[tasks, 2, PLACES] what the slow twin counts."""
+    def counted(
+        self, drafted: drafting.Draft, verdict: verify.Verdict
+    ) -> tuple[Tensor, list[list[int]]]:
+        """[tasks, 2, PLACES] what the slow twin counts, and the ranks that it finds."""
         nothing_yet = Calibration(TASKS, self.last.device)
-        budget = Budget(CostTable({(1, 1): 1.0}, context=0, per_context=0.0), most=81)
-        drafter = Drafter(
-            self.matrix, nothing_yet, [], budget, EngineConfig(), most=81, template=None
-        )
         ahead = Ahead(self.ahead.tokens.long(), self.ahead.matched.long())
-        drafter._calibrate_many(drafted, verdict, self.slots, self.tasks.long(), ahead)
-        return torch.stack([nothing_yet.of_task(task) for task in range(TASKS)]).int()
+        ranks = count_paths(
+            self.matrix, nothing_yet, drafted, verdict, self.slots, self.tasks.long(), ahead
+        )
+        return torch.stack([nothing_yet.of_task(task) for task in range(TASKS)]).int(), ranks
 
     def only(self, rows: Tensor) -> Case:
         """Some of the sequences."""

@@ -31,8 +31,13 @@ def kernels() -> Any:
     return KernelOperations()
 
 
-OPERATIONS = [pytest.param(PlainOperations, id="plain"), pytest.param(kernels, id="kernels")]
-on_every_path = pytest.mark.parametrize("operations", OPERATIONS)
+def paths(*marks: Any) -> Any:
+    """For tests of both forms of a step; `marks`: of the kernels in the interpreter."""
+    quick = pytest.param(kernels, id="kernels", marks=() if ON_GPU else marks)
+    return pytest.mark.parametrize("operations", [pytest.param(PlainOperations, id="plain"), quick])
+
+
+on_every_path, on_every_path_slowly = paths(), paths(pytest.mark.long)
 
 
 def engine(operations: Any, kind: str = "llama", **settings: Any) -> Any:
@@ -81,14 +86,14 @@ def test_texts_are_those_of_generate(operations: Any, size: int) -> None:
         assert one.decode_s > 0 and one.prefill_s > 0
 
 
-@on_every_path
+@on_every_path_slowly
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gpt_neox"])
 def test_other_architectures_say_what_generate_says(operations: Any, kind: str) -> None:
     one = engine(operations, kind, tree_size=6, max_num_seqs=8)
     assert texts(tiny.decode(one, requests(operations))) == expected(operations, kind)
 
 
-@on_every_path
+@on_every_path_slowly
 def test_the_budget_chooses_sizes_by_itself(
     operations: Any, tmp_path: Any, monkeypatch: Any
 ) -> None:
@@ -193,3 +198,20 @@ def test_matrices_learn_the_same_from_both_forms_of_a_step() -> None:
         left.append(one._matrix)
     for name in ("shared", "pair_keys", "pair_rows", "changed", "pair_changed"):
         assert torch.equal(getattr(left[0], name), getattr(left[1], name)), name
+
+
+def test_paths_of_ranks_are_counted_on_the_device() -> None:
+    """The learned tree of a task needs them, whatever tree drafts."""
+    chosen = [tiny.request(i, ids, max_tokens=LENGTH, seed=8 * i) for i, ids in enumerate(PROMPTS)]
+    host = tiny.engine(tiny.loaded("llama"), tree_size=9, max_num_seqs=1)
+    device = engine(PlainOperations, tree_size=9, max_num_seqs=1)
+    for one in (host, device):
+        tiny.decode(one, chosen)
+    found, wanted = (one._paths[0].to_tensors() for one in (device, host))
+    assert wanted["path_counts"][-1] > LENGTH
+    # A text's last step is counted up to its end here, and to the end of its path there.
+    assert found["path_counts"][-1] == pytest.approx(float(wanted["path_counts"][-1]), rel=0.1)
+    assert len(found["paths"]) == pytest.approx(len(wanted["paths"]), rel=0.2)
+    other = engine(PlainOperations, tree_size=9)
+    tiny.decode(other, [tiny.request(0, PROMPTS[0], max_tokens=LENGTH, seed=1)])
+    assert other._paths[0].places == 0, "one row in eight is enough"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trbatch.engine import best_first, drafting, verify
 from trbatch.engine.calibration import PLACES, Calibration
+from trbatch.engine.device_state import NO_RANK
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -159,14 +160,19 @@ class Paths:
 
     def __init__(self, batch: int, device: str) -> None:
         self.nodes = torch.full((batch, PATH), -1, dtype=torch.int32, device=device)
-        report = torch.full((batch, 3 + PATH), 7, dtype=torch.int32, device=device)
-        self.truths = report[:, 3:]
+        report = torch.full((batch, 3 + 2 * PATH), 7, dtype=torch.int32, device=device)
+        self.truths, self.ranks = report[:, 3 : 3 + PATH], report[:, 3 + PATH :]
 
     def put(self, verdict: verify.Verdict) -> None:
         width = verdict.nodes.shape[1]
         for mine, theirs in ((self.nodes, verdict.nodes), (self.truths, verdict.tokens)):
             mine.fill_(-1)
             mine[:, :width] = theirs
+        self.ranks.fill_(NO_RANK)
+
+    def found(self) -> list[list[int]]:
+        """The ranks that were looked for."""
+        return [[rank for rank in row if rank != NO_RANK] for row in self.ranks.tolist()]
 
 
 def no_counts(device: str) -> Tensor:
@@ -193,8 +199,10 @@ def test_what_came_true_is_counted_as_by_the_twin(
             these.ahead.tokens[row, : len(came[:long])] = came[:long]
     paths, fresh = Paths(batch, device), no_counts(device)
     paths.put(verdict)
-    these.calibrate(fresh, drafted, paths.nodes, paths.truths)
-    assert torch.equal(fresh.cpu(), these.counted(drafted, verdict).cpu())
+    these.calibrate(fresh, drafted, paths.nodes, paths.truths, paths.ranks)
+    wanted, ranks = these.counted(drafted, verdict)
+    assert torch.equal(fresh.cpu(), wanted.cpu())
+    assert paths.found() == ranks
 
 
 @on_every_device
@@ -205,12 +213,13 @@ def test_only_active_sequences_are_counted(device: str) -> None:
     fresh, paths = no_counts(device), Paths(3, device)
     paths.put(verdict)
     these.active[:] = torch.tensor([False, True, False])
-    wanted = these.only(these.active).counted(*some_of(drafted, verdict, these.active))
+    wanted, ranks = these.only(these.active).counted(*some_of(drafted, verdict, these.active))
     these.slots[0] = these.tasks[0] = -1
     these.slots[2], these.tasks[2] = 1 << 30, 1 << 20
-    these.calibrate(fresh, drafted, paths.nodes, paths.truths)
+    these.calibrate(fresh, drafted, paths.nodes, paths.truths, paths.ranks)
     assert fresh.any()
     assert torch.equal(fresh.cpu(), wanted.cpu())
+    assert paths.found() == [[], *ranks, []]
 
 
 def some_of(
@@ -243,7 +252,9 @@ def test_launches_are_repeated_over_the_same_tensors(device: str) -> None:
     these, out, paths = case(0, batch, device), Trees.empty(batch, size, device), Paths(5, device)
     fresh, wanted = no_counts(device), no_counts("cpu")
     draws = repeatable(lambda: these.draft(out), device)
-    counts = repeatable(lambda: these.calibrate(fresh, out, paths.nodes, paths.truths), device)
+    counts = repeatable(
+        lambda: these.calibrate(fresh, out, paths.nodes, paths.truths, paths.ranks), device
+    )
     fresh.zero_()
     for seed in range(5):
         these.become(case(seed, batch, device, spines=seed != 2))
@@ -262,7 +273,7 @@ def test_launches_are_repeated_over_the_same_tensors(device: str) -> None:
             verdict.on_path,
         ))  # fmt: skip
         counts()
-        wanted += running.counted(drafted, verdict).cpu()
+        wanted += running.counted(drafted, verdict)[0].cpu()
         assert torch.equal(fresh.cpu(), wanted)
     assert wanted[:, 0].sum() > 10
 

@@ -210,7 +210,9 @@ def test_the_twin_does_what_sequences_do(seed: int, batch: int, size: int) -> No
         assert int(slots.left[slot]) == sequence.max_tokens - sequence.generated
         assert bool(slots.active[slot]) == (not sequence.finish_reason)
         assert slots.last[slot].tolist() == ([-1] * 3 + sequence.tokens)[:-4:-1]
-        assert slots.texts[slot, : len(sequence.tokens)].tolist() == sequence.tokens
+        length = int(before.lengths[slot])
+        taken = slots.texts[slot, length : len(sequence.tokens)]
+        assert taken.tolist() == sequence.tokens[length:]
     others = [slot for slot in range(len(before.left)) if slot not in ran]
     for field in fields(Slots):
         assert torch.equal(getattr(slots, field.name)[others], getattr(before, field.name)[others])

@@ -19,6 +19,7 @@ from trbatch.engine.transfer import to_device
 GOES_ON, STOPPED, FULL = 0, 1, 2  # how a row's step ended; FULL: no token is left
 MOST_TURNS = 1 << 46  # a turn is part of a priority of 63 bits (`kernels.learn`)
 REPORT_NUMBERS = 3  # of a row's report, before its tokens
+NO_RANK = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Accepted:
     A row that did not run (padding, or its slot is not active) has 0, -1 and False everywhere.
     """
 
-    # [B, 3 + D+1] int32 all that the host is told, in one piece for one copy.
+    # [B, 3 + 2 (D+1)] int32 all that the host is told, in one piece for one copy.
     report: Tensor
     nodes: Tensor  # [B, D+1] int32 accepted nodes after which a token was taken, -1 behind
     # [B, T] bool all agreeing nodes, also those that an end of the text cut off: rows learn from
@@ -134,8 +135,9 @@ class Accepted:
         def missing(width: int) -> Tensor:
             return torch.full((batch, width), -1, dtype=torch.int32, device=device)
 
-        report = missing(REPORT_NUMBERS + deepest + 1)
+        report = missing(REPORT_NUMBERS + 2 * (deepest + 1))
         report[:, :REPORT_NUMBERS] = 0
+        report[:, REPORT_NUMBERS + deepest + 1 :] = NO_RANK
         on_path = torch.zeros(batch, size, dtype=torch.bool, device=device)
         return cls(report, missing(deepest + 1), on_path, missing(deepest), missing(deepest))
 
@@ -157,4 +159,10 @@ class Accepted:
     @property
     def tokens(self) -> Tensor:
         """[B, D+1] the tokens taken, -1 behind them."""
-        return self.report[:, REPORT_NUMBERS:]
+        return self.report[:, REPORT_NUMBERS : REPORT_NUMBERS + self.nodes.shape[1]]
+
+    @property
+    def ranks(self) -> Tensor:
+        """[B, D+1] the rank of each of them in the row that should have predicted it: -1 if that
+        had it not, `NO_RANK` where nobody looked."""
+        return self.report[:, REPORT_NUMBERS + self.nodes.shape[1] :]

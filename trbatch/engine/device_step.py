@@ -22,7 +22,7 @@ from torch import Tensor
 from trbatch.config import EngineConfig
 from trbatch.engine.calibration import PLACES, Calibration
 from trbatch.engine.captured import Graphs, Replay
-from trbatch.engine.device_state import REPORT_NUMBERS, Accepted, Slots
+from trbatch.engine.device_state import NO_RANK, REPORT_NUMBERS, Accepted, Slots
 from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
@@ -248,10 +248,7 @@ class DeviceStep:
     def read(self, handle: _Handle) -> Reading:
         """Wait for a step and get what it gave each of its members."""
         rows = handle.report.wait()[: handle.members]
-        outcomes = [
-            Outcome(row[REPORT_NUMBERS : REPORT_NUMBERS + row[0]], handle.drafted, row[2])
-            for row in rows
-        ]
+        outcomes = [_outcome(row, handle.drafted) for row in rows]
         return Reading(outcomes, handle.clock.seconds)
 
     def _turn_of(self, sequence: Sequence) -> int:
@@ -347,6 +344,14 @@ class StepTimer:
             state.model.cache.give_back(room)
         state.matrix.clear_task(self._task)
         state.fresh.zero_()
+
+
+def _outcome(report: list[int], drafted: int) -> Outcome:
+    """What one row of `Accepted.report` says."""
+    count, ranks = report[0], (len(report) + REPORT_NUMBERS) // 2
+    counted = [rank for rank in report[ranks : ranks + count] if rank != NO_RANK]
+    tokens = report[REPORT_NUMBERS : REPORT_NUMBERS + count]
+    return Outcome(tokens, drafted, report[2], counted)
 
 
 def bucket_of(rows: int, capacity: int) -> int:

@@ -124,7 +124,7 @@ class Engine:
         )  # fmt: skip
         if self._stepper is not None:
             size = self._most if config.tree_size or not recycling else 0
-            self._lagged = LaggedDecoder(self._stepper, self.budget, size=size)
+            self._lagged = LaggedDecoder(self._stepper, self.budget, size=size, paths=self._paths)
             self._device_prefiller = DevicePrefiller(
                 self._stepper, self._lagged, self._tasks, self._prefixes, config,
                 recycling=recycling,

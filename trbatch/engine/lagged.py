@@ -21,7 +21,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trbatch.engine.budget import Budget
+from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import Sequence
+
+_PATHS_OF = 8  # one row in so many is looked at for paths of ranks: the host is busy enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,14 @@ class Outcome:
     """What one step gave one sequence.
 
     `tokens`: those that it took, cut at its end; `drafted`: nodes verified behind its root;
-    `accepted`: how many of the tokens had been drafted.
+    `accepted`: how many of the tokens had been drafted; `ranks`: of the tokens in the rows that
+    should have predicted them, -1 for none, as far as it was looked for.
     """
 
     tokens: list[int]
     drafted: int
     accepted: int
+    ranks: ListLike[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,18 @@ class LaggedDecoder:
 
     Args:
         size: tokens a sequence of every step, the root included; 0: by the budget.
+        paths: of each task, where ranks are counted; none: they are not.
     """
 
-    def __init__(self, stepper: Stepper, budget: Budget, *, size: int = 0) -> None:
-        self._stepper, self._budget, self._size = stepper, budget, size
+    def __init__(
+        self,
+        stepper: Stepper,
+        budget: Budget,
+        *,
+        size: int = 0,
+        paths: ListLike[PathCounts] = (),
+    ) -> None:
+        self._stepper, self._budget, self._size, self._paths = stepper, budget, size, paths
         self._pending: deque[_Ticket] = deque()
         self._after_prompts = False  # whether the newest is one of prompts
         self._read_at = 0.0
@@ -178,6 +191,10 @@ class LaggedDecoder:
             sequence.in_flight -= 1
             sequence.ahead -= ticket.gives
             kept.append(_taken(sequence, outcome))
+            if self._paths and sequence.request.seed % _PATHS_OF == 0:
+                for rank in kept[-1].ranks:
+                    run = self._paths[sequence.reads]
+                    run.count(sequence.ranks, None if rank < 0 else rank)
         if ticket.size:
             self._account(ticket, kept, seconds)
         total = sum(count for _, count in ticket.pieces)
@@ -212,4 +229,5 @@ def _taken(sequence: Sequence, outcome: Outcome) -> Outcome:
     if sequence.ended:
         return Outcome([], 0, 0)
     count = sequence.take(outcome.tokens)
-    return Outcome(outcome.tokens[:count], outcome.drafted, min(count, outcome.accepted))
+    accepted = min(count, outcome.accepted)
+    return Outcome(outcome.tokens[:count], outcome.drafted, accepted, outcome.ranks[:count])

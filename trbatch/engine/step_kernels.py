@@ -45,7 +45,7 @@ class KernelOperations:
         accepted = _commit(state, rows, trees.tokens, trees.parents, chosen)
         calibrate(
             matrix, state.fresh, accepted.nodes, accepted.tokens, trees.contexts, trees.depths,
-            rows, batch.reads, active, ahead, matched,
+            rows, batch.reads, active, ahead, matched, accepted.ranks,
         )  # fmt: skip
         learn(
             matrix, slots, rows, trees.tokens, trees.parents, trees.contexts, candidates,

@@ -56,10 +56,12 @@ class PlainOperations:
                 accepted.nodes[running.at].long(), accepted.tokens[running.at].long(),
                 accepted.on_path[running.at, :width],
             )  # fmt: skip
-            count_paths(
+            ranks = count_paths(
                 state.matrix, state.calibration, drafted, verdict, running.slots, running.reads,
                 ahead,
             )  # fmt: skip
+            for row, found in zip(running.at.tolist(), ranks, strict=True):
+                accepted.ranks[row, : len(found)] = torch.tensor(found)
             flat = topk(blocks, state.matrix.candidates)
             candidates = drafting.padded(flat, drafted.sizes, width, EMPTY)
             turns = state.slots.turns[running.slots].argsort().argsort()

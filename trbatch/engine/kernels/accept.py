@@ -15,6 +15,7 @@ from torch import Tensor
 from trbatch.engine.device_state import (
     FULL,
     GOES_ON,
+    NO_RANK,
     REPORT_NUMBERS,
     STOPPED,
     Accepted,
@@ -22,6 +23,7 @@ from trbatch.engine.device_state import (
 )
 
 _GOES_ON, _STOPPED, _FULL = (tl.constexpr(end) for end in (GOES_ON, STOPPED, FULL))
+_NO_RANK = tl.constexpr(NO_RANK)
 _NODES_A_WARP = 128
 
 
@@ -129,11 +131,12 @@ def _accept(
     tl.store(on_path + row * size + node, agreed, mask=node < size)
     taken, there = level < count, level <= deepest
     tl.store(nodes + row * (deepest + 1) + level, tl.where(taken, path, -1), mask=there)
-    report += row * (NUMBERS + deepest + 1)
+    report += row * (NUMBERS + 2 * (deepest + 1))
     tl.store(report, count)
     tl.store(report + 1, finished)
     tl.store(report + 2, tl.minimum(count, tl.maximum(proposed - 1, 0)))
     tl.store(report + NUMBERS + level, tl.where(taken, after, -1), mask=there)
+    tl.store(report + NUMBERS + deepest + 1 + level, _NO_RANK, mask=there)
     text = texts + slot * longest + length
     tl.store(text + level, after, mask=taken & (length + level < longest))
     # The newest of the tokens taken, and behind them those that were newest before.
@@ -179,7 +182,7 @@ def accept(
         return torch.empty(batch, width, dtype=torch.int32, device=device)
 
     out = Accepted(
-        report=numbers(REPORT_NUMBERS + deepest + 1),
+        report=numbers(REPORT_NUMBERS + 2 * (deepest + 1)),
         nodes=numbers(deepest + 1),
         on_path=torch.empty(batch, size, dtype=torch.bool, device=device),
         sources=numbers(deepest),

@@ -2,7 +2,7 @@
 
 Whole numbers are added up by atomic operations, so their order does not matter. What a step or
 several have counted is taken over by `Calibration.absorb`. The slow twin is
-`Drafter._calibrate_many` with `Calibration.count`.
+`coming_true.count_paths`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,17 @@ def _count(
     tl.atomic_add(fresh + _PLACES + cell, 1, mask=counted, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["nodes_apart", "truths_apart", "most", "total", "expectations"])
+@triton.jit(
+    do_not_specialize=[
+        "nodes_apart", "truths_apart", "ranks_apart", "most", "total", "expectations",
+    ]
+)  # fmt: skip
 def _calibrate(
     keys: tl.tensor, own_rows: tl.tensor, pair_keys: tl.tensor, pair_rows: tl.tensor,
     shared: tl.tensor, bigrams: tl.tensor,
     fresh: tl.tensor,  # [tasks, 2, _PLACES]
-    nodes: tl.tensor, truths: tl.tensor,  # [B, most], rows this far apart:
-    nodes_apart: tl.tensor, truths_apart: tl.tensor,
+    nodes: tl.tensor, truths: tl.tensor, ranks: tl.tensor,  # [B, most], rows this far apart:
+    nodes_apart: tl.tensor, truths_apart: tl.tensor, ranks_apart: tl.tensor,
     contexts: tl.tensor, depths: tl.tensor,  # [B, total, 3], [B, total]
     slots: tl.tensor, tasks: tl.tensor, active: tl.tensor, matched: tl.tensor,  # [B]
     ahead: tl.tensor,  # [B, expectations]
@@ -65,6 +69,9 @@ def _calibrate(
     oldest = tl.load(contexts + at * _CONTEXT + 2, mask=there, other=-1).to(tl.int32)
     might = rows.read(tables, newest, older, oldest, there, ORDERS, OWN, PAIRS, VOCAB, COUNT, K)
     first, origin, second, behind = rows.choose(might, ORDERS, PAIRS, K)
+    rank = tl.arange(0, K)[None, :]
+    hit = tl.min(tl.where((first == truth) & (truth >= 0), rank, K), 1, keep_dims=True)
+    tl.store(ranks + sequence * ranks_apart + step, tl.where(hit < K, hit, -1), mask=there)
     known = (step < most) & (step < expectations)
     expected = tl.load(ahead + sequence * expectations + step, mask=known, other=-1).to(tl.int32)
     # The spine holds as long as every token that led here was the expected one.
@@ -93,6 +100,7 @@ def calibrate(
     active: Tensor,
     ahead: Tensor,
     matched: Tensor,
+    ranks: Tensor,
 ) -> None:
     """Add to `fresh` what the accepted paths of B sequences say, before rows change.
 
@@ -106,15 +114,18 @@ def calibrate(
         slots, tasks: [B] whose rows; anything where a sequence is not active.
         active: [B] bool or integers; a sequence with 0 is not counted.
         ahead, matched: [B, D], [B] what the spines expected when the trees were drafted.
+        ranks: [B, n] int32, filled where a node was accepted: the rank that its first row gave
+            the token after it, -1 if that had it not.
     """
     (batch, most), (_, total) = nodes.shape, depths.shape
     assert fresh.shape[1:] == (2, PLACES) and fresh.dtype == torch.int32 and fresh.is_contiguous()
-    assert truths.shape == nodes.shape and contexts.shape == (batch, total, ORDERS)
-    assert all(t.stride(1) == 1 or most == 1 for t in (nodes, truths)), "a path's are adjacent"
+    assert truths.shape == ranks.shape == nodes.shape and contexts.shape == (batch, total, ORDERS)
+    assert all(t.stride(1) == 1 or most == 1 for t in (nodes, truths, ranks)), "adjacent"
     of_sequences = (contexts, depths, slots, tasks, active, ahead, matched)
     assert all(len(t) == batch and t.is_contiguous() for t in of_sequences)
     _calibrate[(batch,)](
-        *rows.tables_of(matrix), fresh, nodes, truths, nodes.stride(0), truths.stride(0),
-        contexts, depths, slots, tasks, active, matched, ahead, most, total, ahead.shape[1],
+        *rows.tables_of(matrix), fresh, nodes, truths, ranks, nodes.stride(0), truths.stride(0),
+        ranks.stride(0), contexts, depths, slots, tasks, active, matched, ahead, most, total,
+        ahead.shape[1],
         P=triton.next_power_of_2(most), **rows.sizes_of(matrix), num_warps=1,
     )  # fmt: skip
