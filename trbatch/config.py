@@ -153,7 +153,7 @@ class EngineConfig(_Config):
 
     device: str = "auto"  # auto, cpu, cuda:0, …
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    max_num_seqs: int = 0  # sequences decoded together; 0: 8 on a CPU, 64 on a GPU
+    max_num_seqs: int = 0  # sequences decoded together; 0: 8 on a CPU, 128 on a GPU
     max_model_len: int = 0  # prompt and output together, tokens; 0: the model's, 8,192 at most
     gpu_memory_utilization: float = 0.9
     page_size: int = 16  # tokens a page of the K/V cache

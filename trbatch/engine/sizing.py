@@ -25,7 +25,7 @@ from trbatch.errors import WorkerError
 logger = logging.getLogger(__name__)
 
 _LONGEST = 8192  # tokens, unless asked for more
-_CPU_SEQS, _GPU_SEQS = 8, 64
+_CPU_SEQS, _GPU_SEQS = 8, 128
 _CPU_PREFILL, _GPU_PREFILL = 512, 2048
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
