@@ -72,8 +72,16 @@ class KernelOperations:
         logits = model.run(ids, positions, PagedPlan(model.cache, layout), keep)
         if not learning:
             return logits
-        _learn_prompts(state, prompts, likeliest.topk(logits, state.matrix.candidates))
+        candidates = likeliest.topk(logits, state.matrix.candidates)
+        if state.kept is not None:
+            state.kept.index_copy_(0, _places(state, prompts), candidates.to(torch.int32))
+        _learn_prompts(state, prompts, candidates)
         return logits[ends]
+
+    def recall(self, state: State, prompts: Prompts) -> None:
+        """See `device_step.Operations.recall`."""
+        assert state.kept is not None, "nothing is kept, so nothing is shared"
+        _learn_prompts(state, prompts, state.kept[_places(state, prompts)].to(torch.int64))
 
     def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
         """See `device_step.Operations.first`."""
@@ -92,6 +100,23 @@ class KernelOperations:
         return nothing, torch.zeros_like(rows)
 
 
+def _whose(prompts: Prompts) -> Tensor:
+    """[N] the slot of the sequence that each token belongs to; of padding, any."""
+    node = torch.arange(len(prompts.tokens), dtype=torch.int32, device=prompts.tokens.device)
+    piece = torch.searchsorted(prompts.starts[1:], node, right=True)
+    return prompts.rows.long()[piece.clamp(max=len(prompts.rows) - 1)]
+
+
+def _places(state: State, prompts: Prompts) -> Tensor:
+    """[N] the slots of the cache in which tokens of prompts lie; padding lies nowhere."""
+    assert state.model.cache is not None
+    size, at = state.model.cache.page_size, prompts.positions.long()
+    node = torch.arange(len(at), device=at.device)
+    page = state.slots.pages[_whose(prompts), at // size].long()
+    page = torch.where(node < prompts.starts[-1], page, state.nowhere[0])
+    return page * size + at % size
+
+
 def _learn_prompts(state: State, prompts: Prompts, candidates: Tensor) -> None:
     """Recycle candidates [N, k] of pieces of prompts.
 
@@ -100,8 +125,7 @@ def _learn_prompts(state: State, prompts: Prompts, candidates: Tensor) -> None:
     """
     slots, starts, count = state.slots, prompts.starts, len(prompts.tokens)
     rows, node = prompts.rows.long(), torch.arange(count, device=candidates.device)
-    piece = torch.searchsorted(starts[1:], node.to(torch.int32), right=True)
-    whose = rows[piece.clamp(max=len(rows) - 1)]
+    whose = _whose(prompts)
     after = prompts.positions.long() + 1
     known = (after < slots.lengths[whose]) & (node < starts[-1])
     following = slots.texts[whose, after.clamp(max=slots.texts.shape[1] - 1)].long()

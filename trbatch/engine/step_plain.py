@@ -23,6 +23,8 @@ from trbatch.engine.matrix import EMPTY
 from trbatch.engine.sampling import Choice, choose, uniform
 from trbatch.engine.verify import NOT_CHOSEN, Verdict
 
+_Piece = tuple[int, int, int, int]  # slot, tokens before it, begin and end among those of all
+
 
 @dataclass(frozen=True, slots=True)
 class _Running:
@@ -76,32 +78,29 @@ class PlainOperations:
 
     def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
         """See `device_step.Operations.prefill`."""
-        where, pieces = [], []
-        starts = prompts.starts.tolist()
-        for at, (start, end) in enumerate(pairwise(starts)):
-            if count := end - start:
-                slot, committed = int(prompts.rows[at]), int(prompts.committed[at])
-                where.append(
-                    Span(
-                        room=_room(state, slot), committed=committed, length=count,
-                        positions=prompts.positions[start:end].long(),
-                        inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
-                    )
-                )  # fmt: skip
-                pieces.append((slot, committed, start, end))
-        logits = state.model.forward(prompts.tokens[: starts[-1]].long(), where)
+        where, pieces = [], _pieces(prompts)
+        for slot, committed, start, end in pieces:
+            count = end - start
+            where.append(
+                Span(
+                    room=_room(state, slot), committed=committed, length=count,
+                    positions=prompts.positions[start:end].long(),
+                    inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
+                )
+            )  # fmt: skip
+        logits = state.model.forward(prompts.tokens[: pieces[-1][3]].long(), where)
         if learning:
             candidates = topk(blocks_of(logits), state.matrix.candidates)
-            # The later row of the input wins, whatever the slots.
-            for slot, committed, start, end in sorted(
-                pieces, key=lambda piece: int(state.slots.turns[piece[0]])
-            ):
-                reach = min(int(state.slots.lengths[slot]), committed + end - start + 1)
-                drafting.learn_prompt(
-                    state.matrix, state.slots.texts[slot, :reach].long(), committed,
-                    candidates[start:end], slot, int(state.slots.tasks[slot]),
-                )  # fmt: skip
+            if state.kept is not None:
+                state.kept[_places(state, pieces)] = candidates.to(torch.int32)
+            _learn_prompts(state, pieces, candidates)
         return logits[[end - 1 for *_, end in pieces]]
+
+    def recall(self, state: State, prompts: Prompts) -> None:
+        """See `device_step.Operations.recall`."""
+        assert state.kept is not None, "nothing is kept, so nothing is shared"
+        pieces = _pieces(prompts)
+        _learn_prompts(state, pieces, state.kept[_places(state, pieces)].long())
 
     def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
         """See `device_step.Operations.first`."""
@@ -192,11 +191,37 @@ def _sampled(state: State, running: _Running, drafted: Draft, logits: Tensor) ->
     return choose(logits, choices)
 
 
+def _pieces(prompts: Prompts) -> list[_Piece]:
+    pairs = enumerate(pairwise(prompts.starts.tolist()))
+    return [
+        (int(prompts.rows[at]), int(prompts.committed[at]), start, end)
+        for at, (start, end) in pairs
+        if start < end
+    ]
+
+
+def _places(state: State, pieces: list[_Piece]) -> Tensor:
+    """[N] the slots of the cache in which the tokens of pieces lie."""
+    return torch.cat([
+        _room(state, slot).slots[committed : committed + end - start]
+        for slot, committed, start, end in pieces
+    ])  # fmt: skip
+
+
+def _learn_prompts(state: State, pieces: list[_Piece], candidates: Tensor) -> None:
+    """Recycle candidates [N, k]. The later row of the input wins, whatever the slots."""
+    for slot, committed, start, end in sorted(
+        pieces, key=lambda piece: int(state.slots.turns[piece[0]])
+    ):
+        reach = min(int(state.slots.lengths[slot]), committed + end - start + 1)
+        drafting.learn_prompt(
+            state.matrix, state.slots.texts[slot, :reach].long(), committed,
+            candidates[start:end], slot, int(state.slots.tasks[slot]),
+        )  # fmt: skip
+
+
 def _room(state: State, slot: int) -> Room:
     """The pages of a slot as the host's paths know them."""
     cache = state.model.cache
     assert cache is not None
-    pages = [page for page in state.slots.pages[slot].tolist() if page >= 0]
-    starts = torch.tensor(pages, device=state.nowhere.device) * cache.page_size
-    places = torch.arange(cache.page_size, device=state.nowhere.device)
-    return Room(tuple(pages), (starts[:, None] + places).flatten(), None)
+    return cache.room_of([page for page in state.slots.pages[slot].tolist() if page >= 0])
