@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -85,9 +86,12 @@ def test_fewer_sequences_run_together_and_say_the_same(
         done = tiny.decode(one, requests())
     assert_texts(done)
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2, said
-    assert "out of memory with 6 sequences, going on with at most 3" in said[0]
-    assert "going on with at most 1" in said[1] and "1 TiB" in said[1]
+    # How many were running the first time depends on how their prompts came together.
+    halves = [re.search(r"with (\d+) sequences, going on with at most (\d+)", one) for one in said]
+    counts = [tuple(map(int, found.groups())) for found in halves if found]
+    assert counts and len(counts) == len(said), said
+    assert all(fewer == many // 2 for many, fewer in counts)
+    assert counts[0][0] > 2 and counts[-1][1] <= 2 and "1 TiB" in said[-1]
     assert one._cache.pool.free == free
 
 

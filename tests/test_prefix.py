@@ -212,6 +212,7 @@ def test_on_a_host_every_sequence_keeps_one_run_of_pages() -> None:
     assert idle > one._cache.pool.pages // 4, "hardly anything was known"
 
 
+@pytest.mark.long
 def test_kernels_learn_from_shared_pages_what_they_would_have_run() -> None:
     """On a GPU what is kept is written inside of prefills; where there is none, interpreted."""
     pytest.importorskip("triton")

@@ -69,8 +69,8 @@ def test_tokens_are_those_of_the_host(seed: int, vocab: int, device: str) -> Non
 
 @on_every_device
 def test_tokens_come_as_often_as_they_are_likely(device: str) -> None:
-    vocab, count = 5, 4000
-    slots = Slots.empty(1, stops=1, pages=1, longest=8192, device=torch.device(device))
+    vocab, count = 5, 600
+    slots = Slots.empty(1, stops=1, pages=1, longest=1024, device=torch.device(device))
     slots.put(0, [1], left=9, stops=[], pages=[0], task=0, turn=0,
               noise=Noise(0, temperature=1.0, seed=7))  # fmt: skip
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5], device=device)
@@ -80,4 +80,4 @@ def test_tokens_come_as_often_as_they_are_likely(device: str) -> None:
         torch.full((count,), 2, device=device), places,
     )  # fmt: skip
     seen = torch.bincount(found.cpu(), minlength=vocab) / count
-    assert torch.allclose(seen, torch.softmax(logits.cpu(), 0), atol=0.03)
+    assert torch.allclose(seen, torch.softmax(logits.cpu(), 0), atol=0.06)
