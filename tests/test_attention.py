@@ -45,8 +45,7 @@ any_layer = st.fixed_dictionaries(
 def scattered_room(cache: KVCache, tokens: int) -> Room:
     """Pages in any order but that of their slots."""
     pages = cache.pool.take(cache.pages_for(tokens))[::-1]
-    slots = torch.tensor([page * PAGE + i for page in pages for i in range(PAGE)])
-    return Room(pages=tuple(pages), slots=slots, first=None)
+    return cache.room_of(pages)
 
 
 def span_of(cache: KVCache, facts: dict) -> Span:

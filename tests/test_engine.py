@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from trbatch.config import SamplingParams
-from trbatch.engine.kv_cache import KVCache, PagePool, Room
+from trbatch.engine.kv_cache import PagePool
 from trbatch.engine.model import LoadedModel, from_network
 from trbatch.engine.sequence import Completion, Request
 
@@ -266,7 +266,7 @@ def test_requests_may_arrive_while_others_run(model, expected) -> None:
 
 
 def test_more_requests_than_slots_wait_their_turn(model, expected) -> None:
-    engine = tiny.engine(model, max_num_seqs=1)
+    engine = tiny.engine(model, max_num_seqs=1, admission_window=1)
     assert engine.capacity == 1
     order = [3, 0, 7, 5, 1, 2, 6, 4]
     done = tiny.decode(engine, [tiny.request(k, PROMPTS[k], max_tokens=LENGTH) for k in order])
@@ -307,25 +307,17 @@ def test_scattered_pages_change_no_token(kind: str, monkeypatch: pytest.MonkeyPa
     network = tiny.network(kind)
     expected = [tiny.generate(network, ids, LENGTH) for ids in PROMPTS]
     take = PagePool.take
-    monkeypatch.setattr(PagePool, "take", lambda pool, count: take(pool, count)[::-1])
+    monkeypatch.setattr(PagePool, "take", lambda *args, **kw: take(*args, **kw)[::-1])
     model = from_network(network, tiny.NumberTokenizer(), name=kind)
     assert decode_prompts(model, page_size=4, prefill_chunk=16) == expected
 
 
 def test_a_request_that_no_run_of_free_pages_holds_gets_several(
-    monkeypatch: pytest.MonkeyPatch, expected
+    expected,
 ) -> None:
-    rooms: list[Room] = []
-    take_room = KVCache.take_room
-
-    def noted(cache: KVCache, tokens: int) -> Room:
-        rooms.append(take_room(cache, tokens))
-        return rooms[-1]
-
     # A model this long that the cache holds less than eight of its longest texts.
     model = tiny.loaded("llama", max_position_embeddings=4096)
-    engine = tiny.engine(model, max_num_seqs=8, max_model_len=0)
-    monkeypatch.setattr(KVCache, "take_room", noted)
+    engine = tiny.engine(model, max_num_seqs=8, max_model_len=0, admission_window=1)
     for key, size in enumerate([2000, 3900, 2000, 3900, 3900]):
         engine.add(tiny.request(key, PROMPTS[0], max_tokens=size))
     engine.step()
@@ -336,7 +328,8 @@ def test_a_request_that_no_run_of_free_pages_holds_gets_several(
     last = {"max_tokens": 3900, "stop_token_ids": [expected[row][at]]}
     engine.add(tiny.request(5, PROMPTS[row], **last))
     engine.step()
-    assert len(rooms) == 6 and rooms[-1].first is None, "the pool was not fragmented"
+    newest = engine._scheduler.running[-1]
+    assert newest.request.key == 5 and newest.room.first is None, "the pool was not fragmented"
     engine.abort([1, 3, 4])
     assert tiny.decode(engine, [])[5].token_ids == expected[row][: at + 1]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trbatch.engine import reference
 from trbatch.engine.attention import Span, active, attention_forward
-from trbatch.engine.kv_cache import KVCache, Room
+from trbatch.engine.kv_cache import KVCache
 from trbatch.engine.model import CausalModel
 from trbatch.engine.tree import default_tree
 
@@ -52,13 +52,12 @@ def span_of(cache: KVCache, kind: str, length: int, committed: int) -> Span:
     order = torch.randperm(len(pages)).tolist()
     pages = [pages[i] for i in order]
     device = cache.layer(0)[0].device
-    slots = torch.tensor([page * PAGE + i for page in pages for i in range(PAGE)], device=device)
     steps, inner = torch.arange(length), torch.ones(length, length, dtype=torch.bool).tril()
     if kind == "tree":
         shape = default_tree().prefix(length).on(torch.device("cpu"))
         steps, inner = shape.depths, shape.ancestors
     return Span(
-        room=Room(pages=tuple(pages), slots=slots, first=None),
+        room=cache.room_of(pages),
         committed=committed,
         length=length,
         positions=(steps + committed).to(device),

@@ -27,12 +27,12 @@ class Script:
         self.launches = 0
         self.prepared = {(count, 4) for count in (1, 2)}
 
-    def is_ready(self, count: int, size: int) -> bool:
-        return (count, size) in self.prepared
+    def is_ready(self, members: ListLike[Sequence], size: int) -> bool:
+        return (len(members), size) in self.prepared
 
-    def prepare(self, count: int, size: int) -> None:
+    def prepare(self, members: ListLike[Sequence], size: int) -> None:
         assert not self.under_way, "something runs while a step is made ready"
-        self.prepared.add((count, size))
+        self.prepared.add((len(members), size))
 
     def launch(self, members: ListLike[Sequence], size: int) -> int:
         assert len(self.under_way) < 3, "a step was started before the last but one was read"

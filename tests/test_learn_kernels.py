@@ -165,7 +165,6 @@ def sequence_of(slots: Slots, slot: int) -> Sequence:
     # Half of the stops as the model's own.
     params = SamplingParams(max_tokens=left, stop_token_ids=list(stops[::2]))
     pages = slots.pages[slot].tolist()
-    places = torch.tensor([page * PAGE + i for page in pages for i in range(PAGE)])
     return Sequence(
         request=Request(key=slot, sampling=params),
         tokens=[*[0] * (length - len(newest)), *newest[::-1]],
@@ -173,7 +172,7 @@ def sequence_of(slots: Slots, slot: int) -> Sequence:
         max_tokens=left,
         stop=StopChecker(None, params, frozenset(stops[1::2])),
         figures=Figures(),
-        room=Room(pages=tuple(pages), slots=places, first=None),
+        room=Room(pages, PAGE, torch.device("cpu")),
     )
 
 

@@ -150,6 +150,12 @@ engine_options = grouped(
         "--speculate/--no-speculate",
     ),
     _setting(EngineConfig, "tree_size", "Tokens a step for each row; 0: what pays best."),
+    _setting(
+        EngineConfig,
+        "prefix_sharing",
+        "Run what prompts have in common at their begin once (default), or for each.",
+        "--prefix-sharing/--no-prefix-sharing",
+    ),
     _setting(EngineConfig, "enforce_eager", "Without CUDA graphs: slower, for debugging."),
 )
 

@@ -165,6 +165,8 @@ class EngineConfig(_Config):
     gpu_memory_utilization: float = 0.9
     page_size: int = 16  # tokens a page of the K/V cache
     prefill_chunk: int = 0  # prompt tokens a prefill, over all its sequences; 0: by the machine
+    admission_window: int = 256  # rows that wait, of which the longest goes first; 1: in order
+    prefix_sharing: bool = True  # run what prompts have in common at their begin only once
     speculate: bool = True
     # How nodes are picked: for each row by chance, along one tree of the task that is learned, or
     # along the published one, as a reference.
@@ -181,7 +183,7 @@ class EngineConfig(_Config):
         _choice("tree", self.tree, TREES)
         for name in ("max_num_seqs", "max_model_len", "tree_size", "prefill_chunk"):
             _integer(name, getattr(self, name), 0)
-        for name in ("page_size", "max_tree_size"):
+        for name in ("page_size", "max_tree_size", "admission_window"):
             _integer(name, getattr(self, name), 1)
         _number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_below=True)
 

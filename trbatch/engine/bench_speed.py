@@ -108,7 +108,9 @@ def _latest(rates: dict[str, list[float]]) -> str:
 
 
 def _engine(loaded: LoadedModel, batch: int, *, speculate: bool) -> Engine:
-    return Engine(loaded, EngineConfig(max_num_seqs=batch, speculate=speculate))
+    # The prompts come again and again: nothing may be left of the last time.
+    config = EngineConfig(max_num_seqs=batch, speculate=speculate, prefix_sharing=False)
+    return Engine(loaded, config)
 
 
 class _Stream:

@@ -18,7 +18,8 @@ from trbatch.engine.captured import Replay
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.device_step import DeviceStep, Prompts
 from trbatch.engine.lagged import LaggedDecoder
-from trbatch.engine.prefill import Piece, pieces_of, tokens_of
+from trbatch.engine.prefill import advance, pieces_of
+from trbatch.engine.prefix import Piece, Prefixes
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
 from trbatch.engine.transfer import to_device
@@ -34,6 +35,7 @@ _PATIENCE = 16  # steps that a prompt waits for others at most
 class _Shape:
     numbers: Tensor  # all inputs in one piece, for one copy
     sizes: list[int]  # how it is divided
+    prompts: Prompts  # the parts
     replay: Replay[Tensor]
 
 
@@ -49,12 +51,13 @@ class DevicePrefiller:
         stepper: DeviceStep,
         decoder: LaggedDecoder,
         tasks: Tasks,
+        prefixes: Prefixes,
         config: EngineConfig,
         *,
         recycling: bool,
     ) -> None:
         self._stepper, self._decoder, self._tasks = stepper, decoder, tasks
-        self._chunk = config.prefill_chunk
+        self._prefixes, self._chunk = prefixes, config.prefill_chunk
         self._learning = recycling and config.recycle_prompts
         self._pieces = min(_MOST_PIECES, stepper.capacity)
         self._shapes: dict[int, _Shape] = {}
@@ -70,7 +73,7 @@ class DevicePrefiller:
 
     def is_worth_it(self, sequences: list[Sequence], *, decoding: bool) -> bool:
         """Whether to prefill these now, or to wait until there are more of them."""
-        tokens = sum(sequence.prompt_length - sequence.cached for sequence in sequences)
+        tokens = sum(sequence.goal - sequence.cached for sequence in sequences)
         slots = max(1, self._stepper.capacity // _ENOUGH_SLOTS)
         enough = tokens >= min(_ENOUGH_TOKENS, self._chunk) or len(sequences) >= slots
         begun = any(sequence.cached for sequence in sequences)
@@ -78,37 +81,49 @@ class DevicePrefiller:
         return not decoding or enough or begun or self._waited >= _PATIENCE
 
     @torch.inference_mode()
-    def run(self, sequences: list[Sequence]) -> int:
-        """Start a forward over pieces of prompts, `prefill_chunk` tokens in all.
+    def run(self, sequences: list[Sequence], most: int) -> int:
+        """Start a forward over pieces of prompts, `most` tokens in all.
 
         Returns:
             How many tokens those took whose first token the host has to choose.
         """
         self._waited = 0
-        pieces = pieces_of(sequences, self._chunk)[: self._pieces]
-        ends = torch.tensor([count for _, count in pieces]).cumsum(0).tolist()
-        logits = self._forward(pieces, ends)
+        pieces = pieces_of(sequences, most, self._prefixes)[: self._pieces]
+        self._stepper.set_pages([sequence for sequence, _ in pieces])
         if self._learning:
-            for task in {sequence.task for sequence, _ in pieces}:
-                self._tasks.touch(task)
-        for sequence, count in pieces:
-            sequence.cached += count
-        ready = [at for at, (sequence, _) in enumerate(pieces) if sequence.prefilled]
+            self._prefixes.count_kept(pieces)
+            for sequence, count in pieces:
+                self._recall(sequence)
+                sequence.learned = sequence.cached + count
+                self._tasks.touch(sequence.task)
+        shape = self._filled([(sequence, sequence.cached, count) for sequence, count in pieces])
+        logits = shape.replay.run()[: len(pieces)]
+        advance(pieces, self._prefixes)
+        ready = [at for at, (s, _) in enumerate(pieces) if s.prefilled and not s.generated]
         late = [at for at in ready if pieces[at][0].lagged]
         members = [pieces[at][0] for at in late]
         chosen = logits[to_device(late, logits.device, torch.int64)]
         self._decoder.after_prompts(pieces, members, self._stepper.first(members, chosen))
         return self._choose_now([at for at in ready if at not in late], pieces, logits)
 
-    def _forward(self, pieces: list[Piece], ends: list[int]) -> Tensor:
-        """Raw logits at each piece's last token."""
-        total, count = ends[-1], len(pieces)
+    def _recall(self, sequence: Sequence) -> None:
+        """Learn what others' prompts have kept of the pages that this one took from them."""
+        for first in range(sequence.learned, sequence.cached, self._chunk):
+            count = min(self._chunk, sequence.cached - first)
+            shape = self._filled([(sequence, first, count)])
+            self._stepper.operations.recall(self._stepper.state, shape.prompts)
+
+    def _filled(self, parts: list[tuple[Sequence, int, int]]) -> _Shape:
+        """The shape for these parts of prompts, told of them: where each begins, its tokens."""
+        ends = torch.tensor([count for *_, count in parts]).cumsum(0).tolist()
+        total = ends[-1]
         shape = self._shape(max(_SHORTEST, 1 << (total - 1).bit_length()))
-        positions = [at for s, n in pieces for at in range(s.cached, s.cached + n)]
         columns = (
-            tokens_of(pieces), positions, [0, *ends, *[total] * (self._pieces - count)],
-            [sequence.cached for sequence, _ in pieces],
-            [sequence.slot for sequence, _ in pieces], [end - 1 for end in ends],
+            [token for s, first, count in parts for token in s.tokens[first : first + count]],
+            [at for _, first, count in parts for at in range(first, first + count)],
+            [0, *ends, *[total] * (self._pieces - len(parts))],
+            [first for _, first, _ in parts], [sequence.slot for sequence, *_ in parts],
+            [end - 1 for end in ends],
         )  # fmt: skip
         padded = [
             number
@@ -116,7 +131,7 @@ class DevicePrefiller:
             for number in [*column, *[0] * (size - len(column))]
         ]
         shape.numbers.copy_(to_device(padded, shape.numbers.device, torch.int32))
-        return shape.replay.run()[:count]
+        return shape
 
     def _shape(self, tokens: int) -> _Shape:
         """A prefill of so many tokens."""
@@ -129,7 +144,7 @@ class DevicePrefiller:
                 partial(work, state, prompts, learning=self._learning),
                 what=f"a prefill of {tokens} tokens",
             )
-            self._shapes[tokens] = _Shape(numbers, sizes, replay)
+            self._shapes[tokens] = _Shape(numbers, sizes, prompts, replay)
         return self._shapes[tokens]
 
     def _choose_now(self, which: list[int], pieces: list[Piece], logits: Tensor) -> int:

@@ -23,6 +23,17 @@ NO_RANK = -2
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """How a sequence samples. `begin`: tokens of its prompt; see `sampling.uniform`."""
+
+    begin: int = 0
+    temperature: float = 0.0
+    min_p: float = 0.0
+    seed: int = 0
+    sample: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Slots:
     """S slots, each for one sequence. A row of a batch names its slot, -1 for a padding row."""
 
@@ -40,6 +51,13 @@ class Slots:
     # [S] int64 who comes before whom, by (row of the input, sample): from 0 up to
     # MOST_TURNS, and of sequences that run together no two the same.
     turns: Tensor
+    begins: Tensor  # [S] int32 tokens of its prompt
+    # How it samples: [S] float32 temperature, 0 takes the likeliest, and min-p; [S] int64 seed of
+    # its row, [S] int32 sample.
+    temperatures: Tensor
+    min_ps: Tensor
+    seeds: Tensor
+    samples: Tensor
 
     @classmethod
     def empty(
@@ -70,6 +88,11 @@ class Slots:
             matched=full(count, value=0),
             tasks=full(count, value=0),
             turns=full(count, value=0, dtype=torch.int64),
+            begins=full(count, value=0),
+            temperatures=full(count, value=0, dtype=torch.float32),
+            min_ps=full(count, value=0, dtype=torch.float32),
+            seeds=full(count, value=0, dtype=torch.int64),
+            samples=full(count, value=0),
         )
 
     def put(
@@ -82,18 +105,23 @@ class Slots:
         pages: Sequence[int],
         task: int,
         turn: int,
+        noise: Noise | None = None,
     ) -> None:
         """Give a slot to a sequence: it runs from the step on that is launched next. Never waits.
 
         Args:
             tokens: committed ones, the next root last.
+            noise: None takes the likeliest tokens.
         """
+        noise = noise or Noise()
         assert left > 0, "a sequence that may say nothing more has ended"
         assert 0 <= turn < MOST_TURNS, f"turn {turn}"
         newest = [*tokens[: -ORDERS - 1 : -1], *[-1] * ORDERS][:ORDERS]
         numbers = (
             (self.lengths, len(tokens)), (self.left, left), (self.tasks, task),
             (self.turns, turn), (self.read, 0), (self.source, -1), (self.matched, 0),
+            (self.begins, noise.begin), (self.temperatures, noise.temperature),
+            (self.min_ps, noise.min_p), (self.seeds, noise.seed), (self.samples, noise.sample),
         )  # fmt: skip
         for column, value in numbers:
             column[slot].fill_(value)  # an assignment would wait for the device

@@ -9,12 +9,11 @@ is made of comes from an `Operations`: kernels (`step_kernels`), or their slow t
 from __future__ import annotations
 
 import importlib.util
-import time
 from bisect import bisect_left
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +21,11 @@ from torch import Tensor
 from trbatch.config import EngineConfig
 from trbatch.engine.calibration import PLACES, Calibration
 from trbatch.engine.captured import Graphs, Replay
-from trbatch.engine.device_state import NO_RANK, REPORT_NUMBERS, Accepted, Slots
+from trbatch.engine.device_state import NO_RANK, REPORT_NUMBERS, Accepted, Noise, Slots
 from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
+from trbatch.engine.sampling import sorts
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.transfer import Clock, OnItsWay, to_device
 from trbatch.engine.tree import Tree
@@ -50,6 +50,8 @@ class State:
     # [tasks, 2, PLACES] int32 candidates that came true and that were seen, since the last look.
     fresh: Tensor
     spine: bool  # whether repeated passages are followed
+    # [slots of the cache, k] int32 what the model said after each token of a prompt; see `prefix`.
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,12 @@ class Operations(Protocol):
 
     captures: bool  # whether steps can be captured as graphs
 
-    def step(self, state: State, batch: Batch, size: int) -> Accepted:
-        """One step of `size` tokens a row, the root included."""
+    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
+        """One step of `size` tokens a row, the root included.
+
+        Args:
+            sampling: whether any row does; else all take the likeliest.
+        """
         ...
 
     def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
@@ -92,17 +98,27 @@ class Operations(Protocol):
         """
         ...
 
-    def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
+    def recall(self, state: State, prompts: Prompts) -> None:
+        """Learn from pieces that were run for other prompts and are in the cache."""
+        ...
+
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
         """The token after each prompt, from the logits [B, V] at its end."""
         ...
 
 
 @dataclass(slots=True)
-class _Shape:
+class Shape:
     """A step of one shape, and its inputs."""
 
     inputs: Tensor  # [2, B]
     replay: Replay[Accepted]
+
+    def fill(self, rows: ListLike[int], reads: ListLike[int]) -> None:
+        """Say whose step it is, padding behind. See `Batch`."""
+        padding = self.inputs.shape[1] - len(rows)
+        numbers = [[*rows, *[-1] * padding], [*reads, *[0] * padding]]
+        self.inputs.copy_(to_device(numbers, self.inputs.device, self.inputs.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +135,7 @@ class DeviceStep:
     Args:
         most: tokens a row, at most.
         longest: tokens of the longest sequence with its tree.
+        kept: see `State`.
         capture: replay graphs, where the operations allow it.
     """
 
@@ -133,6 +150,7 @@ class DeviceStep:
         most: int,
         longest: int,
         spine: bool = True,
+        kept: Tensor | None = None,
         capture: bool = True,
     ) -> None:
         cache, device = model.cache, model.loaded.device
@@ -148,13 +166,13 @@ class DeviceStep:
             fresh=torch.zeros(
                 matrix.shared.shape[0], 2, PLACES, dtype=torch.int32, device=device
             ),
-            spine=spine,
+            spine=spine, kept=kept,
         )  # fmt: skip
         self.operations = operations
         self.device, self.most, self.capacity = device, most, capacity
         self.graphs = Graphs(device, wanted=capture and operations.captures)
         self._steps = 0
-        self._shapes: dict[tuple[int, int], _Shape] = {}
+        self._shapes: dict[tuple[int, int, bool], Shape] = {}
         self._turns: dict[int, int] = {}  # slot -> turn
         self._reads: set[int] = set()  # tasks of which something may have been counted
 
@@ -164,7 +182,7 @@ class DeviceStep:
         return f"{type(self.operations).__name__}{', captured' if self.graphs.wanted else ''}"
 
     def admit(self, sequence: Sequence) -> bool:
-        """Take a sequence that has a slot and pages; its prompt is the text so far.
+        """Take a sequence that has a slot and pages.
 
         Returns:
             Whether all that decides its tokens is known on the device, so that steps can be
@@ -172,31 +190,43 @@ class DeviceStep:
         """
         request, stops = sequence.request, sorted(sequence.stop.stop_ids)
         self.state.slots.put(
-            sequence.slot, sequence.tokens, left=sequence.max_tokens, stops=stops[:MOST_STOPS],
-            pages=sequence.room.pages, task=sequence.task, turn=self._turn_of(sequence),
+            sequence.slot, sequence.tokens, left=sequence.max_tokens - sequence.generated,
+            stops=stops[:MOST_STOPS], pages=[page for _, page in sequence.room.news()],
+            task=sequence.task, turn=self._turn_of(sequence), noise=_noise_of(sequence),
         )  # fmt: skip
-        greedy = request.sampling.greedy and not request.logits_processors
-        return greedy and len(stops) <= MOST_STOPS
+        hosts = request.logits_processors or sorts(request.sampling)
+        return not hosts and len(stops) <= MOST_STOPS
 
-    def is_ready(self, count: int, size: int) -> bool:
+    def release(self, slot: int) -> None:
+        """Nobody has this slot any more; all steps of who had it have been read."""
+        self._turns.pop(slot, None)
+
+    def set_pages(self, sequences: ListLike[Sequence]) -> None:
+        """What is started from now on finds these sequences on the pages they have now."""
+        table = self.state.slots.pages
+        numbers = [
+            (sequence.slot, place, page)
+            for sequence in sequences
+            for place, page in sequence.room.news()
+        ]
+        if numbers:
+            slots, places, pages = to_device(numbers, self.device, torch.int64).unbind(1)
+            table.index_put_((slots, places), pages.to(table.dtype))
+
+    def is_ready(self, members: ListLike[Sequence], size: int) -> bool:
         """Whether a step of this shape was captured."""
-        return not self.graphs.wanted or (bucket_of(count, self.capacity), size) in self._shapes
+        return not self.graphs.wanted or self._key(members, size) in self._shapes
 
-    def prepare(self, count: int, size: int) -> None:
+    def prepare(self, members: ListLike[Sequence], size: int) -> None:
         """Capture a step of this shape."""
-        self._shape(bucket_of(count, self.capacity), size)
-        _wait(self.device)
+        self.shape(*self._key(members, size))
+        self.wait()
 
     @torch.inference_mode()
     def launch(self, members: ListLike[Sequence], size: int) -> _Handle:
         """Start a step of `size` tokens a sequence."""
-        bucket = bucket_of(len(members), self.capacity)
-        shape = self._shape(bucket, size)
-        padding = bucket - len(members)
-        self._fill(
-            shape, [s.slot for s in members] + [-1] * padding,
-            [s.reads for s in members] + [0] * padding,
-        )  # fmt: skip
+        shape = self.shape(*self._key(members, size))
+        shape.fill([s.slot for s in members], [s.reads for s in members])
         clock = Clock(self.device)
         accepted = shape.replay.run()
         report = OnItsWay(accepted.report)
@@ -215,7 +245,8 @@ class DeviceStep:
         rows = to_device([sequence.slot for sequence in members], self.device, torch.int64)
         clock, report = Clock(self.device), rows
         if members:
-            report = self.operations.first(self.state, rows, logits).report
+            sampling = any(_samples(sequence) for sequence in members)
+            report = self.operations.first(self.state, rows, logits, sampling=sampling).report
         copy = OnItsWay(report)
         clock.stop()
         return _Handle(copy, clock, len(members), 0)
@@ -237,19 +268,26 @@ class DeviceStep:
         self._turns[sequence.slot] = turn
         return turn
 
-    def _shape(self, bucket: int, size: int) -> _Shape:
-        key = bucket, size
+    def _key(self, members: ListLike[Sequence], size: int) -> tuple[int, int, bool]:
+        sampling = any(_samples(sequence) for sequence in members)
+        return bucket_of(len(members), self.capacity), size, sampling
+
+    def shape(self, bucket: int, size: int, sampling: bool = False) -> Shape:
+        """A step of this shape, captured if it was not yet."""
+        key = bucket, size, sampling
         if key not in self._shapes:
             inputs = torch.zeros(2, bucket, dtype=torch.int64, device=self.device)
             inputs[0] = -1  # a step of padding rows alone changes nothing
             batch = Batch(inputs[0], inputs[1])
-            work = partial(self.operations.step, self.state, batch, size)
+            work = partial(self.operations.step, self.state, batch, size, sampling=sampling)
             replay = self.graphs.record(work, what=f"a step of {bucket} x {size} tokens")
-            self._shapes[key] = _Shape(inputs, replay)
+            self._shapes[key] = Shape(inputs, replay)
         return self._shapes[key]
 
-    def _fill(self, shape: _Shape, rows: list[int], reads: list[int]) -> None:
-        shape.inputs.copy_(to_device([rows, reads], self.device, torch.int64))
+    def wait(self) -> None:
+        """Until the device is through with all that was started."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def absorb(self) -> None:
         """Take in what was counted of candidates, before anybody else looks at it."""
@@ -264,61 +302,18 @@ class DeviceStep:
             self.absorb()
 
 
-class StepTimer:
-    """Times steps as they will run: captured, on texts of a given length that say anything.
+def _samples(sequence: Sequence) -> bool:
+    return not sequence.request.sampling.greedy
 
-    Call it before anything is admitted. Rows of the matrix `task` are overwritten.
 
-    Args:
-        task: whose matrix drafts and learns.
-        longest: see `sizing`.
-    """
-
-    def __init__(self, stepper: DeviceStep, *, task: int, longest: int) -> None:
-        self._stepper, self._task, self.longest = stepper, task, longest
-
-    @torch.inference_mode()
-    def __call__(self, batch: int, size: int, context: int) -> float:
-        """Seconds of one step of (batch, T) with `context` committed tokens a sequence."""
-        stepper = self._stepper
-        bucket = bucket_of(batch, stepper.capacity)
-        shape = stepper._shape(bucket, size)
-        rooms = self._take_slots(min(bucket, stepper.capacity), size, context)
-        stepper._fill(
-            shape, [*range(len(rooms)), *[-1] * (bucket - len(rooms))], [self._task] * bucket
-        )
-        _wait(stepper.device)
-        start = time.perf_counter()
-        report = OnItsWay(shape.replay.run().report)
-        report.wait()
-        seconds = time.perf_counter() - start
-        self._give_back(rooms)
-        return seconds
-
-    def _take_slots(self, count: int, size: int, context: int) -> list[Any]:
-        cache, slots = self._stepper.state.model.cache, self._stepper.state.slots
-        assert cache is not None
-        # Random words, of which each text repeats its own: drafts have something to find.
-        vocab = self._stepper.state.matrix.vocab_size
-        words = torch.randint(vocab, (32,), generator=torch.Generator().manual_seed(0)).tolist()
-        rooms = []
-        for slot in range(count):
-            text = [words[(slot + i * i) % len(words)] for i in range(context + 1)]
-            room = cache.take_room(context + 1 + size)
-            slots.put(slot, text, left=1 << 20, stops=[], pages=room.pages, task=self._task,
-                      turn=slot)  # fmt: skip
-            rooms.append(room)
-        return rooms
-
-    def _give_back(self, rooms: list[Any]) -> None:
-        state = self._stepper.state
-        assert state.model.cache is not None
-        for slot, room in enumerate(rooms):
-            state.slots.active[slot].fill_(False)
-            state.matrix.clear_slot(slot)
-            state.model.cache.give_back(room)
-        state.matrix.clear_task(self._task)
-        state.fresh.zero_()
+def _noise_of(sequence: Sequence) -> Noise | None:
+    if not _samples(sequence):
+        return None
+    request = sequence.request
+    return Noise(
+        sequence.prompt_length, request.sampling.temperature, request.sampling.min_p,
+        request.seed, request.sample_index,
+    )  # fmt: skip
 
 
 def _outcome(report: list[int], drafted: int) -> Outcome:
@@ -333,11 +328,6 @@ def bucket_of(rows: int, capacity: int) -> int:
     """Rows that a step of `rows` sequences is padded to."""
     at = bisect_left(BUCKETS, rows)
     return min(BUCKETS[at] if at < len(BUCKETS) else rows, max(capacity, rows))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def operations_for(

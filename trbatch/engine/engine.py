@@ -9,6 +9,7 @@ has to choose, and all rows on a CPU, go through `eager`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.curve import STEP_SIZES
 from trbatch.engine.device_prefill import DevicePrefiller
-from trbatch.engine.device_step import DeviceStep, Operations, StepTimer, operations_for
+from trbatch.engine.device_step import DeviceStep, Operations, operations_for
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.eager import EagerDecoder
 from trbatch.engine.lagged import LaggedDecoder
@@ -31,14 +32,18 @@ from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.prefill import Prefiller
+from trbatch.engine.prefix import Prefixes
 from trbatch.engine.replica import Copies
 from trbatch.engine.scheduler import Scheduler
 from trbatch.engine.sequence import Completion, Figures, Request, Sequence, TaskKey
+from trbatch.engine.step_timer import DeviceTimer
 from trbatch.engine.tasks import Task, Tasks
 from trbatch.engine.text import EncodingFailed, StopChecker, encode
 from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
 from trbatch.flight import declared
+
+logger = logging.getLogger(__name__)
 
 MAX_TASKS = 8  # matrices in memory
 _NOBODY = MAX_TASKS  # one more, that stays empty
@@ -78,13 +83,20 @@ class Engine:
         self.max_model_len = sizing.max_model_len(config, loaded)
         # Tokens a step per sequence, at most: the root and its nodes.
         self._most = (config.tree_size or config.max_tree_size) if config.speculate else 1
+        template = fixed_tree(config, tree)
         self._model = CausalModel(loaded, page_size=config.page_size)
         slots = sizing.cache_slots(
             config, loaded, self._model.bytes_per_token,
             sequences=self.capacity, longest=self.max_model_len + self._most, spare=self._most,
         )  # fmt: skip
-        self._cache = self._model.allocate(slots)
-        self._scheduler = Scheduler(self._cache, slots=self.capacity, spare=self._most)
+        operations = operations or operations_for(loaded, config, template)
+        self._cache = self._model.allocate(slots, adjacent=operations is None)
+        shrinking = operations is not None and not config.tree_size
+        self._scheduler = Scheduler(
+            self._cache, slots=self.capacity, spare=self._most, window=config.admission_window,
+            most_tokens=sizing.most_tokens(loaded) if shrinking else 0,
+        )  # fmt: skip
+        self._prompt_chunk = config.prefill_chunk
         bigrams = None
         if config.bigrams and self._most > 1:
             bigrams = rows_of(self._model, candidates=min(CANDIDATES, loaded.vocab_size))
@@ -101,24 +113,29 @@ class Engine:
         self.copies = Copies(self._matrix, self._tasks)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
-        template = fixed_tree(config, tree)
-        self._stepper = self._make_stepper(operations or operations_for(loaded, config, template))
+        recycling = self._most > 1
+        self._prefixes = Prefixes(
+            self._cache, sharing=config.prefix_sharing,
+            candidates=self._matrix.candidates if recycling and config.recycle_prompts else 0,
+        )  # fmt: skip
+        self._stepper = self._make_stepper(operations)
         self.budget = self._make_budget()
         drafter = Drafter(
             self._matrix, self._calibration, self._paths, self.budget, config,
             most=self._most, template=template,
         )  # fmt: skip
-        recycling = self._most > 1
         if self._stepper is not None:
             size = self._most if config.tree_size or not recycling else 0
             self._lagged = LaggedDecoder(self._stepper, self.budget, size=size, paths=self._paths)
             self._device_prefiller = DevicePrefiller(
-                self._stepper, self._lagged, self._tasks, config, recycling=recycling
-            )
+                self._stepper, self._lagged, self._tasks, self._prefixes, config,
+                recycling=recycling,
+            )  # fmt: skip
             self._device_prefiller.prepare()
         self._prefiller = Prefiller(
-            self._model, self._matrix, self._tasks, self.budget, config, recycling=recycling
-        )
+            self._model, self._matrix, self._tasks, self.budget, self._prefixes, config,
+            recycling=recycling,
+        )  # fmt: skip
         self._eager = EagerDecoder(
             self._model, self._matrix, self._tasks, self.budget, drafter, config,
             recycling=recycling,
@@ -130,7 +147,8 @@ class Engine:
         return DeviceStep(
             self._model, self._matrix, self._calibration, operations,
             capacity=self.capacity, most=self._most, longest=self.max_model_len + self._most,
-            spine=self.config.spine, capture=not self.config.enforce_eager,
+            spine=self.config.spine, kept=self._prefixes.candidates,
+            capture=not self.config.enforce_eager,
         )  # fmt: skip
 
     def _make_budget(self) -> Budget:
@@ -140,7 +158,7 @@ class Engine:
         longest = sizing.timed_context(self._cache, self.capacity, self._most)
         timer: sizing.Timer = sizing.StepTimer(self._model, self.loaded, longest)
         if stepper is not None:
-            timer = StepTimer(stepper, task=_NOBODY, longest=longest)
+            timer = DeviceTimer(stepper, task=_NOBODY, longest=longest)
         if stepper is None:
             costs = sizing.step_costs(timer, self.loaded, self._most, self.capacity, fixed=fixed)
         else:
@@ -197,51 +215,119 @@ class Engine:
         """Drop requests; they are not returned."""
         unwanted = set(keys)
         self._drain()
-        self._scheduler.drop(unwanted)
+        for sequence in self._scheduler.drop(unwanted):
+            self._release(sequence.slot)
         self._finished = [done for done in self._finished if done.key not in unwanted]
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Prefill a piece of the prompts that wait, then decode once. Returns who finished."""
         start = time.perf_counter()
-        while self._scheduler.can_admit() and self._tasks.can_open(
-            self._scheduler.waiting[0].request.task, self._busy_tasks()
-        ):
-            self._begin(self._scheduler.admit())
-        if prefilling := self._scheduler.prefilling():
-            self._tokens += self._prefill(prefilling)
-        self._tokens += self._decode([s for s in self._scheduler.decoding() if not s.ended])
-        for sequence in [s for s in self._scheduler.running if s.ended and not s.in_flight]:
-            self._retire(sequence)
+        too_much, in_prompts = "", True
+        try:
+            self._admit()
+            if prefilling := self._scheduler.prefilling():
+                self._prefill(prefilling)
+            in_prompts = False
+            self._decode()
+        except torch.OutOfMemoryError as error:
+            too_much = str(error)  # not the error itself: it holds what was on its way
+        if too_much:
+            self._run_less(too_much, in_prompts=in_prompts)
+        self._retire_ended()
         finished, self._finished = self._finished, []
         self._busy_s += time.perf_counter() - start
         return finished
 
-    def _prefill(self, sequences: list[Sequence]) -> int:
-        if self._stepper is not None:
-            decoding = len(self._scheduler.running) > len(sequences)
-            if not self._device_prefiller.is_worth_it(sequences, decoding=decoding):
-                return 0
-            return self._device_prefiller.run(sequences)
-        return len(self._prefiller.run(sequences))
+    def _admit(self) -> None:
+        while (waits := self._scheduler.next()) is not None:
+            if not self._tasks.can_open(waits.request.task, self._busy_tasks()):
+                break
+            self._scheduler.admit(waits)
+            self._begin(waits)
 
-    def _decode(self, sequences: list[Sequence]) -> int:
-        """One step of those on the device, one of the others. Returns the tokens that came out."""
-        tokens = 0
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        """Run a piece of the prompts: those that decode wait for it, so it is not all at once."""
+        if self._stepper is None:
+            self._tokens += len(self._prefiller.run(sequences, self._prompt_chunk))
+            return
+        decoding = len(self._scheduler.running) > len(sequences)
+        if self._device_prefiller.is_worth_it(sequences, decoding=decoding):
+            self._tokens += self._device_prefiller.run(sequences, self._prompt_chunk)
+
+    def _decode(self) -> None:
+        """One step of those on the device, one of the others."""
+        late = [sequence for sequence in self._scheduler.decoding() if sequence.lagged]
+        size = self._lagged.next_size(late) if late else 0
+        self._make_room(size)
+        sequences = self._scheduler.decoding()
         late = [sequence for sequence in sequences if sequence.lagged]
         now = [sequence for sequence in sequences if not sequence.lagged]
         if self._stepper is not None:
-            tokens += self._lagged.run(late)
+            self._tokens += self._lagged.run(late, size)
             for task in {sequence.task for sequence in late}:
                 self._tasks.touch(task)
         if now:
-            tokens += self._drain() + self._eager.run(now)
+            self._drain()
+            self._tokens += self._eager.run(now)
         self._forwards += bool(late) + bool(now)
-        return tokens
 
-    def _drain(self) -> int:
+    def _make_room(self, size: int) -> None:
+        """Pages for the next step of all that decode. Whoever came last gives way if need be.
+
+        Args:
+            size: tokens of each sequence whose steps are read late.
+        """
+        for sequence in list(self._scheduler.running):
+            while sequence.decodes and not self._scheduler.grow(
+                sequence,
+                len(sequence.tokens) + sequence.ahead + (size if sequence.lagged else self._most),
+            ):
+                if self._stepper is not None and self._lagged.under_way:
+                    self._drain()  # who has ended may give its pages back
+                    self._retire_ended()
+                else:
+                    assert len(self._scheduler.running) > 1, "one sequence alone always fits"
+                    self._preempt(self._scheduler.running[-1])
+        if self._stepper is not None:
+            self._stepper.set_pages(self._scheduler.running)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence.slot)
+        self._scheduler.preempt(sequence)
+
+    def _run_less(self, why: str, *, in_prompts: bool) -> None:
+        """The device's memory did not suffice: go on with smaller prefills or fewer sequences.
+
+        All begin anew from their texts, since nobody knows how far the step had come.
+        """
+        self._drain()
+        self._retire_ended()
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        running, chunk = list(self._scheduler.running), self._prompt_chunk
+        if in_prompts and chunk > self.config.page_size:
+            self._prompt_chunk = max(self.config.page_size, chunk // 2)
+            logger.warning(
+                "out of memory in prompts, going on with pieces of %d tokens: %s",
+                self._prompt_chunk, why,
+            )  # fmt: skip
+        elif len(running) == 1:
+            running[0].error = RowError("out_of_memory", f"it does not fit, even alone: {why}")
+            return
+        else:
+            self._scheduler.most = max(1, len(running) // 2)
+            logger.warning(
+                "out of memory with %d sequences, going on with at most %d: %s",
+                len(running), self._scheduler.most, why,
+            )  # fmt: skip
+        for sequence in reversed(running):
+            self._preempt(sequence)
+
+    def _drain(self) -> None:
         """Read the steps that are under way, before something else may touch what they do."""
-        return self._lagged.drain() if self._stepper is not None else 0
+        if self._stepper is not None:
+            self._tokens += self._lagged.drain()
 
     def _absorb(self) -> None:
         if self._stepper is not None:
@@ -251,11 +337,13 @@ class Engine:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
         self._absorb()
         self._tasks.forget()
+        self._prefixes.clear()
 
     def forget_rows(self) -> None:
         """Empty the matrices, but keep what was counted of how far candidates can be trusted."""
         self._absorb()
         self._tasks.forget(counts=False)
+        self._prefixes.clear()
 
     def stats(self) -> dict[str, Any]:
         """What the engine did since it was made (counts, seconds), and on what (texts)."""
@@ -263,6 +351,8 @@ class Engine:
             "tokens": self._tokens,
             "forwards": self._forwards,
             "busy_s": self._busy_s,
+            "prefix_hit_tokens": self._prefixes.hit_tokens,
+            "preemptions": self._scheduler.preemptions,
             "tree_sizes": dict(sorted(self.budget.chosen.items())),
             "kv_pages": self._cache.pool.pages,
             "kv_pages_used": self._cache.pool.pages - self._cache.pool.free,
@@ -288,7 +378,7 @@ class Engine:
         return {sequence.task for sequence in self._scheduler.running if sequence.task >= 0}
 
     def _begin(self, sequence: Sequence) -> None:
-        sequence.figures.started = time.perf_counter()
+        sequence.figures.started = sequence.figures.started or time.perf_counter()
         sequence.task = self.open_task(sequence.request.task).index
         alone = sequence.request.seed % _ALONE == _ALONE - 1
         sequence.reads = _NOBODY if alone else sequence.task
@@ -296,7 +386,16 @@ class Engine:
         if self._stepper is not None:
             sequence.lagged = self._stepper.admit(sequence)
 
+    def _retire_ended(self) -> None:
+        for sequence in [s for s in self._scheduler.running if s.ended and not s.in_flight]:
+            self._retire(sequence)
+
+    def _release(self, slot: int) -> None:
+        if self._stepper is not None:
+            self._stepper.release(slot)
+
     def _retire(self, sequence: Sequence) -> None:
+        self._release(sequence.slot)
         self._scheduler.retire(sequence)
         alone = sequence.reads != sequence.task
         self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)

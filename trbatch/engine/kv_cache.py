@@ -1,95 +1,231 @@
 """Pages of keys and values: who holds which, and where each token's lie.
 
 One tensor per layer shape, [layers, 2, kv_heads, slots, head_dim]; a page is `page_size` slots in a
-row. A sequence takes all the pages it may need when it is admitted, in one run where there is one:
-then its keys are a plain view, which the CPU path needs to be quick. Knows nothing of trees: a
-step's in-flight nodes lie in the slots behind the committed tokens and are moved by `move`.
+row. Pages of one sequence may lie anywhere; where they are adjacent its keys are a plain view, and
+the CPU path needs that to be quick. Knows nothing of trees: a step's in-flight nodes lie in the
+slots behind the committed tokens and are moved by `move`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from trbatch.engine.transfer import to_device
 
+_FREE, _HELD, _IDLE = 0, 1, 2
+_FREE_RUNS = re.compile(rb"\x00+")
+
 
 class PagePool:
-    """Free and taken pages.
+    """Who holds which page.
+
+    A page is held by one sequence or by several that say the same; or it is free; or it is idle:
+    nobody holds it, but what lies in it is known and may be wanted again. Idle pages are given away
+    when no free ones are left, first the one that was left longest ago.
 
     Args:
         pages: how many there are.
+        adjacent: whether pages that are taken together should be neighbours. Looking for such
+            takes time.
+        forget: is told of each idle page that is given away.
     """
 
-    def __init__(self, pages: int) -> None:
+    def __init__(
+        self,
+        pages: int,
+        *,
+        adjacent: bool = True,
+        forget: Callable[[int], None] = lambda page: None,
+    ) -> None:
         self.pages = pages
-        self._free = [(0, pages)] if pages else []  # runs of (first, count), ascending
+        self.forget = forget
+        self._adjacent = adjacent
+        self._state = bytearray(pages)
+        self._holders = [0] * pages
+        self._known: set[int] = set()
+        self._idle: dict[int, None] = {}  # in the order in which they were left
+        self._held = 0
+        # Free ones, the next last. Unused where neighbours are wanted.
+        self._stack = [] if adjacent else list(range(pages - 1, -1, -1))
 
     @property
     def free(self) -> int:
         """Pages that nobody holds."""
-        return sum(count for _, count in self._free)
+        return self.pages - self._held
 
     def can_take(self, count: int) -> bool:
-        """Whether `count` pages are free, in one run or several."""
+        """Whether `count` pages can be had, adjacent or not."""
         return count <= self.free
 
-    def take(self, count: int) -> list[int]:
-        """Take `count` pages, adjacent if any run is long enough (the shortest such run).
+    def take(self, count: int, *, behind: int = -1) -> list[int]:
+        """Take `count` pages, adjacent if that is wanted and possible (the shortest such run).
+
+        Args:
+            behind: a page whose next neighbours are wanted first.
 
         Raises:
-            AssertionError: fewer are free; ask `can_take` first.
+            AssertionError: fewer can be had; ask `can_take` first.
         """
         assert self.can_take(count), f"{count} pages asked for, {self.free} free"
-        fitting = [run for run in self._free if run[1] >= count]
-        if fitting:
-            first, length = min(fitting, key=lambda run: run[1])
-            self._replace((first, length), (first + count, length - count))
-            return list(range(first, first + count))
-        taken: list[int] = []
-        for run in sorted(self._free, key=lambda run: -run[1]):
-            part = min(run[1], count - len(taken))
-            taken += range(run[0], run[0] + part)
-            self._replace(run, (run[0] + part, run[1] - part))
-            if len(taken) == count:
-                break
+        if self._adjacent:
+            taken = self._neighbours(count, behind)
+        else:
+            taken = [self._stack.pop() if self._stack else self._oldest() for _ in range(count)]
+        for page in taken:
+            self._unmark(page)
+            self._state[page], self._holders[page] = _HELD, 1
+        self._held += count
         return taken
 
+    def hold(self, pages: Iterable[int]) -> None:
+        """Hold pages whose text is known once more."""
+        for page in pages:
+            assert page in self._known, f"page {page} may say anything"
+            if self._holders[page] == 0:
+                del self._idle[page]
+                self._state[page] = _HELD
+                self._held += 1
+            self._holders[page] += 1
+
     def give_back(self, pages: Sequence[int]) -> None:
-        """Free pages that `take` gave."""
-        runs = self._free + [(page, 1) for page in pages]
-        merged: list[tuple[int, int]] = []
-        for first, count in sorted(runs):
-            if merged and sum(merged[-1]) == first:
-                merged[-1] = (merged[-1][0], merged[-1][1] + count)
-            else:
-                assert not merged or sum(merged[-1]) < first, f"page {first} was free already"
-                merged.append((first, count))
-        self._free = merged
+        """Let go of pages; those behind others are given away before these."""
+        for page in reversed(pages):
+            assert self._holders[page] > 0, f"page {page} was free already"
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                self._held -= 1
+                if page in self._known:
+                    self._state[page] = _IDLE
+                    self._idle[page] = None
+                else:
+                    self._set_free(page)
 
-    def _replace(self, old: tuple[int, int], new: tuple[int, int]) -> None:
-        at = self._free.index(old)
-        self._free[at : at + 1] = [new] if new[1] else []
+    def know(self, page: int) -> None:
+        """Keep a page that is held for later, too, when nobody holds it any more."""
+        assert self._holders[page] > 0, f"nobody holds page {page}"
+        self._known.add(page)
+
+    def unknow(self, page: int) -> None:
+        """A page's text is of no use any more."""
+        self._known.discard(page)
+        if page in self._idle:
+            del self._idle[page]
+            self._set_free(page)
+
+    def _set_free(self, page: int) -> None:
+        self._state[page] = _FREE
+        if not self._adjacent:
+            self._stack.append(page)
+
+    def _unmark(self, page: int) -> None:
+        """Of a page that is being taken: whatever was known of it is so no longer."""
+        if page in self._known:
+            self._known.remove(page)
+            self._idle.pop(page, None)
+            self.forget(page)
+
+    def _oldest(self) -> int:
+        page = next(iter(self._idle))
+        del self._idle[page]
+        return page
+
+    def _neighbours(self, count: int, behind: int) -> list[int]:
+        wanted = bytes(count)
+        if behind >= 0 and self._state[behind + 1 : behind + 1 + count] == wanted:
+            return list(range(behind + 1, behind + 1 + count))
+        runs = [(m.end() - m.start(), m.start()) for m in _FREE_RUNS.finditer(self._state)]
+        fitting = [run for run in runs if run[0] >= count]
+        if fitting:
+            first = min(fitting)[1]
+            return list(range(first, first + count))
+        first = self._run_with_idle(wanted)
+        if first >= 0:
+            return list(range(first, first + count))
+        scattered = [
+            page for length, first in sorted(runs, key=lambda run: -run[0])
+            for page in range(first, first + length)
+        ]  # fmt: skip
+        return [*scattered, *self._idle][:count]
+
+    def _run_with_idle(self, wanted: bytes) -> int:
+        """The run that is made when idle pages are freed one after the other; -1: there is none."""
+        state, count = bytearray(self._state), len(wanted)
+        for page in self._idle:
+            state[page] = _FREE
+            first = state.find(wanted, max(0, page - count + 1), page + count)
+            if first >= 0:
+                return first
+        return -1
 
 
-@dataclass(frozen=True, slots=True)
 class Room:
-    """The pages of one sequence, seen as slots.
+    """The pages of one sequence, seen as slots."""
 
-    `slots` maps a place in the sequence to its slot; `first` is the first if they are adjacent.
-    """
+    __slots__ = ("_device", "_first", "_page_size", "_slots", "_told", "pages")
 
-    pages: tuple[int, ...]
-    slots: Tensor  # [capacity] int64, on the cache's device
-    first: int | None
+    def __init__(self, pages: Sequence[int], page_size: int, device: torch.device) -> None:
+        self._page_size, self._device = page_size, device
+        self._slots: Tensor | None = None
+        self._first: int | None = None
+        self._told = 0  # pages that `news` need not name
+        self.pages: list[int] = []
+        self.put(0, pages)
 
     @property
     def capacity(self) -> int:
         """Tokens that fit."""
-        return self.slots.shape[0]
+        return len(self.pages) * self._page_size
+
+    @property
+    def first(self) -> int | None:
+        """Its first slot if its pages are adjacent."""
+        return self._first
+
+    @property
+    def slots(self) -> Tensor:
+        """[capacity] int64: the slot of each place in the sequence, on the cache's device."""
+        if self._slots is None:
+            starts = to_device(self.pages, self._device, torch.int64) * self._page_size
+            places = torch.arange(self._page_size, device=self._device)
+            self._slots = (starts[:, None] + places).flatten()
+        return self._slots
+
+    def put(self, at: int, pages: Sequence[int]) -> list[int]:
+        """Put pages in the places of those from its page `at` on, or behind its last.
+
+        Returns:
+            Those whose places they took.
+        """
+        assert at <= len(self.pages)
+        before = self.pages[at : at + len(pages)]
+        self.pages[at : at + len(pages)] = pages
+        self._changed(at)
+        return before
+
+    def cut(self, count: int) -> list[int]:
+        """Keep the first `count` pages only. Returns the others."""
+        rest = self.pages[count:]
+        del self.pages[count:]
+        self._changed(count)
+        return rest
+
+    def news(self) -> list[tuple[int, int]]:
+        """(place, page) of each of its pages that may be another than when this was asked last."""
+        if self._told == len(self.pages):
+            return []
+        begin, self._told = self._told, len(self.pages)
+        return list(enumerate(self.pages))[begin:]
+
+    def _changed(self, begin: int) -> None:
+        self._told = min(self._told, begin)
+        self._slots = None
+        first = self.pages[0] if self.pages else 0
+        adjacent = self.pages == list(range(first, first + len(self.pages)))
+        self._first = first * self._page_size if adjacent else None
 
 
 class KVCache:
@@ -98,6 +234,7 @@ class KVCache:
     Args:
         layer_shapes: (kv_heads, head_dim) of each layer.
         slots: tokens that fit in all, rounded down to whole pages.
+        adjacent: whether a sequence's pages should be neighbours.
     """
 
     def __init__(
@@ -108,10 +245,11 @@ class KVCache:
         page_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        adjacent: bool = True,
     ) -> None:
-        self.page_size = page_size
-        self.pool = PagePool(slots // page_size)
-        self._device = device
+        self.page_size, self.adjacent = page_size, adjacent
+        self.pool = PagePool(slots // page_size, adjacent=adjacent)
+        self.device = device
         self._stacks: list[Tensor] = []
         self._places: dict[int, tuple[Tensor, int]] = {}  # layer -> its stack, and where in it
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # the same as views: keys, values
@@ -144,17 +282,16 @@ class KVCache:
         """Pages that hold `tokens` tokens."""
         return -(-tokens // self.page_size)
 
+    def room_of(self, pages: Sequence[int]) -> Room:
+        """These pages, which somebody holds, as slots."""
+        return Room(pages, self.page_size, self.device)
+
     def take_room(self, tokens: int) -> Room:
         """Take pages for `tokens` tokens; ask `pool.can_take(pages_for(tokens))` first."""
-        pages = self.pool.take(self.pages_for(tokens))
-        starts = to_device(pages, self._device, torch.int64) * self.page_size
-        slots = (starts[:, None] + torch.arange(self.page_size, device=self._device)).flatten()
-        adjacent = pages == list(range(pages[0], pages[0] + len(pages)))
-        first = pages[0] * self.page_size if adjacent else None
-        return Room(pages=tuple(pages), slots=slots, first=first)
+        return self.room_of(self.pool.take(self.pages_for(tokens)))
 
     def give_back(self, room: Room) -> None:
-        """Free a sequence's pages."""
+        """Let go of a sequence's pages."""
         self.pool.give_back(room.pages)
 
     def move(self, source: Tensor, target: Tensor) -> None:

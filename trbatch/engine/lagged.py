@@ -53,11 +53,11 @@ class Reading:
 class Stepper(Protocol):
     """The device's half of decoding."""
 
-    def is_ready(self, count: int, size: int) -> bool:
-        """Whether a step of `count` sequences can be started without making something first."""
+    def is_ready(self, members: ListLike[Sequence], size: int) -> bool:
+        """Whether a step of these can be started without making something first."""
         ...
 
-    def prepare(self, count: int, size: int) -> None:
+    def prepare(self, members: ListLike[Sequence], size: int) -> None:
         """Make what such steps need, once: nothing may be under way."""
         ...
 
@@ -79,6 +79,11 @@ class _Ticket:
     size: int = 0  # of a step; 0: prompts
     context: float = 0.0
     pieces: ListLike[tuple[Sequence, int]] = ()  # of prompts, and their tokens
+
+    @property
+    def gives(self) -> int:
+        """Tokens for each member, at most."""
+        return self.size or 1
 
 
 class LaggedDecoder:
@@ -116,24 +121,34 @@ class LaggedDecoder:
         self._push(_Ticket(list(members), handle, pieces=list(pieces)))
         self._after_prompts = True
 
-    def run(self, members: ListLike[Sequence]) -> int:
+    @property
+    def under_way(self) -> bool:
+        """Whether anything was started and is not read yet."""
+        return bool(self._pending)
+
+    def next_size(self, members: ListLike[Sequence]) -> int:
+        """How many tokens a sequence gets in the next step of these, the root included."""
+        return self._size or self._budget.choose_size(len(members), _context(members))
+
+    def run(self, members: ListLike[Sequence], size: int = 0) -> int:
         """Start a step of these sequences and read what was started before it.
 
         Args:
-            members: those that have not ended, as far as is known.
+            members: those that have not ended, as far as is known. They have room for the step.
+            size: tokens of each; 0: `next_size`.
 
         Returns:
             How many tokens were read.
         """
         given = 0
         if members:
-            context = sum(len(s.tokens) for s in members) / len(members)
-            size = self._size or self._budget.choose_size(len(members), context)
-            if not self._stepper.is_ready(len(members), size):
+            context = _context(members)
+            size = size or self.next_size(members)
+            if not self._stepper.is_ready(members, size):
                 # So that no step's time has it in it.
                 given = self._settle_to(0)
                 members = [sequence for sequence in members if not sequence.ended]
-                self._stepper.prepare(len(members), size)
+                self._stepper.prepare(members, size)
         if members:
             self._push(_Ticket(list(members), self._stepper.launch(members, size), size, context))
         left = 1 if members or self._after_prompts else 0
@@ -157,6 +172,7 @@ class LaggedDecoder:
         self._pending.append(ticket)
         for sequence in ticket.members:
             sequence.in_flight += 1
+            sequence.ahead += ticket.gives
 
     def _settle(self, ticket: _Ticket) -> int:
         """Wait for what was started and write it down. Returns its tokens."""
@@ -173,6 +189,7 @@ class LaggedDecoder:
         kept = []
         for sequence, outcome in zip(ticket.members, reading.outcomes, strict=True):
             sequence.in_flight -= 1
+            sequence.ahead -= ticket.gives
             kept.append(_taken(sequence, outcome))
             if self._paths and sequence.request.seed % _PATHS_OF == 0:
                 for rank in kept[-1].ranks:
@@ -201,6 +218,10 @@ class LaggedDecoder:
         if alive:
             given = sum(len(outcome.tokens) for outcome in outcomes)
             self._budget.count_tokens(size, given, alive)
+
+
+def _context(members: ListLike[Sequence]) -> float:
+    return sum(len(sequence.tokens) for sequence in members) / len(members)
 
 
 def _taken(sequence: Sequence, outcome: Outcome) -> Outcome:

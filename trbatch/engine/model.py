@@ -205,11 +205,11 @@ class CausalModel:
         size = self.loaded.dtype.itemsize
         return sum(2 * heads * dim * size for heads, dim in self.loaded.layer_shapes)
 
-    def allocate(self, slots: int) -> KVCache:
-        """Make the K/V cache, for `slots` tokens."""
+    def allocate(self, slots: int, *, adjacent: bool = True) -> KVCache:
+        """Make the K/V cache, for `slots` tokens. For `adjacent`, see `KVCache`."""
         self.cache = KVCache(
             self.loaded.layer_shapes, slots=slots, page_size=self._page_size,
-            device=self.loaded.device, dtype=self.loaded.dtype,
+            device=self.loaded.device, dtype=self.loaded.dtype, adjacent=adjacent,
         )  # fmt: skip
         return self.cache
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.likeliest import blocks_of, topk
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel
+from trbatch.engine.prefix import Piece, Prefixes
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
 
 _SMALL_TREE = 6.0  # tokens a step and sequence
-Piece = tuple[Sequence, int]  # whose prompt, and how many of its tokens come next
+_WORTH_WAITING = 4  # pages that another is about to fill
+_LESSON = 512  # places that are learned from at once
 
 
 class Prefiller:
@@ -35,22 +38,23 @@ class Prefiller:
         matrix: Matrix,
         tasks: Tasks,
         budget: Budget,
+        prefixes: Prefixes,
         config: EngineConfig,
         *,
         recycling: bool,
     ) -> None:
         self._model, self._matrix, self._tasks = model, matrix, tasks
-        self._budget, self._chunk = budget, config.prefill_chunk
+        self._budget, self._prefixes = budget, prefixes
         self._learning = recycling and config.recycle_prompts
 
-    def run(self, sequences: list[Sequence]) -> list[Sequence]:
-        """One forward over pieces of prompts, `prefill_chunk` tokens in all.
+    def run(self, sequences: list[Sequence], most: int) -> list[Sequence]:
+        """One forward over pieces of prompts, `most` tokens in all.
 
         Returns:
             Those whose prompt is done: they have taken their first token.
         """
         start = time.perf_counter()
-        pieces = pieces_of(sequences, self._chunk)
+        pieces = pieces_of(sequences, most, self._prefixes)
         where = [spans.of_prompt(sequence, count) for sequence, count in pieces]
         tokens = tokens_of(pieces)
         everywhere = self._learning and self._wants_prompt_candidates()
@@ -60,8 +64,7 @@ class Prefiller:
         last = logits[ends] if everywhere else logits
         if self._learning:
             self._learn_prompts(pieces, logits if everywhere else None)
-        for sequence, count in pieces:
-            sequence.cached += count
+        advance(pieces, self._prefixes)
         first = self._first_tokens([sequence for sequence, _ in pieces], last)
         seconds = time.perf_counter() - start
         for sequence, count in pieces:
@@ -82,14 +85,11 @@ class Prefiller:
         """Recycle prompts: the candidates of each token, or None for the texts alone."""
         wide = self._matrix.candidates
         candidates = None if logits is None else topk(blocks_of(logits), wide)
-        # The later row of the input wins, whatever the slots.
-        for sequence, count in sorted(pieces, key=lambda piece: piece[0].turn):
-            start = sum(c for s, c in pieces[: [s for s, _ in pieces].index(sequence)])
-            end = sequence.cached + count
+        for lesson in lessons_of(pieces, candidates, self._prefixes):
+            sequence = lesson.sequence
             drafting.learn_prompt(
-                self._matrix, self._ids(sequence.tokens[: end + 1]), sequence.cached,
-                count if candidates is None else candidates[start : start + count],
-                sequence.slot, sequence.task,
+                self._matrix, self._ids(sequence.tokens[: lesson.end + 1]), lesson.first,
+                lesson.rows, sequence.slot, sequence.task,
             )  # fmt: skip
             self._tasks.touch(sequence.task)
 
@@ -97,7 +97,7 @@ class Prefiller:
         self, sequences: list[Sequence], logits: Tensor
     ) -> list[tuple[Sequence, int]]:
         """The token after each wholly prefilled prompt."""
-        ready = [i for i, sequence in enumerate(sequences) if sequence.prefilled]
+        ready = [i for i, s in enumerate(sequences) if s.prefilled and not s.generated]
         if not ready:
             return []
         who = [sequences[i] for i in ready]
@@ -108,16 +108,86 @@ class Prefiller:
         return torch.tensor(values, dtype=torch.long, device=self._model.loaded.device)
 
 
-def pieces_of(sequences: ListLike[Sequence], most: int) -> list[Piece]:
-    """What is prefilled next: `most` tokens of the prompts that are not in the cache yet."""
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Part of a prompt that is to be recycled: the places from `first` on."""
+
+    sequence: Sequence
+    first: int
+    rows: Tensor | int  # [n, k] the candidates of its n places; n alone where nobody knows them
+
+    @property
+    def end(self) -> int:
+        """Behind its last place."""
+        return self.first + (self.rows if isinstance(self.rows, int) else len(self.rows))
+
+
+def pieces_of(sequences: ListLike[Sequence], most: int, prefixes: Prefixes) -> list[Piece]:
+    """What is prefilled next: `most` tokens of the prompts that are not in the cache yet.
+
+    What others have prefilled is taken first; whoever has much in common with what another is about
+    to prefill waits for it.
+    """
     pieces: list[Piece] = []
+    under_way: set[bytes] = set()
     for sequence in sequences:
-        count = min(most, sequence.prompt_length - sequence.cached)
-        if count == 0:
+        if most == 0:
             break
+        prefixes.share(sequence)
+        if prefixes.common(sequence, under_way) >= _WORTH_WAITING:
+            continue
+        left = sequence.goal - sequence.cached
+        count = min(most, left)
+        if count < left:
+            # Up to the end of a page: from there on others' pages may be of use.
+            whole = count - (sequence.cached + count) % prefixes.page_size
+            if whole <= 0 and pieces:
+                break
+            count = whole if whole > 0 else count
+        under_way.update(prefixes.keys_of(sequence, count))
         pieces.append((sequence, count))
         most -= count
     return pieces
+
+
+def lessons_of(
+    pieces: ListLike[Piece], candidates: Tensor | None, prefixes: Prefixes
+) -> list[Lesson]:
+    """What is to be learned from pieces that are about to be counted as cached.
+
+    What a sequence took from others is learned with the first piece of its own, as if it had been
+    run with it. The later row of the input comes last and wins, whatever the slots.
+
+    Args:
+        candidates: [N, k] of all pieces, one after the other; None: the texts alone.
+    """
+    if candidates is not None:
+        prefixes.keep(pieces, candidates)
+    lessons, start = [], 0
+    for sequence, count in pieces:
+        first, cached = sequence.learned, sequence.cached
+        sequence.learned = cached + count
+        if candidates is None:
+            lessons.append(Lesson(sequence, first, cached + count - first))
+            continue
+        if sequence.recalled < cached and first < cached:
+            lessons.append(Lesson(sequence, first, cached - first))
+            first = cached
+        for begin in range(first, cached, _LESSON):
+            end = min(begin + _LESSON, cached)
+            lessons.append(Lesson(sequence, begin, prefixes.recall(sequence, begin, end)))
+        for begin in range(0, count, _LESSON):
+            part = candidates[start + begin : start + min(begin + _LESSON, count)]
+            lessons.append(Lesson(sequence, cached + begin, part))
+        start += count
+    return sorted(lessons, key=lambda lesson: lesson.sequence.turn)
+
+
+def advance(pieces: ListLike[Piece], prefixes: Prefixes) -> None:
+    """Count pieces that were run as cached."""
+    for sequence, count in pieces:
+        sequence.cached += count
+        prefixes.publish(sequence, count)
 
 
 def tokens_of(pieces: ListLike[Piece]) -> list[int]:

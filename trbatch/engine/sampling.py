@@ -66,6 +66,11 @@ def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     return tokens
 
 
+def sorts(params: SamplingParams) -> bool:
+    """Whether the vocabulary has to be sorted to choose a token."""
+    return _kind(params) == 2
+
+
 def _kind(params: SamplingParams) -> int:
     if params.greedy:
         return 0

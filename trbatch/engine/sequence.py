@@ -135,9 +135,17 @@ class Sequence:
     task: int = -1  # index of the matrix that it teaches
     reads: int = -1  # of the one that drafts its tokens: the same, or an empty one to compare with
     room: Any = None  # kv_cache.Room
-    cached: int = 0  # prompt tokens whose keys are in the cache
+    # Tokens that are run before it decodes: its prompt; what it had said, too, if it has to begin
+    # anew. Of these:
+    goal: int = 0
+    cached: int = 0  # that have their keys and values in the cache
+    learned: int = 0  # that rows were written for
+    recalled: int = 0  # whose candidates are kept for others with the same beginning
+    page_keys: list[bytes] = field(default_factory=list)  # what its first pages say (`prefix`)
     lagged: bool = False  # whether its steps are read one late
     in_flight: int = 0  # steps that were started with it and not read yet
+    ahead: int = 0  # tokens that these may give, at most
+    place: int = 0  # how many came before it
     finish_reason: str = ""
     error: RowError | None = None  # why it has no text; what it took since means nothing
 
@@ -147,14 +155,25 @@ class Sequence:
         return bool(self.finish_reason) or self.error is not None
 
     @property
+    def decodes(self) -> bool:
+        """Whether it takes part in the next step."""
+        return self.room is not None and self.prefilled and not self.ended
+
+    @property
     def generated(self) -> int:
         """Tokens that came out so far."""
         return len(self.tokens) - self.prompt_length
 
     @property
     def prefilled(self) -> bool:
-        """Whether the whole prompt is in the cache."""
-        return self.cached == self.prompt_length
+        """Whether it can decode: all but its next root is in the cache."""
+        return self.cached == self.goal
+
+    def begin_anew(self) -> None:
+        """Nothing of it is in the cache any more, or yet."""
+        # What it said last is the root of the next tree.
+        self.goal = len(self.tokens) - 1 if self.generated else self.prompt_length
+        self.cached = self.learned = self.recalled = 0
 
     @property
     def turn(self) -> tuple[int, int]:

@@ -73,6 +73,9 @@ def cache_slots(
 ) -> int:
     """Tokens that the K/V cache is made for: what is free, and never more than can be used.
 
+    Of use is room for all sequences at their longest, and as much again for what is known of
+    prompts that nobody runs just now.
+
     Args:
         longest: tokens of the longest sequence with its tree.
         spare: tokens of room that no sequence gets.
@@ -85,7 +88,8 @@ def cache_slots(
     if loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(loaded.device)
         usable = free - int(total * (1 - config.gpu_memory_utilization))
-        slots = min(usable // bytes_per_token - spare, sequences * one)
+        most = sequences * one * (2 if config.prefix_sharing else 1)
+        slots = min(usable // bytes_per_token - spare, most)
     else:
         slots = max(one, min(sequences * one, sequences * (_CPU_CONTEXT + page)))
     if slots < one:

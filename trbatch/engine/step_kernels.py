@@ -17,6 +17,7 @@ from trbatch.engine.kernels.cache import move_paths
 from trbatch.engine.kernels.calibrate import calibrate
 from trbatch.engine.kernels.draft import Trees, draft
 from trbatch.engine.kernels.learn import learn
+from trbatch.engine.kernels.sample import sample
 from trbatch.engine.kernels.spine import look_ahead
 from trbatch.engine.matrix import ORDERS
 
@@ -26,10 +27,10 @@ class KernelOperations:
 
     captures = True
 
-    def step(self, state: State, batch: Batch, size: int) -> Accepted:
+    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
         """One step: a plain one has no kernels for drafts at all."""
         if size == 1:
-            return self._plain(state, batch)
+            return self._plain(state, batch, sampling=sampling)
         slots, matrix, rows = state.slots, state.matrix, batch.rows
         at = rows.clamp(min=0)
         active = (rows >= 0) & slots.active[at]
@@ -41,7 +42,10 @@ class KernelOperations:
         )  # fmt: skip
         logits = _forward(state, rows, trees.tokens, trees.depths, trees.ancestors)
         candidates = likeliest.topk(logits, matrix.candidates)
-        chosen = candidates[:, 0].contiguous().view(len(rows), size)
+        chosen = candidates[:, 0].contiguous()
+        if sampling:
+            chosen = sample(slots, rows, logits, chosen, trees.depths.flatten())
+        chosen = chosen.view(len(rows), size)
         accepted = _commit(state, rows, trees.tokens, trees.parents, chosen)
         calibrate(
             matrix, state.fresh, accepted.nodes, accepted.tokens, trees.contexts, trees.depths,
@@ -68,24 +72,49 @@ class KernelOperations:
         logits = model.run(ids, positions, PagedPlan(model.cache, layout), keep)
         if not learning:
             return logits
-        _learn_prompts(state, prompts, likeliest.topk(logits, state.matrix.candidates))
+        candidates = likeliest.topk(logits, state.matrix.candidates)
+        if state.kept is not None:
+            state.kept.index_copy_(0, _places(state, prompts), candidates.to(torch.int32))
+        _learn_prompts(state, prompts, candidates)
         return logits[ends]
 
-    def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
-        """See `device_step.Operations.first`."""
-        return _commit_roots(state, rows, likeliest.argmax(logits))
+    def recall(self, state: State, prompts: Prompts) -> None:
+        """See `device_step.Operations.recall`."""
+        assert state.kept is not None, "nothing is kept, so nothing is shared"
+        _learn_prompts(state, prompts, state.kept[_places(state, prompts)].to(torch.int64))
 
-    def _plain(self, state: State, batch: Batch) -> Accepted:
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
+        """See `device_step.Operations.first`."""
+        return _commit_roots(state, rows, logits, sampling=sampling)
+
+    def _plain(self, state: State, batch: Batch, *, sampling: bool) -> Accepted:
         rows = batch.rows
         tokens = state.slots.last[rows.clamp(min=0), :1]
         logits = _forward(state, rows, tokens, torch.zeros_like(tokens), None)
-        return _commit_roots(state, rows, likeliest.argmax(logits))
+        return _commit_roots(state, rows, logits, sampling=sampling)
 
     def _ahead(self, state: State, rows: Tensor) -> tuple[Tensor, Tensor]:
         if state.spine:
             return look_ahead(state.slots, rows, MAX_DEPTH + 1)
         nothing = torch.full((len(rows), MAX_DEPTH + 1), -1, device=rows.device)
         return nothing, torch.zeros_like(rows)
+
+
+def _whose(prompts: Prompts) -> Tensor:
+    """[N] the slot of the sequence that each token belongs to; of padding, any."""
+    node = torch.arange(len(prompts.tokens), dtype=torch.int32, device=prompts.tokens.device)
+    piece = torch.searchsorted(prompts.starts[1:], node, right=True)
+    return prompts.rows.long()[piece.clamp(max=len(prompts.rows) - 1)]
+
+
+def _places(state: State, prompts: Prompts) -> Tensor:
+    """[N] the slots of the cache in which tokens of prompts lie; padding lies nowhere."""
+    assert state.model.cache is not None
+    size, at = state.model.cache.page_size, prompts.positions.long()
+    node = torch.arange(len(at), device=at.device)
+    page = state.slots.pages[_whose(prompts), at // size].long()
+    page = torch.where(node < prompts.starts[-1], page, state.nowhere[0])
+    return page * size + at % size
 
 
 def _learn_prompts(state: State, prompts: Prompts, candidates: Tensor) -> None:
@@ -96,8 +125,7 @@ def _learn_prompts(state: State, prompts: Prompts, candidates: Tensor) -> None:
     """
     slots, starts, count = state.slots, prompts.starts, len(prompts.tokens)
     rows, node = prompts.rows.long(), torch.arange(count, device=candidates.device)
-    piece = torch.searchsorted(starts[1:], node.to(torch.int32), right=True)
-    whose = rows[piece.clamp(max=len(rows) - 1)]
+    whose = _whose(prompts)
     after = prompts.positions.long() + 1
     known = (after < slots.lengths[whose]) & (node < starts[-1])
     following = slots.texts[whose, after.clamp(max=slots.texts.shape[1] - 1)].long()
@@ -160,7 +188,10 @@ def _commit(
     return accepted
 
 
-def _commit_roots(state: State, rows: Tensor, chosen: Tensor) -> Accepted:
-    """Steps without drafts: each row takes the token after its root."""
+def _commit_roots(state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
+    """Steps without drafts: each row takes the token after its root, from logits [B, V]."""
+    chosen = likeliest.argmax(logits)
+    if sampling:
+        chosen = sample(state.slots, rows, logits, chosen, torch.zeros_like(chosen))
     roots = state.slots.last[rows.clamp(min=0), :1].contiguous()
     return _commit(state, rows, roots, torch.zeros_like(roots), chosen[:, None])

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from trbatch.config import SamplingParams
 from trbatch.engine import best_first, drafting, reference
 from trbatch.engine.ahead import Ahead
 from trbatch.engine.attention import Span
@@ -19,7 +20,10 @@ from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.matrix import EMPTY
+from trbatch.engine.sampling import Choice, choose, uniform
 from trbatch.engine.verify import NOT_CHOSEN, Verdict
+
+_Piece = tuple[int, int, int, int]  # slot, tokens before it, begin and end among those of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class PlainOperations:
 
     captures = False
 
-    def step(self, state: State, batch: Batch, size: int) -> Accepted:
+    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
         """One step. A plain one neither counts nor learns, like the kernels'."""
         running = _running(state, batch)
         if not len(running.at):
@@ -47,7 +51,10 @@ class PlainOperations:
         logits = self._forward(state, running, drafted)
         blocks = blocks_of(logits)
         width = drafted.tokens.shape[1]
-        chosen = drafting.padded(argmax(blocks), drafted.sizes, width, NOT_CHOSEN)
+        flat = argmax(blocks)
+        if sampling:
+            flat = _sampled(state, running, drafted, logits)
+        chosen = drafting.padded(flat, drafted.sizes, width, NOT_CHOSEN)
         accepted = self._commit(state, batch.rows, running, drafted, chosen, size)
         if size > 1:
             verdict = Verdict(
@@ -60,8 +67,8 @@ class PlainOperations:
             )  # fmt: skip
             for row, found in zip(running.at.tolist(), ranks, strict=True):
                 accepted.ranks[row, : len(found)] = torch.tensor(found)
-            flat = topk(blocks, state.matrix.candidates)
-            candidates = drafting.padded(flat, drafted.sizes, width, EMPTY)
+            known = topk(blocks, state.matrix.candidates)
+            candidates = drafting.padded(known, drafted.sizes, width, EMPTY)
             turns = state.slots.turns[running.slots].argsort().argsort()
             tasks = state.slots.tasks[running.slots].long()
             drafting.learn(
@@ -71,39 +78,39 @@ class PlainOperations:
 
     def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
         """See `device_step.Operations.prefill`."""
-        where, pieces = [], []
-        starts = prompts.starts.tolist()
-        for at, (start, end) in enumerate(pairwise(starts)):
-            if count := end - start:
-                slot, committed = int(prompts.rows[at]), int(prompts.committed[at])
-                where.append(
-                    Span(
-                        room=_room(state, slot), committed=committed, length=count,
-                        positions=prompts.positions[start:end].long(),
-                        inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
-                    )
-                )  # fmt: skip
-                pieces.append((slot, committed, start, end))
-        logits = state.model.forward(prompts.tokens[: starts[-1]].long(), where)
+        where, pieces = [], _pieces(prompts)
+        for slot, committed, start, end in pieces:
+            count = end - start
+            where.append(
+                Span(
+                    room=_room(state, slot), committed=committed, length=count,
+                    positions=prompts.positions[start:end].long(),
+                    inner=torch.ones(count, count, dtype=torch.bool).tril(), in_order=True,
+                )
+            )  # fmt: skip
+        logits = state.model.forward(prompts.tokens[: pieces[-1][3]].long(), where)
         if learning:
             candidates = topk(blocks_of(logits), state.matrix.candidates)
-            # The later row of the input wins, whatever the slots.
-            for slot, committed, start, end in sorted(
-                pieces, key=lambda piece: int(state.slots.turns[piece[0]])
-            ):
-                reach = min(int(state.slots.lengths[slot]), committed + end - start + 1)
-                drafting.learn_prompt(
-                    state.matrix, state.slots.texts[slot, :reach].long(), committed,
-                    candidates[start:end], slot, int(state.slots.tasks[slot]),
-                )  # fmt: skip
+            if state.kept is not None:
+                state.kept[_places(state, pieces)] = candidates.to(torch.int32)
+            _learn_prompts(state, pieces, candidates)
         return logits[[end - 1 for *_, end in pieces]]
 
-    def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
+    def recall(self, state: State, prompts: Prompts) -> None:
+        """See `device_step.Operations.recall`."""
+        assert state.kept is not None, "nothing is kept, so nothing is shared"
+        pieces = _pieces(prompts)
+        _learn_prompts(state, pieces, state.kept[_places(state, pieces)].long())
+
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
         """See `device_step.Operations.first`."""
         running = _running(state, Batch(rows, torch.zeros_like(rows)))
         drafted = drafting.roots(running.last)
-        chosen = argmax(blocks_of(logits.float()))[running.at, None]
-        return self._commit(state, rows, running, drafted, chosen, 1)
+        logits = logits.float()[running.at]
+        chosen = argmax(blocks_of(logits))
+        if sampling:
+            chosen = _sampled(state, running, drafted, logits)
+        return self._commit(state, rows, running, drafted, chosen[:, None], 1)
 
     def _draft(self, state: State, running: _Running, size: int) -> tuple[Draft, Ahead | None]:
         drafted = drafting.roots(running.last)
@@ -170,11 +177,51 @@ def _running(state: State, batch: Batch) -> _Running:
     return _Running(at, mine, batch.reads[at], slots.last[mine].long())
 
 
+def _sampled(state: State, running: _Running, drafted: Draft, logits: Tensor) -> Tensor:
+    """[N] the model's own next token at each node, by each row's settings and noise."""
+    slots, choices = state.slots, []
+    for row, slot in enumerate(running.slots.tolist()):
+        params = SamplingParams(
+            temperature=float(slots.temperatures[slot]), min_p=float(slots.min_ps[slot])
+        )
+        begin = int(slots.lengths[slot]) - int(slots.begins[slot])
+        seed, sample = int(slots.seeds[slot]), int(slots.samples[slot])
+        for depth in drafted.depths[row, : drafted.sizes[row]].tolist():
+            choices.append(Choice(params, uniform(seed, sample, begin + depth)))
+    return choose(logits, choices)
+
+
+def _pieces(prompts: Prompts) -> list[_Piece]:
+    pairs = enumerate(pairwise(prompts.starts.tolist()))
+    return [
+        (int(prompts.rows[at]), int(prompts.committed[at]), start, end)
+        for at, (start, end) in pairs
+        if start < end
+    ]
+
+
+def _places(state: State, pieces: list[_Piece]) -> Tensor:
+    """[N] the slots of the cache in which the tokens of pieces lie."""
+    return torch.cat([
+        _room(state, slot).slots[committed : committed + end - start]
+        for slot, committed, start, end in pieces
+    ])  # fmt: skip
+
+
+def _learn_prompts(state: State, pieces: list[_Piece], candidates: Tensor) -> None:
+    """Recycle candidates [N, k]. The later row of the input wins, whatever the slots."""
+    for slot, committed, start, end in sorted(
+        pieces, key=lambda piece: int(state.slots.turns[piece[0]])
+    ):
+        reach = min(int(state.slots.lengths[slot]), committed + end - start + 1)
+        drafting.learn_prompt(
+            state.matrix, state.slots.texts[slot, :reach].long(), committed,
+            candidates[start:end], slot, int(state.slots.tasks[slot]),
+        )  # fmt: skip
+
+
 def _room(state: State, slot: int) -> Room:
     """The pages of a slot as the host's paths know them."""
     cache = state.model.cache
     assert cache is not None
-    pages = [page for page in state.slots.pages[slot].tolist() if page >= 0]
-    starts = torch.tensor(pages, device=state.nowhere.device) * cache.page_size
-    places = torch.arange(cache.page_size, device=state.nowhere.device)
-    return Room(tuple(pages), (starts[:, None] + places).flatten(), None)
+    return cache.room_of([page for page in state.slots.pages[slot].tolist() if page >= 0])

@@ -1,0 +1,66 @@
+"""Timing steps on the device as they will run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from trbatch.engine.device_step import DeviceStep, bucket_of
+from trbatch.engine.transfer import OnItsWay
+
+
+class DeviceTimer:
+    """Times steps as they will run: captured, on texts of a given length that say anything.
+
+    Call it before anything is admitted. Rows of the matrix `task` are overwritten.
+
+    Args:
+        task: whose matrix drafts and learns.
+        longest: see `sizing`.
+    """
+
+    def __init__(self, stepper: DeviceStep, *, task: int, longest: int) -> None:
+        self._stepper, self._task, self.longest = stepper, task, longest
+
+    @torch.inference_mode()
+    def __call__(self, batch: int, size: int, context: int) -> float:
+        """Seconds of one step of (batch, T) with `context` committed tokens a sequence."""
+        stepper = self._stepper
+        bucket = bucket_of(batch, stepper.capacity)
+        shape = stepper.shape(bucket, size)
+        rooms = self._take_slots(min(bucket, stepper.capacity), size, context)
+        shape.fill(range(len(rooms)), [self._task] * len(rooms))
+        stepper.wait()
+        start = time.perf_counter()
+        report = OnItsWay(shape.replay.run().report)
+        report.wait()
+        seconds = time.perf_counter() - start
+        self._give_back(rooms)
+        return seconds
+
+    def _take_slots(self, count: int, size: int, context: int) -> list[Any]:
+        cache, slots = self._stepper.state.model.cache, self._stepper.state.slots
+        assert cache is not None
+        # Random words, of which each text repeats its own: drafts have something to find.
+        vocab = self._stepper.state.matrix.vocab_size
+        words = torch.randint(vocab, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+        rooms = []
+        for slot in range(count):
+            text = [words[(slot + i * i) % len(words)] for i in range(context + 1)]
+            room = cache.take_room(context + 1 + size)
+            slots.put(slot, text, left=1 << 20, stops=[], pages=room.pages, task=self._task,
+                      turn=slot)  # fmt: skip
+            rooms.append(room)
+        return rooms
+
+    def _give_back(self, rooms: list[Any]) -> None:
+        state = self._stepper.state
+        assert state.model.cache is not None
+        for slot, room in enumerate(rooms):
+            state.slots.active[slot].fill_(False)
+            state.matrix.clear_slot(slot)
+            state.model.cache.give_back(room)
+        state.matrix.clear_task(self._task)
+        state.fresh.zero_()
