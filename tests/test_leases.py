@@ -209,6 +209,14 @@ def test_a_note_that_a_death_cut_short_leaves_the_one_before(flight: FlightRecor
     assert flight.running() == {"e": [(1, 0)]}
 
 
+def test_a_record_needs_no_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    record = FlightRecord.create()
+    record.note_running([(("e", 0), 1, 0)])
+    assert record.running() == {"e": [(1, 0)]}
+    record.close()
+
+
 def test_a_record_of_another_parent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from trbatch.errors import WorkerError
 
