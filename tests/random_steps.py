@@ -15,6 +15,7 @@ from trbatch.engine.drafting import Draft
 
 VOCAB, K, TASKS, PAGE = 13, 3, 2, 4
 STOPS, PAGES, DEEPEST = 3, 40, 7  # M, P, D
+LONGEST = 200  # L
 SPARE = 3  # slots that no row names
 
 
@@ -31,7 +32,9 @@ class Step:
 
 def random_slots(rng: random.Random, count: int, lengths: list[int]) -> Slots:
     """Sequences on pages in any order; some slots have ended or nobody has them."""
-    slots = Slots.empty(count, stops=STOPS, pages=PAGES, device=torch.device("cpu"))
+    slots = Slots.empty(
+        count, stops=STOPS, pages=PAGES, longest=LONGEST, device=torch.device("cpu")
+    )
     pages = rng.sample(range(count * PAGES), count * PAGES)
     turns = rng.sample([*range(50), *range(MOST_TURNS - 50, MOST_TURNS)], count)
     for slot in range(count):

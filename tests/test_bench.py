@@ -176,7 +176,8 @@ def test_speed_compares_three_ways_on_the_same_prompts(prompts: Path, own_costs:
     assert all(rate > 0 for rate in figures["tokens_per_s"].values())
     names = ("recycling_over_plain", "plain_over_generate", "recycling_over_generate")
     for name in names:
-        assert 0 < figures[name]["lower_95"] <= figures[name]["median"]
+        # Of two runs the bound is far below: rounded, it may be 0.
+        assert 0 <= figures[name]["lower_95"] <= figures[name]["median"]
     assert figures["mean_acceptance_length"] >= 1.0
     assert (result["runs"], result["max_tokens"]) == (2, 4)
 

@@ -9,6 +9,7 @@ from trbatch.config import EngineConfig
 from trbatch.engine import drafter, drafting, heap_search, verify
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
+from trbatch.engine.coming_true import count_paths
 from trbatch.engine.costs import CostTable
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.drafting import Draft
@@ -79,9 +80,7 @@ def test_few_nodes_are_calibrated_as_many_are(seed: int, count: int) -> None:
     ranks = heap_search.calibrate(
         HostRows.of(matrix), quick, drafted, verdict, SLOTS, TASKS, spines
     )  # fmt: skip
-    budget = Budget(CostTable({(1, 1): 1.0}, context=0, per_context=0.0), most=21)
-    by_tensors = Drafter(matrix, slow, [], budget, EngineConfig(), most=21, template=None)
-    assert by_tensors._calibrate_many(drafted, verdict, SLOTS, TASKS, spines) == ranks
+    assert count_paths(matrix, slow, drafted, verdict, SLOTS, TASKS, spines) == ranks
     for task in range(2):
         torch.testing.assert_close(quick.of_task(task), slow.of_task(task), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(quick.chances, slow.chances, rtol=1e-3, atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as ListLike
 
 import pytest
@@ -11,7 +12,7 @@ from trbatch.config import SamplingParams
 from trbatch.engine.budget import Budget
 from trbatch.engine.costs import CostTable
 from trbatch.engine.curve import STEP_SIZES, Curve, prior_tokens
-from trbatch.engine.lagged import LaggedDecoder, Outcome
+from trbatch.engine.lagged import LaggedDecoder, Outcome, Reading
 from trbatch.engine.sequence import Figures, Sequence
 from trbatch.engine.text import StopChecker
 
@@ -24,15 +25,17 @@ class Script:
         self.said: dict[int, int] = {}
         self.under_way: list[int] = []
         self.launches = 0
+        self.prepared = {(count, 4) for count in (1, 2)}
 
-    def can_take(self, sequence: Sequence) -> bool:
-        return True
+    def is_ready(self, count: int, size: int) -> bool:
+        return (count, size) in self.prepared
 
-    def admit(self, sequence: Sequence) -> None:
-        self.said[int(sequence.request.key)] = 0
+    def prepare(self, count: int, size: int) -> None:
+        assert not self.under_way, "something runs while a step is made ready"
+        self.prepared.add((count, size))
 
     def launch(self, members: ListLike[Sequence], size: int) -> int:
-        assert len(self.under_way) < 2, "a third step was started before the first was read"
+        assert len(self.under_way) < 3, "a step was started before the last but one was read"
         self.launches += 1
         self.under_way.append(self.launches)
         self._members = {self.launches: [int(s.request.key) for s in members]} | getattr(
@@ -40,16 +43,16 @@ class Script:
         )
         return self.launches
 
-    def read(self, handle: int) -> list[Outcome]:
+    def read(self, handle: int) -> Reading:
         assert handle == self.under_way.pop(0), "steps are read in their order"
         outcomes = []
         for key in self._members[handle]:
             count = self.pace[(key + handle) % len(self.pace)]
-            begin = self.said[key]
+            begin = self.said.setdefault(key, 0)
             tokens = self.texts[key][begin : begin + count]
             self.said[key] = begin + len(tokens)
             outcomes.append(Outcome(tokens, count, max(0, len(tokens) - 1)))
-        return outcomes
+        return Reading(outcomes, 0.001)
 
 
 def sequence(key: int, length: int, **sampling) -> Sequence:
@@ -62,20 +65,19 @@ def sequence(key: int, length: int, **sampling) -> Sequence:
 
 def run(script: Script, batch: list[Sequence]) -> list[int]:
     """Decode all to their ends; the keys in the order in which they could be let go."""
-    decoder, gone, running = (
-        LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81)),
-        [],
-        list(batch),
-    )
-    for one in batch:
-        decoder.admit(one)
+    decoder, gone, running = decoder_of(script), [], list(batch)
     while True:
-        settled = decoder.step([s for s in running if not s.finish_reason], 4)
+        decoder.run([s for s in running if not s.finish_reason])
         for one in [s for s in running if s.finish_reason and s.in_flight == 0]:
             running.remove(one)
             gone.append(int(one.request.key))
-        if settled is None and not running:
+        if not running:
+            assert decoder.drain() == 0
             return gone
+
+
+def decoder_of(script: Script) -> LaggedDecoder:
+    return LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81), size=4)
 
 
 @pytest.mark.parametrize("pace", [[1], [1, 2, 3], [4, 1], [7]])
@@ -93,12 +95,10 @@ def test_what_comes_after_a_stop_string_is_thrown_away() -> None:
     texts = {1: list(range(20, 60)), 2: list(range(60, 100))}
     batch = [sequence(1, 40, stop=["27 "]), sequence(2, 40)]
     script = Script(texts, [2])
-    decoder = LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81))
-    for one in batch:
-        decoder.admit(one)
+    decoder = decoder_of(script)
     kept_busy = 0
     for _ in range(30):
-        decoder.step([s for s in batch if not s.finish_reason], 4)
+        decoder.run([s for s in batch if not s.finish_reason])
         kept_busy += bool(batch[0].finish_reason) and batch[0].in_flight > 0
     decoder.drain()
     assert batch[0].tokens[1:] == list(range(20, 28))
@@ -110,15 +110,40 @@ def test_what_comes_after_a_stop_string_is_thrown_away() -> None:
 def test_the_device_has_the_next_step_before_the_host_reads_the_last() -> None:
     script = Script({1: list(range(20, 40))}, [1])
     one = sequence(1, 20)
-    decoder = LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81))
-    decoder.admit(one)
-    assert decoder.step([one], 4) is None
+    decoder = decoder_of(script)
+    assert decoder.run([one]) == 0
     assert len(script.under_way) == 1
-    decoder.step([one], 4)
+    decoder.run([one])
     assert len(script.under_way) == 1 and script.launches == 2
     assert one.in_flight == 1
     assert decoder.drain() == 1
     assert one.in_flight == 0 and decoder.drain() == 0
+
+
+def test_the_token_after_a_prompt_is_read_when_the_next_step_is_under_way() -> None:
+    script = Script({1: list(range(20, 40))}, [1])
+    one, decoder = sequence(1, 20), decoder_of(script)
+    decoder.after_prompts([(one, 7)], [one], script.launch([one], 0))
+    assert decoder.run([]) == 0 and one.in_flight == 1, "nothing was started behind it yet"
+    decoder.after_prompts([(one, 1)], [], script.launch([], 0))
+    assert decoder.run([one]) == 1
+    assert one.tokens == [5, 20] and one.in_flight == 1
+    assert one.figures.prefill_s > 0 and one.figures.forwards == 0, "a prompt is no decode step"
+    assert decoder.drain() == 1 and one.figures.forwards == 1
+
+
+def test_prompts_that_the_host_starts_meanwhile_are_not_in_a_steps_time() -> None:
+    script = Script({1: list(range(20, 40)), 2: list(range(60, 80))}, [1])
+    one, two, decoder = sequence(1, 20), sequence(2, 20), decoder_of(script)
+    decoder.run([one])
+    time.sleep(0.1)  # the host makes a prefill
+    decoder.after_prompts([(two, 7)], [two], script.launch([two], 0))
+    decoder.run([one, two])
+    assert one.figures.decode_s == pytest.approx(0.001), "what the device was busy with it"
+    assert two.figures.prefill_s > 0.09, "what passed else belongs to the prompts"
+    time.sleep(0.1)  # and here it is only slow
+    decoder.run([one, two])
+    assert one.figures.decode_s > 0.1
 
 
 def costs(plain: float, token: float) -> CostTable:

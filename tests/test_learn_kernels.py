@@ -127,7 +127,7 @@ def test_one_tree_serves_all_rows(device: str) -> None:
 def test_what_rows_look_like_when_they_end() -> None:
     """A chain of four nodes, all right: cut by nothing, by a stop, by what is left; and no row."""
     device = torch.device("cpu")
-    slots = Slots.empty(4, stops=2, pages=4, device=device)
+    slots = Slots.empty(4, stops=2, pages=4, longest=64, device=device)
     ends: list[dict[str, Any]] = [
         {"left": 9, "stops": []}, {"left": 3, "stops": [9, 6]}, {"left": 2, "stops": [7]},
     ]  # fmt: skip
@@ -211,6 +211,9 @@ def test_the_twin_does_what_sequences_do(seed: int, batch: int, size: int) -> No
         assert int(slots.left[slot]) == sequence.max_tokens - sequence.generated
         assert bool(slots.active[slot]) == (not sequence.finish_reason)
         assert slots.last[slot].tolist() == ([-1] * 3 + sequence.tokens)[:-4:-1]
+        length = int(before.lengths[slot])
+        taken = slots.texts[slot, length : len(sequence.tokens)]
+        assert taken.tolist() == sequence.tokens[length:]
     others = [slot for slot in range(len(before.left)) if slot not in ran]
     for field in fields(Slots):
         assert torch.equal(getattr(slots, field.name)[others], getattr(before, field.name)[others])
@@ -298,7 +301,7 @@ def test_of_several_sequences_the_later_turn_wins_whatever_the_slots(
     """The same sequences in other slots and other rows teach their task the same."""
     batch, size = 4, 9
     step = a_step(data.draw(st.integers(0, 2**32)), batch, size)
-    slots = Slots.empty(batch, stops=STOPS, pages=PAGES, device=torch.device("cpu"))
+    slots = Slots.empty(batch, stops=STOPS, pages=PAGES, longest=64, device=torch.device("cpu"))
     step = replace(step, slots=slots, rows=torch.arange(batch))
     slots.turns[:] = torch.tensor([7, 3, MOST_TURNS - 1, 4])
     on_path = torch.zeros(batch, size, dtype=torch.bool)

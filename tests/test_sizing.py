@@ -37,7 +37,6 @@ class Machine:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     found = Machine()
     monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(sizing, "_StepTimer", lambda *_: found)
     return found
 
 
@@ -47,9 +46,9 @@ def loaded() -> LoadedModel:
 
 
 @pytest.fixture
-def costs(loaded: LoadedModel) -> Callable[..., CostTable]:
+def costs(loaded: LoadedModel, machine: Machine) -> Callable[..., CostTable]:
     def find(**settings: Any) -> CostTable:
-        return sizing.step_costs(None, loaded, 81, 8, **settings)
+        return sizing.step_costs(machine, loaded, 81, 8, **settings)
 
     return find
 

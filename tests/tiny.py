@@ -83,7 +83,9 @@ def loaded(kind: str = "llama", **changes: Any) -> LoadedModel:
 def engine(model: LoadedModel, **settings: Any) -> Engine:
     """An engine of small sizes."""
     more = {
-        name: settings.pop(name) for name in ("orders", "task_orders", "shape") if name in settings
+        name: settings.pop(name)
+        for name in ("orders", "task_orders", "shape", "operations")
+        if name in settings
     }
     if "shape" in more:
         more["tree"] = more.pop("shape")

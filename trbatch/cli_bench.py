@@ -10,6 +10,7 @@ import click
 from trbatch import cli_options as options
 from trbatch.cli_output import print_table
 from trbatch.config import TREES, EngineConfig
+from trbatch.engine.shapes import SHAPES
 from trbatch.errors import UsageError
 
 _EXAMPLE = "trbatch bench speed --prompts prompts.jsonl --batch 1,8"
@@ -20,7 +21,11 @@ def bench_group() -> None:
     """Measure acceptance and speed on this machine."""
 
 
-def _whole_numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+def _whole_numbers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> list[int] | None:
+    if value is None:
+        return None
     try:
         numbers = [int(part) for part in value.split(",")]
     except ValueError:
@@ -107,13 +112,10 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
 @click.option(
     "batches",
     "--batch",
-    default="1,8",
-    show_default=True,
     callback=_whole_numbers,
-    help="Rows decoded together; several as 1,8.",
+    help="Rows decoded together; several as 1,8. Without it: 1,8, on a GPU up to 256.",
 )
 @click.option("--max-tokens", default=96, show_default=True, help="Tokens a prompt.")
-@click.option("--runs", default=7, show_default=True, help="Interleaved runs; medians are shown.")
 @click.option("--limit", default=0, help="Prompts to use, from the first; 0: what the runs need.")
 @click.option(
     "--warm-up",
@@ -122,12 +124,35 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
     show_default=True,
     help="Other prompts that the matrix learns from before the clock starts; 0: cold.",
 )
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "turns", "curve"]),
+    default="auto",
+    show_default=True,
+    help="Runs that take turns, for a machine that others use; or one pass a batch size, with "
+    "steps, floor and tail. auto: a curve on a GPU, or where a shape or a picture is asked for.",
+)
+@click.option("--runs", default=7, show_default=True, help="Of turns; medians are shown.")
+@click.option(
+    "--as-shape",
+    type=click.Choice(list(SHAPES)),
+    help="Give a small Llama the cost of a big one without changing what it says.",
+)
+@click.option(
+    "--random-weights/--no-random-weights",
+    default=True,
+    help="With a shape: time random weights too, since zeros may run faster (default).",
+)
+@click.option(
+    "--generate/--no-generate", default=True, help="Time transformers' generate, too (default)."
+)
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve.")
 @options.json_option
-def bench_speed(as_json: bool, **settings: Any) -> None:
+def bench_speed(as_json: bool, method: str, **settings: Any) -> None:
     """Tokens/s of transformers' generate, our plain decoding and our Token Recycling."""
-    from trbatch.engine.bench_speed import speed
+    from trbatch.engine.bench_method import measure_speed
 
-    print_table(speed(**settings, progress=_note), as_json=as_json)
+    print_table(measure_speed(method, **settings, progress=_note), as_json=as_json)
 
 
 def _note(text: str) -> None:

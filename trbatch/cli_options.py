@@ -136,6 +136,7 @@ engine_options = grouped(
         "--speculate/--no-speculate",
     ),
     _setting(EngineConfig, "tree_size", "Tokens a step for each row; 0: what pays best."),
+    _setting(EngineConfig, "enforce_eager", "Without CUDA graphs: slower, for debugging."),
 )
 
 bench_model_options: Decorator = grouped(

@@ -166,7 +166,9 @@ def print_rows(rows: Iterable[Mapping[str, Any]], otherwise: str) -> None:
     for record in records:
         table.add_row(*(_cell(value) for value in record.values()))
     console = Console(highlight=False, markup=False)
-    console.print(table, width=None if console.is_terminal else WIDTH_OF_A_FILE)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
+    console.print(table)
 
 
 def _cell(value: Any) -> str:

@@ -153,11 +153,11 @@ class EngineConfig(_Config):
 
     device: str = "auto"  # auto, cpu, cuda:0, …
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    max_num_seqs: int = 0  # sequences decoded together; 0: 8 on a CPU, 64 on a GPU
+    max_num_seqs: int = 0  # sequences decoded together; 0: 8 on a CPU, 128 on a GPU
     max_model_len: int = 0  # prompt and output together, tokens; 0: the model's, 8,192 at most
     gpu_memory_utilization: float = 0.9
     page_size: int = 16  # tokens a page of the K/V cache
-    prefill_chunk: int = 512  # prompt tokens a prefill step, over all its sequences
+    prefill_chunk: int = 0  # prompt tokens a prefill, over all its sequences; 0: by the machine
     speculate: bool = True
     # How nodes are picked: for each row by chance, along one tree of the task that is learned, or
     # along the published one, as a reference.
@@ -167,13 +167,14 @@ class EngineConfig(_Config):
     spine: bool = True  # let a repeated passage of the text be a branch of the tree
     tree_size: int = 0  # tokens a step per sequence, the root included; 0: by the budget
     max_tree_size: int = DEFAULT_TREE_SIZE  # the largest that the budget may choose
+    enforce_eager: bool = False  # on a GPU, launch each kernel by itself: no captured graphs
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _choice("tree", self.tree, TREES)
-        for name in ("max_num_seqs", "max_model_len", "tree_size"):
+        for name in ("max_num_seqs", "max_model_len", "tree_size", "prefill_chunk"):
             _integer(name, getattr(self, name), 0)
-        for name in ("page_size", "prefill_chunk", "max_tree_size"):
+        for name in ("page_size", "max_tree_size"):
             _integer(name, getattr(self, name), 1)
         _number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_below=True)
 

@@ -48,6 +48,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    fuse: bool = True,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer onto a device, ready for the engine.
 
@@ -58,6 +59,7 @@ def load_model(
         dtype: `auto` (float32 on a CPU, the checkpoint's 16-bit type or bfloat16 on a GPU) or a
             torch dtype's name.
         trust_remote_code: run Python code that comes with the model. Off unless asked for.
+        fuse: put quicker modules that say the same in the places of its own.
 
     Raises:
         ModelError: the model cannot be found or loaded, or this engine cannot run it.
@@ -78,6 +80,7 @@ def load_model(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            fuse=fuse,
         )
 
 

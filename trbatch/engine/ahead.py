@@ -53,8 +53,10 @@ def ahead_of(
 
 def put_first(tokens: Tensor, rows: Tensor) -> Tensor:
     """Rows [n, k] with tokens [n] at rank 0; what stood before them moves down, the last falls."""
-    longer = torch.cat([tokens[:, None], rows], dim=1)
-    repeated = longer == tokens[:, None]
-    repeated[:, 0] = False
-    order = repeated.int().sort(dim=1, stable=True).indices
-    return longer.gather(1, order)[:, : rows.shape[1]]
+    there = rows == tokens[:, None]
+    k = rows.shape[1]
+    rank = torch.where(there.any(1), there.int().argmax(1), k)[:, None]
+    place = torch.arange(k, device=rows.device)
+    moved = rows.gather(1, torch.where(place <= rank, place - 1, place).clamp(min=0))
+    moved[:, 0] = tokens
+    return moved

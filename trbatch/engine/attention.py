@@ -1,6 +1,8 @@
 """Attention over the paged cache, for any model that goes through transformers' interface.
 
-`ATTENTION` is registered with `transformers.AttentionInterface`. While a `StepPlan` is active,
+`ATTENTION` is registered with `transformers.AttentionInterface`, and with no mask function: then
+transformers makes no mask, and never looks at positions, for which the host would have to wait for
+the device. The plan decides who sees whom. While a `StepPlan` is active,
 every attention layer of the unmodified model writes the keys and values of this step's tokens to
 the cache and attends over its own sequence: all committed tokens, and of the step's tokens those
 that the plan's inner mask allows (ancestors in a tree, predecessors in a prompt).
@@ -18,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from trbatch.engine import reference
 from trbatch.engine.kv_cache import KVCache, Room
@@ -244,10 +246,4 @@ def _attend_span(
     return out.reshape(query.shape[0], span.length, -1)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The plan decides who sees whom; a mask built by transformers would be wrong."""
-    return None
-
-
 AttentionInterface.register(ATTENTION, attention_forward)
-AttentionMaskInterface.register(ATTENTION, _no_mask)

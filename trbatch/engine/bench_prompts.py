@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from trbatch.config import SamplingParams
+from trbatch.engine.model import LoadedModel
 from trbatch.engine.sequence import Request
 from trbatch.errors import InputError
+
+_LONGEST = 160  # tokens, of prompts that are timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +84,37 @@ def templated(tokenizer: Any, text: str) -> str:
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
     return wrapped
+
+
+def short_prompts(path: Path, loaded: LoadedModel, limit: int = 0) -> list[BenchPrompt]:
+    """The prompts of a file that have at most 160 tokens in the model's chat template.
+
+    The question is how fast tokens come out: a long prompt's prefill, the same for all ways to
+    decode, would hide the answer.
+
+    Raises:
+        InputError: there are none; see `read_prompts` for the others.
+    """
+    texts = read_prompts(path, limit)
+    texts = [prompt for prompt in texts if length(loaded, prompt.text) <= _LONGEST]
+    if not texts:
+        raise InputError(f"{path} has no prompt of at most {_LONGEST} tokens")
+    return texts
+
+
+def length(loaded: LoadedModel, text: str) -> int:
+    """Tokens of a text in the model's chat template."""
+    ids = loaded.tokenizer(templated(loaded.tokenizer, text), add_special_tokens=False)
+    return len(ids["input_ids"])
+
+
+def mixed(texts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
+    """The prompts in an order in which each four come from different quarters of the file.
+
+    Benchmark files are sorted by category: so runs of a few prompts each are alike.
+    """
+    quarters = [list(texts[i * len(texts) // 4 : (i + 1) * len(texts) // 4]) for i in range(4)]
+    for quarter in quarters:
+        random.Random(0).shuffle(quarter)
+    rounds = zip_longest(*quarters)
+    return [prompt for prompts in rounds for prompt in prompts if prompt is not None]

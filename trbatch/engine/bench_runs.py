@@ -12,12 +12,14 @@ import torch
 import transformers
 
 from trbatch.engine import sizing
+from trbatch.engine.bench_prompts import BenchPrompt, templated
 from trbatch.engine.engine import Engine
 from trbatch.engine.model import LoadedModel
 from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import InputError
 
 Progress = Callable[[str], None]
+WARM_UP = 64  # prompts that a matrix learns from before it is measured
 
 
 def decode(
@@ -67,3 +69,26 @@ def conditions(loaded: LoadedModel, prompts: Path, count: int, max_tokens: int) 
         "prompt_count": count,
         "max_tokens": max_tokens,
     }
+
+
+def generate_rate(
+    network: Any, loaded: LoadedModel, prompts: list[BenchPrompt], batch: int, max_tokens: int
+) -> float:
+    """`generate` on groups of `batch` prompts, padded on the left."""
+    tokenizer = loaded.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what pads is masked
+    seconds, tokens = 0.0, 0
+    for start in range(0, len(prompts), batch):
+        group = [templated(tokenizer, p.text) for p in prompts[start : start + batch]]
+        begun = time.perf_counter()
+        inputs = tokenizer(
+            group, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left"
+        ).to(network.device)
+        with torch.inference_mode():
+            out = network.generate(
+                **inputs, do_sample=False, max_new_tokens=max_tokens, min_new_tokens=max_tokens
+            )
+        tokens += (out.shape[1] - inputs["input_ids"].shape[1]) * out.shape[0]
+        seconds += time.perf_counter() - begun
+    return tokens / seconds

@@ -1,47 +1,50 @@
 """What recycling is worth: tokens a second of three ways to decode the same prompts.
 
 transformers' `generate`, our plain decoding and our Token Recycling take turns in one process,
-because only ratios measured side by side mean anything on a shared machine.
+because only ratios measured side by side mean anything on a shared machine. How a GPU is measured:
+`bench_curve`.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import cycle, zip_longest
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trbatch.config import EngineConfig, SamplingParams
-from trbatch.engine.bench_prompts import BenchPrompt, read_prompts, requests_of, templated
-from trbatch.engine.bench_runs import Progress, checked, conditions, decode
+from trbatch.engine.bench_prompts import BenchPrompt, mixed, requests_of, short_prompts
+from trbatch.engine.bench_runs import (
+    WARM_UP,
+    Progress,
+    checked,
+    conditions,
+    decode,
+    generate_rate,
+)
 from trbatch.engine.engine import Engine
 from trbatch.engine.model import LoadedModel
 from trbatch.engine.sequence import Completion
-from trbatch.errors import InputError
 from trbatch.models import load_model, load_unmodified
 
-_LONGEST_PROMPT = 160  # tokens, of those that `speed` takes
 _TURN_S = 0.5
 _PROMPTS_A_RUN = 4  # at least; else two batches
-WARM_UP = 64  # prompts
 
 
 def speed(
     *,
     prompts: Path,
     model: str = "",
-    batches: list[int],
+    batches: Sequence[int],
     max_tokens: int = 96,
     runs: int = 7,
     limit: int = 0,
     warm_up: int = WARM_UP,
+    generate: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = lambda _: None,
@@ -63,16 +66,11 @@ def speed(
         runs: how often each of the three takes its turn.
         limit: how many of the file's first prompts may be used; 0: all.
         warm_up: prompts that recycling decodes before the first run; 0 starts cold.
+        generate: whether transformers takes its turns, too.
     """
     loaded = load_model(model, device=device, dtype=dtype)
-    unmodified = load_unmodified(model, loaded)
-    texts = read_prompts(prompts, limit)
-    # The question is how fast tokens come out: a long prompt's prefill, the same for all three,
-    # would hide the answer.
-    texts = [prompt for prompt in texts if _length(loaded, prompt.text) <= _LONGEST_PROMPT]
-    if not texts:
-        raise InputError(f"{prompts} has no prompt of at most {_LONGEST_PROMPT} tokens")
-    texts = mixed(texts)
+    unmodified = load_unmodified(model, loaded) if generate else None
+    texts = mixed(short_prompts(prompts, loaded, limit))
     warm_up = min(warm_up, len(texts) // 2)
     texts, others = texts[: len(texts) - warm_up], texts[len(texts) - warm_up :]
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
@@ -82,13 +80,16 @@ def speed(
             name: _Stream(_engine(loaded, batch, speculate=name == "recycling"), texts, sampling)
             for name in ("plain", "recycling")
         }
-        rates: dict[str, list[float]] = {"generate": [], "plain": [], "recycling": []}
+        names = (["generate"] if generate else []) + list(streams)
+        rates: dict[str, list[float]] = {name: [] for name in names}
         count = max(_PROMPTS_A_RUN, 2 * batch)
         progress(f"batch {batch}: warming up on {len(others)} other prompts")
         decode(streams["recycling"].engine, requests_of(others, sampling))
         for run in range(runs):
-            chosen = [texts[(count * run + i) % len(texts)] for i in range(count)]
-            rates["generate"].append(_generate_rate(unmodified, loaded, chosen, batch, max_tokens))
+            if generate:
+                chosen = [texts[(count * run + i) % len(texts)] for i in range(count)]
+                rate = generate_rate(unmodified, loaded, chosen, batch, max_tokens)
+                rates["generate"].append(rate)
             for name, rate in _take_turns(streams, count * max_tokens).items():
                 rates[name].append(rate)
             progress(f"batch {batch}, run {run + 1} of {runs}: " + _latest(rates))
@@ -100,23 +101,6 @@ def speed(
         "warm_up": warm_up,
         "by_batch": results,
     }
-
-
-def mixed(texts: Sequence[BenchPrompt]) -> list[BenchPrompt]:
-    """The prompts in an order in which each four come from different quarters of the file.
-
-    Benchmark files are sorted by category: so runs of a few prompts each are alike.
-    """
-    quarters = [list(texts[i * len(texts) // 4 : (i + 1) * len(texts) // 4]) for i in range(4)]
-    for quarter in quarters:
-        random.Random(0).shuffle(quarter)
-    rounds = zip_longest(*quarters)
-    return [prompt for prompts in rounds for prompt in prompts if prompt is not None]
-
-
-def _length(loaded: LoadedModel, text: str) -> int:
-    ids = loaded.tokenizer(templated(loaded.tokenizer, text), add_special_tokens=False)
-    return len(ids["input_ids"])
 
 
 def _latest(rates: dict[str, list[float]]) -> str:
@@ -167,27 +151,6 @@ def _take_turns(streams: dict[str, _Stream], tokens: int) -> dict[str, float]:
     return {name: given[name] / seconds[name] for name in streams}
 
 
-def _generate_rate(
-    network: Any, loaded: LoadedModel, prompts: list[BenchPrompt], batch: int, max_tokens: int
-) -> float:
-    """`generate` on groups of `batch` prompts, padded on the left."""
-    tokenizer = loaded.tokenizer
-    seconds, tokens = 0.0, 0
-    for start in range(0, len(prompts), batch):
-        group = [templated(tokenizer, p.text) for p in prompts[start : start + batch]]
-        begun = time.perf_counter()
-        inputs = tokenizer(
-            group, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left"
-        ).to(network.device)
-        with torch.inference_mode():
-            out = network.generate(
-                **inputs, do_sample=False, max_new_tokens=max_tokens, min_new_tokens=max_tokens
-            )
-        tokens += (out.shape[1] - inputs["input_ids"].shape[1]) * out.shape[0]
-        seconds += time.perf_counter() - begun
-    return tokens / seconds
-
-
 def _speed_figures(batch: int, rates: dict[str, list[float]], recycling: _Stream) -> dict[str, Any]:
     def ratio(name: str, to: str) -> dict[str, float]:
         return ratio_figures([a / b for a, b in zip(rates[name], rates[to], strict=True)])
@@ -200,8 +163,11 @@ def _speed_figures(batch: int, rates: dict[str, list[float]], recycling: _Stream
             name: round(statistics.median(values), 2) for name, values in rates.items()
         },
         "recycling_over_plain": ratio("recycling", "plain"),
-        "plain_over_generate": ratio("plain", "generate"),
-        "recycling_over_generate": ratio("recycling", "generate"),
+        **(
+            {f"{name}_over_generate": ratio(name, "generate") for name in ("plain", "recycling")}
+            if "generate" in rates
+            else {}
+        ),
         "mean_acceptance_length": round(sum(c.completion_tokens - 1 for c in done) / forwards, 4),
         "speedup_by_cost": round(
             sum(c.baseline_decode_s or 0.0 for c in done) / sum(c.decode_s for c in done), 4

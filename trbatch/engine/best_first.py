@@ -19,6 +19,7 @@ from trbatch.engine.drafting import Draft, find_rows
 from trbatch.engine.matrix import ORDERS, Matrix
 
 MAX_DEPTH = 12
+WIDEST = 32  # nodes that are kept a level when a whole search must be quick
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def expand(
         each = calibration.chances[places[:, None] + found.cells] * (found.tokens >= 0)
         flat = (chance.flatten()[:, None] * each).view(batch, -1)
         k = each.shape[1]
-        chance, at = flat.topk(min(width, count * k), dim=1)
+        chance, at = _likeliest(flat, min(width, count * k))
         if float(chance[:, 0].max()) < least or _cannot_matter(parts, chance, enough):
             break
         above = at // k
@@ -110,10 +111,23 @@ def _cannot_matter(parts: list[tuple[Tensor, ...]], chance: Tensor, enough: int)
     return bool((known.topk(enough, dim=1).values[:, -1] >= chance[:, 0]).all())
 
 
+def _likeliest(chances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest of each row of [B, n] chances and their places, falling.
+
+    Of equal chances the first comes first, on every device: a chance and its place are packed into
+    one number, since the bits of positive floats rise with them.
+    """
+    end = chances.shape[1] - 1
+    places = torch.arange(end, -1, -1, device=chances.device)
+    packed = chances.view(torch.int32).long() << 32 | places
+    at = end - (packed.topk(count, dim=1).values & 0xFFFFFFFF)
+    return chances.gather(1, at), at
+
+
 def limit(found: Nodes, most: int) -> Nodes:
     """Without all but the `most` likeliest nodes of each sequence: their chances become 0."""
-    kept = found.chances.topk(min(most, found.chances.shape[1]), dim=1)
-    chances = torch.zeros_like(found.chances).scatter_(1, kept.indices, kept.values)
+    kept, at = _likeliest(found.chances, min(most, found.chances.shape[1]))
+    chances = torch.zeros_like(found.chances).scatter_(1, at, kept)
     return replace(found, chances=chances)
 
 
@@ -123,9 +137,9 @@ def take_likeliest(found: Nodes, count: int, *, each: bool) -> Tensor:
     A child is less likely than its parent, so whatever is taken is a tree.
     """
     chances = found.chances if each else found.chances.flatten()[None]
-    best = chances.topk(min(count, chances.shape[1]), dim=1)
+    best, at = _likeliest(chances, min(count, chances.shape[1]))
     marked = torch.zeros_like(chances, dtype=torch.bool)
-    marked.scatter_(1, best.indices, best.values > 0)
+    marked.scatter_(1, at, best > 0)
     return marked.view_as(found.chances)
 
 

@@ -36,10 +36,11 @@ class Budget:
     Args:
         costs: the timed table.
         most: nodes and root of one sequence, at most.
+        most_tokens: of a whole step whose size is chosen for all; 0: any.
     """
 
-    def __init__(self, costs: CostTable, *, most: int) -> None:
-        self._costs, self._most = costs, most
+    def __init__(self, costs: CostTable, *, most: int, most_tokens: int = 0) -> None:
+        self._costs, self._most, self._most_tokens = costs, most, most_tokens
         # Logarithms of measured over expected seconds. A machine that slows down slows all steps,
         # also those that are not being made: without the common part they would look cheap.
         self._pace: float | None = None
@@ -101,7 +102,8 @@ class Budget:
             return self._curve.expected(size) / self._seconds(batch, float(size), context)
 
         self._steps += 1
-        sizes = [size for size in STEP_SIZES if size <= self._most]
+        room = self._most_tokens // batch if self._most_tokens else self._most
+        sizes = [size for size in STEP_SIZES if size <= max(1, min(self._most, room))]
         best = max(sizes, key=rate)
         if self._size in sizes and rate(best) < _WORTH_A_CHANGE * rate(self._size):
             best = self._size

@@ -6,10 +6,11 @@ they give it). A cell that was hardly seen takes the chance of its group. Saved 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trbatch.engine.candidates import CELLS, cell_names, coarse_cells
 
@@ -53,11 +54,12 @@ class Calibration:
     """
 
     def __init__(self, tasks: int, device: torch.device) -> None:
-        self._tasks, self._device = tasks, device
+        self._tasks = tasks
         groups, count = coarse_cells()
         self._prior = _prior_of_groups(groups, count).to(device)
         by_depth = [groups + depth * count for depth in range(DEPTHS)]
         self._groups = torch.cat(by_depth).to(device)  # [PLACES]
+        self._members = _members_of(torch.cat(by_depth)).to(device)  # [groups, most of one]
         # [task, true or seen, place]
         self._counts = torch.zeros(tasks, 2, PLACES, dtype=torch.float64, device=device)
         self._steps = [0] * tasks  # counted
@@ -90,10 +92,24 @@ class Calibration:
         fresh = torch.stack(
             [torch.bincount(places[true], minlength=total), torch.bincount(places, minlength=total)]
         )
-        by_task = fresh.view(2, self._tasks, PLACES).transpose(0, 1).to(self._counts)
-        self._counts *= 0.5 ** (by_task[:, 1:] / _MEMORY)
-        self._counts += by_task
-        self._tick(set((places // PLACES).unique().tolist()))
+        by_task = fresh.view(2, self._tasks, PLACES).transpose(0, 1)
+        self.absorb(by_task, (places // PLACES).unique().tolist())
+
+    def absorb(self, fresh: Tensor, tasks: Iterable[int], *, steps: int = 1) -> None:
+        """Take what was counted elsewhere, over one step or several, and set it to 0 there.
+
+        Nothing here waits for the device.
+
+        Args:
+            fresh: [tasks, 2, PLACES] whole numbers: what came true, and what was seen.
+            tasks: those of which anything may have been counted.
+            steps: over which it was counted; observations counted together do not fade each other.
+        """
+        counted = fresh.to(self._counts)
+        self._counts *= 0.5 ** (counted[:, 1:] / _MEMORY)
+        self._counts += counted
+        fresh.zero_()
+        self._tick(set(tasks), steps)
 
     def count_few(self, places: Sequence[int], true: Sequence[bool]) -> None:
         """The same without tensor operations, for counts in the CPU's memory."""
@@ -115,23 +131,33 @@ class Calibration:
         self._steps[task] = self._due[task] = 0
         self._refresh(task)
 
-    def _tick(self, tasks: set[int]) -> None:
+    def _tick(self, tasks: set[int], steps: int = 1) -> None:
         for task in tasks:
-            self._steps[task] += 1
+            self._steps[task] += steps
             if self._steps[task] >= self._due[task]:
                 self._refresh(task)
 
     def _refresh(self, task: int) -> None:
         """Make a task's chances from its counts, and say when to do so again."""
         true, seen = self._counts[task]
-        groups = torch.zeros(2, self._prior.shape[0], dtype=torch.float64, device=self._device)
-        groups.index_add_(1, self._groups, self._counts[task])
+        # Added up in one order, which `index_add_` has not on a GPU: a run can be repeated.
+        groups = functional.pad(self._counts[task], (0, 1))[:, self._members].sum(2)
         of_group = (groups[0] + self._prior * _PRIOR_WEIGHT) / (groups[1] + _PRIOR_WEIGHT)
         chances = (true + of_group[self._groups] * _GROUP_WEIGHT) / (seen + _GROUP_WEIGHT)
         self._chances[task] = chances.clamp(max=_MOST)
         self._listed[task] = None
         often, seldom = _REFRESH
         self._due[task] = self._steps[task] + min(seldom, max(often, self._steps[task] // 8))
+
+
+def _members_of(groups: Tensor) -> Tensor:
+    """[n] groups -> [count, most] the places of each group; n, where there is none, behind them."""
+    order = groups.sort(stable=True).indices
+    sizes = groups.bincount()
+    first = (sizes.cumsum(0) - sizes)[groups[order]]
+    members = torch.full((len(sizes), int(sizes.max())), len(groups))
+    members[groups[order], torch.arange(len(groups)) - first] = order
+    return members
 
 
 def _prior_of_groups(groups: Tensor, count: int) -> Tensor:

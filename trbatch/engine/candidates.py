@@ -22,14 +22,14 @@ from trbatch.engine.matrix import CANDIDATES, NOWHERE, ORIGINS, Found
 from trbatch.engine.spine import LONG, NO_TOKEN
 
 RANKS = CANDIDATES
-_BEHIND = (0, 1, 2, 2, 3, 3, 3, 3)  # of a rank in the second row, where the first has it too
-_ABSENT = 4  # the first row has it, the second has not
-_STEPS = _ABSENT + 1
-_PAIR = RANKS * _STEPS + RANKS  # cells of two origins
-_ROWS = ORIGINS * (NOWHERE + 1) * _PAIR
+BEHIND = (0, 1, 2, 2, 3, 3, 3, 3)  # of a rank in the second row, where the first has it too
+ABSENT = 4  # the first row has it, the second has not
+STEPS = ABSENT + 1
+PAIR_CELLS = RANKS * STEPS + RANKS  # of two origins
+ROW_CELLS = ORIGINS * (NOWHERE + 1) * PAIR_CELLS
 SPINES = 4  # short or long match, and whether the first row agrees
-_SPINE = 1 + 2 * RANKS  # cells of one kind of spine
-CELLS = _ROWS + SPINES * _SPINE
+SPINE_CELLS = 1 + 2 * RANKS  # of one kind of spine
+CELLS = ROW_CELLS + SPINES * SPINE_CELLS
 WIDTH = 2 * RANKS + 1  # candidates of a place, at most
 
 
@@ -52,14 +52,14 @@ def of_rows(found: Found, expected: Tensor, matched: Tensor) -> Candidates:
     k = first.shape[1]
     rank = torch.arange(k, device=first.device)
     same = (first[:, :, None] == second[:, None, :]) & (first >= 0)[:, :, None]
-    behind = torch.tensor(_BEHIND, device=first.device)[same.int().argmax(2)]
-    behind = behind.where(same.any(2), _ABSENT)
-    base = (found.origins[:, :1] * (NOWHERE + 1) + found.origins[:, 1:]) * _PAIR
-    cells = torch.cat([base + rank * _STEPS + behind, base + RANKS * _STEPS + rank], dim=1)
+    behind = torch.tensor(BEHIND, device=first.device)[same.int().argmax(2)]
+    behind = behind.where(same.any(2), ABSENT)
+    base = (found.origins[:, :1] * (NOWHERE + 1) + found.origins[:, 1:]) * PAIR_CELLS
+    cells = torch.cat([base + rank * STEPS + behind, base + RANKS * STEPS + rank], dim=1)
     tokens = torch.cat([first, second.masked_fill(same.any(1), -1)], dim=1)
     there = (expected != NO_TOKEN)[:, None]
     kind = 2 * (matched >= LONG).long() + (first[:, 0] != expected).long()
-    spine = (_ROWS + kind * _SPINE)[:, None]
+    spine = (ROW_CELLS + kind * SPINE_CELLS)[:, None]
     ranks = torch.arange(2 * RANKS, device=first.device)
     ranks = torch.cat([ranks[:k], ranks[RANKS : RANKS + k]])
     cells = torch.where(there, spine + 1 + ranks, cells)
@@ -79,19 +79,19 @@ def of_row(
 ) -> list[tuple[int, int]]:
     """(token, cell) of each candidate of one place: `of_rows` without tensor operations."""
     ranks = {token: rank for rank, token in enumerate(second)}
-    base = (origin * (NOWHERE + 1) + behind) * _PAIR
+    base = (origin * (NOWHERE + 1) + behind) * PAIR_CELLS
     found = {}
     for rank, token in enumerate(first):
         if token >= 0:
-            step = _BEHIND[ranks[token]] if token in ranks else _ABSENT
-            found[token] = base + rank * _STEPS + step
+            step = BEHIND[ranks[token]] if token in ranks else ABSENT
+            found[token] = base + rank * STEPS + step
     for token, rank in ranks.items():
         if token >= 0 and token not in found:
-            found[token] = base + RANKS * _STEPS + rank
+            found[token] = base + RANKS * STEPS + rank
     if expected == NO_TOKEN:
         return list(found.items())
     kind = 2 * (matched >= LONG) + (first[0] != expected)
-    spine = _ROWS + kind * _SPINE
+    spine = ROW_CELLS + kind * SPINE_CELLS
     others = [(t, spine + 1 + r) for r, t in enumerate(first) if t >= 0]
     have = set(first)
     others += [(t, spine + 1 + RANKS + r) for r, t in enumerate(second) if t >= 0 and t not in have]
@@ -103,7 +103,7 @@ def cell_names() -> list[tuple[str, int, int]]:
     names: list[tuple[str, int, int]] = []
     for origin in range(ORIGINS):
         for behind in range(NOWHERE + 1):
-            names += [("first", origin, rank) for rank in range(RANKS) for _ in range(_STEPS)]
+            names += [("first", origin, rank) for rank in range(RANKS) for _ in range(STEPS)]
             names += [("second", behind, rank) for rank in range(RANKS)]
     for kind in range(SPINES):
         names.append(("spine", kind, 0))

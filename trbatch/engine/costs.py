@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 TIMED_SIZES = (1, 2, 3, 4, 6, 8, 16, 32, 81)  # tokens a sequence; those between are interpolated
+_MOST_LINES = 256  # kept
 
 
 class CostTable:
@@ -21,35 +23,52 @@ class CostTable:
     ) -> None:
         assert timed, "time something first"
         self.timed, self.context, self.per_context = dict(timed), context, per_context
-        self._batches = sorted({batch for batch, _ in timed})
+        # Asked for many times a step: lines are laid through the points once.
+        self._lines = {
+            batch: _Line(sorted((t, s) for (b, t), s in timed.items() if b == batch))
+            for batch in sorted({batch for batch, _ in timed})
+        }
+        self._by_size: dict[float, _Line] = {}
 
     def seconds(self, batch: int, size: float, context: float) -> float:
         """Expected seconds of a step of `size` tokens a sequence on average."""
-        points = [(b, self._at(b, size)) for b in self._batches]
+        line = self._by_size.get(size)
+        if line is None:
+            if len(self._by_size) >= _MOST_LINES:
+                self._by_size.clear()
+            line = _Line([(b, other.at(size)) for b, other in self._lines.items()])
+            self._by_size[size] = line
         extra = self.per_context * batch * (context - self.context)
-        return max(1e-6, _interpolate(points, batch) + extra)
+        return max(1e-6, line.at(batch) + extra)
 
     def scaled(self, factor: float) -> CostTable:
         """The same on a machine where everything takes `factor` times as long."""
         timed = {cell: factor * seconds for cell, seconds in self.timed.items()}
         return CostTable(timed, context=self.context, per_context=factor * self.per_context)
 
-    def _at(self, batch: int, size: float) -> float:
-        points = sorted((t, s) for (b, t), s in self.timed.items() if b == batch)
-        return _interpolate(points, size)
 
+class _Line:
+    """A line through points (x, y), x ascending; beyond the last as steep as the steepest piece."""
 
-def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
-    """Linear through the neighbours of x; beyond the last as steep as the steepest piece."""
-    if len(points) == 1:
-        return points[0][1]
-    at = next((i for i, (px, _) in enumerate(points) if px >= x), len(points) - 1)
-    (x0, y0), (x1, y1) = points[max(0, at - 1)], points[max(1, at)]
-    slope = (y1 - y0) / (x1 - x0)
-    if x > points[-1][0]:
+    __slots__ = ("_slope", "_x", "_y")
+
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+        self._x = [x for x, _ in points]
+        self._y = [y for _, y in points]
         pieces = pairwise(points)
-        return y1 + max((b[1] - a[1]) / (b[0] - a[0]) for a, b in pieces) * (x - x1)
-    return y0 + slope * (x - x0)
+        self._slope = max(((b[1] - a[1]) / (b[0] - a[0]) for a, b in pieces), default=0.0)
+
+    def at(self, x: float) -> float:
+        """y at x."""
+        xs, ys = self._x, self._y
+        if len(xs) == 1:
+            return ys[0]
+        if x > xs[-1]:
+            return ys[-1] + self._slope * (x - xs[-1])
+        after = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+        left, right = after - 1, after
+        slope = (ys[right] - ys[left]) / (xs[right] - xs[left])
+        return ys[left] + slope * (x - xs[left])
 
 
 def time_steps(

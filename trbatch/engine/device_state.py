@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from trbatch.engine.matrix import ORDERS
+from trbatch.engine.transfer import to_device
 
 GOES_ON, STOPPED, FULL = 0, 1, 2  # how a row's step ended; FULL: no token is left
 MOST_TURNS = 1 << 46  # a turn is part of a priority of 63 bits (`kernels.learn`)
 REPORT_NUMBERS = 3  # of a row's report, before its tokens
+NO_RANK = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +32,26 @@ class Slots:
     stops: Tensor  # [S, M] int32 ids that end the text, -1 behind them
     active: Tensor  # [S] bool
     pages: Tensor  # [S, P] int32 of the K/V cache, -1 behind them
+    texts: Tensor  # [S, L] int32 the committed tokens; what is behind them means nothing
+    read: Tensor  # [S] int32 how many of them its spine has followed (`kernels.spine`)
+    source: Tensor  # [S] int32 place in the text whose token should come next, -1: none
+    matched: Tensor  # [S] int32 tokens before that place that agree with the text's last ones
     tasks: Tensor  # [S] int32 whose matrix it teaches
     # [S] int64 who comes before whom, by (row of the input, sample): from 0 up to
     # MOST_TURNS, and of sequences that run together no two the same.
     turns: Tensor
 
     @classmethod
-    def empty(cls, count: int, *, stops: int, pages: int, device: torch.device) -> Slots:
+    def empty(
+        cls, count: int, *, stops: int, pages: int, longest: int, device: torch.device
+    ) -> Slots:
         """Slots that nobody has.
 
         Args:
             count: S.
             stops: M, most ids that end a text.
             pages: P, most pages of a sequence.
+            longest: L, most tokens of a text.
         """
 
         def full(*shape: int, value: int = -1, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -55,6 +64,10 @@ class Slots:
             stops=full(count, stops),
             active=full(count, value=0, dtype=torch.bool),
             pages=full(count, pages),
+            texts=full(count, longest),
+            read=full(count, value=0),
+            source=full(count),
+            matched=full(count, value=0),
             tasks=full(count, value=0),
             turns=full(count, value=0, dtype=torch.int64),
         )
@@ -78,16 +91,20 @@ class Slots:
         assert left > 0, "a sequence that may say nothing more has ended"
         assert 0 <= turn < MOST_TURNS, f"turn {turn}"
         newest = [*tokens[: -ORDERS - 1 : -1], *[-1] * ORDERS][:ORDERS]
-        self.lengths[slot] = len(tokens)
-        self.left[slot] = left
-        self.tasks[slot] = task
-        self.turns[slot] = turn
+        numbers = (
+            (self.lengths, len(tokens)), (self.left, left), (self.tasks, task),
+            (self.turns, turn), (self.read, 0), (self.source, -1), (self.matched, 0),
+        )  # fmt: skip
+        for column, value in numbers:
+            column[slot].fill_(value)  # an assignment would wait for the device
         for table, values in ((self.last, newest), (self.stops, stops), (self.pages, pages)):
             width = table.shape[1]
             assert len(values) <= width, f"{len(values)} values, room for {width}"
-            row = torch.tensor([*values, *[-1] * (width - len(values))], dtype=table.dtype)
-            table[slot].copy_(row, non_blocking=True)
-        self.active[slot] = True
+            padded = [*values, *[-1] * (width - len(values))]
+            table[slot].copy_(to_device(padded, table.device, table.dtype))
+        text = to_device(tokens, self.texts.device, self.texts.dtype)
+        self.texts[slot, : len(tokens)].copy_(text)
+        self.active[slot].fill_(True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +114,7 @@ class Accepted:
     A row that did not run (padding, or its slot is not active) has 0, -1 and False everywhere.
     """
 
-    # [B, 3 + D+1] int32 all that the host is told, in one piece for one copy.
+    # [B, 3 + 2 (D+1)] int32 all that the host is told, in one piece for one copy.
     report: Tensor
     nodes: Tensor  # [B, D+1] int32 accepted nodes after which a token was taken, -1 behind
     # [B, T] bool all agreeing nodes, also those that an end of the text cut off: rows learn from
@@ -118,8 +135,9 @@ class Accepted:
         def missing(width: int) -> Tensor:
             return torch.full((batch, width), -1, dtype=torch.int32, device=device)
 
-        report = missing(REPORT_NUMBERS + deepest + 1)
+        report = missing(REPORT_NUMBERS + 2 * (deepest + 1))
         report[:, :REPORT_NUMBERS] = 0
+        report[:, REPORT_NUMBERS + deepest + 1 :] = NO_RANK
         on_path = torch.zeros(batch, size, dtype=torch.bool, device=device)
         return cls(report, missing(deepest + 1), on_path, missing(deepest), missing(deepest))
 
@@ -141,4 +159,10 @@ class Accepted:
     @property
     def tokens(self) -> Tensor:
         """[B, D+1] the tokens taken, -1 behind them."""
-        return self.report[:, REPORT_NUMBERS:]
+        return self.report[:, REPORT_NUMBERS : REPORT_NUMBERS + self.nodes.shape[1]]
+
+    @property
+    def ranks(self) -> Tensor:
+        """[B, D+1] the rank of each of them in the row that should have predicted it: -1 if that
+        had it not, `NO_RANK` where nobody looked."""
+        return self.report[:, REPORT_NUMBERS + self.nodes.shape[1] :]

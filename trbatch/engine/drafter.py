@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from trbatch.config import EngineConfig
-from trbatch.engine import best_first, candidates, drafting, heap_search, verify
+from trbatch.engine import best_first, drafting, heap_search, verify
 from trbatch.engine.ahead import Ahead, ahead_of
 from trbatch.engine.budget import Budget
-from trbatch.engine.calibration import Calibration, places_of
+from trbatch.engine.calibration import Calibration
+from trbatch.engine.coming_true import count_paths
 from trbatch.engine.drafting import Draft
 from trbatch.engine.host_rows import HostRows
-from trbatch.engine.matrix import ORDERS, Matrix
+from trbatch.engine.matrix import Matrix
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import Sequence as Running
 from trbatch.engine.tree import Tree
 from trbatch.engine.verify import Verdict
 
-_WIDEST = 32  # nodes kept a level while searching
 _FEW = 64  # nodes of a step that a CPU goes through one by one
 
 
@@ -102,7 +102,7 @@ class Drafter:
         count = self._fixed - 1
         found = best_first.expand(
             self._matrix, self._calibration, slots, tasks, last, ahead,
-            width=min(count, _WIDEST), enough=count,
+            width=min(count, best_first.WIDEST), enough=count,
         )  # fmt: skip
         if found is None or count == 0:
             return None
@@ -113,7 +113,7 @@ class Drafter:
     ) -> Draft | None:
         found = best_first.expand(
             self._matrix, self._calibration, slots, tasks, last, ahead,
-            width=min(self._most - 1, _WIDEST),
+            width=min(self._most - 1, best_first.WIDEST),
             least=self._budget.least_chance(len(last), context),
         )  # fmt: skip
         if found is not None:
@@ -182,32 +182,12 @@ class Drafter:
                 rows, self._calibration, drafted, verdict, slots, tasks, ahead
             )
         else:
-            ranks = self._calibrate_many(drafted, verdict, slots, tasks, ahead)
+            ranks = count_paths(
+                self._matrix, self._calibration, drafted, verdict, slots, tasks, ahead
+            )
         for sequence, found in zip(batch, ranks, strict=True):
             for rank in found:
                 self._paths[sequence.reads].count(sequence.ranks, None if rank < 0 else rank)
-
-    def _calibrate_many(
-        self, drafted: Draft, verdict: Verdict, slots: Tensor, tasks: Tensor, ahead: Ahead | None
-    ) -> list[list[int]]:
-        there = verdict.nodes >= 0
-        nodes = verdict.nodes.clamp(min=0)
-        index = nodes[:, :, None].expand(-1, -1, ORDERS)
-        depths = drafted.depths.gather(1, nodes)
-        expected, matched = torch.full_like(nodes, -1), depths
-        if ahead is not None:
-            expected = ahead.tokens[:, : nodes.shape[1]]
-            expected = expected.where(ahead.on_spine(verdict.tokens), -1)
-            matched = ahead.matched[:, None] + depths
-        rows = drafting.find_rows(self._matrix, slots, tasks, drafted.contexts.gather(1, index))
-        found = candidates.of_rows(rows, expected.flatten(), matched.flatten())
-        places = places_of(tasks[:, None], depths).flatten()[:, None] + found.cells
-        true = found.tokens == verdict.tokens.flatten()[:, None]
-        counted = there.flatten()[:, None] & (found.tokens >= 0)
-        self._calibration.count(places[counted], true[counted])
-        hit = rows.rows[:, 0] == verdict.tokens.flatten()[:, None]
-        ranks = torch.where(hit.any(1), hit.int().argmax(1), -1).view_as(nodes)
-        return [row[: sum(path)] for row, path in zip(ranks.tolist(), there.tolist(), strict=True)]
 
     def _few(self, drafted: Draft) -> HostRows | None:
         """The rows in this machine's memory, where going through few nodes singly is quicker."""

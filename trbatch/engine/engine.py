@@ -2,13 +2,16 @@
 
     admit → prefill → draft → forward → verify → commit → learn → retire
 
-Each verb is owned by another module; this one only lets them follow each other.
+Each verb is owned by another module; this one only lets them follow each other. On a GPU, steps run
+wholly on the device and are read one late (`device_step`, `lagged`); rows whose next token the host
+has to choose, and all rows on a CPU, go through `eager`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +21,12 @@ from trbatch.engine import sizing
 from trbatch.engine.bigrams import rows_of
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
+from trbatch.engine.curve import STEP_SIZES
+from trbatch.engine.device_prefill import DevicePrefiller
+from trbatch.engine.device_step import DeviceStep, Operations, StepTimer, operations_for
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.eager import EagerDecoder
+from trbatch.engine.lagged import LaggedDecoder
 from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
@@ -36,7 +43,6 @@ from trbatch.flight import declared
 MAX_TASKS = 8  # matrices in memory
 _NOBODY = MAX_TASKS  # one more, that stays empty
 _ALONE = 32  # one row in so many is drafted without its task's rows, to tell what these bring
-_SMALL_TREE = 6.0  # tokens a step and sequence
 
 
 class Engine:
@@ -45,6 +51,7 @@ class Engine:
     Args:
         loaded: the model.
         config: sizes and the device's share.
+        operations: what steps on the device are made of; None: kernels on a GPU, none on a CPU.
         tree: a fixed draft tree in nested order, of which `tree_size` nodes are used; None as
             `config.tree` says.
         orders: longest context that keys a sequence's own rows, tokens.
@@ -59,11 +66,13 @@ class Engine:
         loaded: LoadedModel,
         config: EngineConfig | None = None,
         *,
+        operations: Operations | None = None,
         tree: Tree | None = None,
         orders: int = ORDERS,
         task_orders: int = TASK_ORDERS,
     ) -> None:
         config = config or EngineConfig()
+        config = replace(config, prefill_chunk=sizing.prefill_chunk(config, loaded))
         self.loaded, self.config = loaded, config
         self.capacity = sizing.max_num_seqs(config, loaded)
         self.max_model_len = sizing.max_model_len(config, loaded)
@@ -72,7 +81,7 @@ class Engine:
         self._model = CausalModel(loaded, page_size=config.page_size)
         slots = sizing.cache_slots(
             config, loaded, self._model.bytes_per_token,
-            sequences=self.capacity, longest=self.max_model_len + self._most,
+            sequences=self.capacity, longest=self.max_model_len + self._most, spare=self._most,
         )  # fmt: skip
         self._cache = self._model.allocate(slots)
         self._scheduler = Scheduler(self._cache, slots=self.capacity, spare=self._most)
@@ -92,14 +101,21 @@ class Engine:
         self.copies = Copies(self._matrix, self._tasks)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
-        fixed = self._most if config.tree_size or not config.speculate else 0
-        costs = sizing.step_costs(self._model, loaded, self._most, self.capacity, fixed=fixed)
-        self.budget = Budget(costs, most=self._most)
+        template = fixed_tree(config, tree)
+        self._stepper = self._make_stepper(operations or operations_for(loaded, config, template))
+        self.budget = self._make_budget()
         drafter = Drafter(
             self._matrix, self._calibration, self._paths, self.budget, config,
-            most=self._most, template=fixed_tree(config, tree),
+            most=self._most, template=template,
         )  # fmt: skip
         recycling = self._most > 1
+        if self._stepper is not None:
+            size = self._most if config.tree_size or not recycling else 0
+            self._lagged = LaggedDecoder(self._stepper, self.budget, size=size, paths=self._paths)
+            self._device_prefiller = DevicePrefiller(
+                self._stepper, self._lagged, self._tasks, config, recycling=recycling
+            )
+            self._device_prefiller.prepare()
         self._prefiller = Prefiller(
             self._model, self._matrix, self._tasks, self.budget, config, recycling=recycling
         )
@@ -108,6 +124,32 @@ class Engine:
             recycling=recycling,
         )  # fmt: skip
 
+    def _make_stepper(self, operations: Operations | None) -> DeviceStep | None:
+        if operations is None:
+            return None
+        return DeviceStep(
+            self._model, self._matrix, self._calibration, operations,
+            capacity=self.capacity, most=self._most, longest=self.max_model_len + self._most,
+            spine=self.config.spine, capture=not self.config.enforce_eager,
+        )  # fmt: skip
+
+    def _make_budget(self) -> Budget:
+        """Time the steps that will be made, or read what was timed before."""
+        config, stepper = self.config, self._stepper
+        fixed = self._most if config.tree_size or not config.speculate else 0
+        longest = sizing.timed_context(self._cache, self.capacity, self._most)
+        timer: sizing.Timer = sizing.StepTimer(self._model, self.loaded, longest)
+        if stepper is not None:
+            timer = StepTimer(stepper, task=_NOBODY, longest=longest)
+        if stepper is None:
+            costs = sizing.step_costs(timer, self.loaded, self._most, self.capacity, fixed=fixed)
+        else:
+            costs = sizing.step_costs(
+                timer, self.loaded, self._most, self.capacity, fixed=fixed, how=stepper.kind,
+                grid=STEP_SIZES,
+            )  # fmt: skip
+        return Budget(costs, most=self._most, most_tokens=sizing.most_tokens(self.loaded))
+
     @property
     def unfinished(self) -> int:
         """Requests that were added and not yet returned by `step`."""
@@ -115,11 +157,13 @@ class Engine:
 
     def open_task(self, key: TaskKey) -> Task:
         """Make a task's matrix ready, from its saved file if there is one. Harmless twice."""
+        self._absorb()
         with declared():  # a store may be slow
             return self._tasks.open(key, busy=self._busy_tasks())
 
     def save_tasks(self) -> None:
         """Write the matrices of tasks that changed since the last time."""
+        self._absorb()
         self._tasks.save()
 
     def add(self, request: Request) -> None:
@@ -152,6 +196,7 @@ class Engine:
     def abort(self, keys: Iterable[Hashable]) -> None:
         """Drop requests; they are not returned."""
         unwanted = set(keys)
+        self._drain()
         self._scheduler.drop(unwanted)
         self._finished = [done for done in self._finished if done.key not in unwanted]
 
@@ -164,22 +209,52 @@ class Engine:
         ):
             self._begin(self._scheduler.admit())
         if prefilling := self._scheduler.prefilling():
-            self._tokens += len(self._prefiller.run(prefilling))
-        if decoding := [s for s in self._scheduler.decoding() if not s.ended]:
-            self._forwards += 1
-            self._tokens += self._eager.run(decoding)
-        for sequence in [s for s in self._scheduler.running if s.ended]:
+            self._tokens += self._prefill(prefilling)
+        self._tokens += self._decode([s for s in self._scheduler.decoding() if not s.ended])
+        for sequence in [s for s in self._scheduler.running if s.ended and not s.in_flight]:
             self._retire(sequence)
         finished, self._finished = self._finished, []
         self._busy_s += time.perf_counter() - start
         return finished
 
+    def _prefill(self, sequences: list[Sequence]) -> int:
+        if self._stepper is not None:
+            decoding = len(self._scheduler.running) > len(sequences)
+            if not self._device_prefiller.is_worth_it(sequences, decoding=decoding):
+                return 0
+            return self._device_prefiller.run(sequences)
+        return len(self._prefiller.run(sequences))
+
+    def _decode(self, sequences: list[Sequence]) -> int:
+        """One step of those on the device, one of the others. Returns the tokens that came out."""
+        tokens = 0
+        late = [sequence for sequence in sequences if sequence.lagged]
+        now = [sequence for sequence in sequences if not sequence.lagged]
+        if self._stepper is not None:
+            tokens += self._lagged.run(late)
+            for task in {sequence.task for sequence in late}:
+                self._tasks.touch(task)
+        if now:
+            tokens += self._drain() + self._eager.run(now)
+        self._forwards += bool(late) + bool(now)
+        return tokens
+
+    def _drain(self) -> int:
+        """Read the steps that are under way, before something else may touch what they do."""
+        return self._lagged.drain() if self._stepper is not None else 0
+
+    def _absorb(self) -> None:
+        if self._stepper is not None:
+            self._stepper.absorb()
+
     def forget(self) -> None:
         """Empty all matrices in memory, as if nothing had been decoded. For measurements."""
+        self._absorb()
         self._tasks.forget()
 
     def forget_rows(self) -> None:
         """Empty the matrices, but keep what was counted of how far candidates can be trusted."""
+        self._absorb()
         self._tasks.forget(counts=False)
 
     def stats(self) -> dict[str, Any]:
@@ -216,6 +291,8 @@ class Engine:
         alone = sequence.request.seed % _ALONE == _ALONE - 1
         sequence.reads = _NOBODY if alone else sequence.task
         self._matrix.clear_slot(sequence.slot)
+        if self._stepper is not None:
+            sequence.lagged = self._stepper.admit(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         self._scheduler.retire(sequence)

@@ -15,6 +15,7 @@ from trbatch.engine.attention import Span
 from trbatch.engine.kernels.attention import WORD, Layout
 from trbatch.engine.kernels.operators import paged_attention
 from trbatch.engine.kv_cache import KVCache
+from trbatch.engine.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def plan_of(cache: KVCache, spans: Sequence[Span]) -> PagedPlan:
     numbers = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     numbers += [span.committed for span in spans]
     numbers += [page for row in pages for page in row]
-    known = torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    known = to_device(numbers, device, torch.int32)
     starts, committed, table = known.split([len(spans) + 1, len(spans), len(spans) * most])
     return PagedPlan(
         cache,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trbatch.engine.transfer import to_device
+
 
 class PagePool:
     """Free and taken pages.
@@ -145,7 +147,7 @@ class KVCache:
     def take_room(self, tokens: int) -> Room:
         """Take pages for `tokens` tokens; ask `pool.can_take(pages_for(tokens))` first."""
         pages = self.pool.take(self.pages_for(tokens))
-        starts = torch.tensor(pages, device=self._device) * self.page_size
+        starts = to_device(pages, self._device, torch.int64) * self.page_size
         slots = (starts[:, None] + torch.arange(self.page_size, device=self._device)).flatten()
         adjacent = pages == list(range(pages[0], pages[0] + len(pages)))
         first = pages[0] * self.page_size if adjacent else None

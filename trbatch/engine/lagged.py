@@ -7,19 +7,24 @@ While the host reads what step n gave, step n + 1 runs already. What the host le
 - that a slot is free. A sequence keeps its slot and its pages until the last step that was started
   with it has been read, because that step may still write to them.
 
-Whoever takes a running sequence out, or moves pages, must `drain` first. The device's half is a
-`Stepper`. The engine does not decode this way yet: the host's half and its protocol are here.
+Prompts go the same way: the token after a prompt is chosen on the device, and the step that follows
+is started before the host has seen it. Whoever takes a running sequence out, or moves pages, must
+`drain` first. The device's half is a `Stepper`.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trbatch.engine.budget import Budget
+from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import Sequence
+
+_PATHS_OF = 8  # one row in so many is looked at for paths of ranks: the host is busy enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,51 +32,53 @@ class Outcome:
     """What one step gave one sequence.
 
     `tokens`: those that it took, cut at its end; `drafted`: nodes verified behind its root;
-    `accepted`: how many of the tokens had been drafted.
+    `accepted`: how many of the tokens had been drafted; `ranks`: of the tokens in the rows that
+    should have predicted them, -1 for none, as far as it was looked for.
     """
 
     tokens: list[int]
     drafted: int
     accepted: int
+    ranks: ListLike[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a step gave its members, and for how many seconds the device was busy with it."""
+
+    outcomes: list[Outcome]
+    seconds: float
 
 
 class Stepper(Protocol):
     """The device's half of decoding."""
 
-    def can_take(self, sequence: Sequence) -> bool:
-        """Whether the device knows all that decides a sequence's tokens."""
+    def is_ready(self, count: int, size: int) -> bool:
+        """Whether a step of `count` sequences can be started without making something first."""
         ...
 
-    def admit(self, sequence: Sequence) -> None:
-        """Take a sequence whose prompt is in the cache and whose first token is known."""
+    def prepare(self, count: int, size: int) -> None:
+        """Make what such steps need, once: nothing may be under way."""
         ...
 
     def launch(self, members: ListLike[Sequence], size: int) -> Any:
         """Start a step of `size` tokens a sequence; returns what `read` wants."""
         ...
 
-    def read(self, handle: Any) -> list[Outcome]:
-        """Wait for a step and get what it gave each of its members."""
+    def read(self, handle: Any) -> Reading:
+        """Wait for a step, and what it gave."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """A step whose results are known: its members, its size, how long it took."""
-
-    members: list[Sequence]
-    outcomes: list[Outcome]
-    size: int
-    seconds: float
-    context: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Ticket:
+    """What was started and is not read yet: a step, or the end of some prompts."""
+
     members: list[Sequence]
-    size: int
     handle: Any
-    context: float
+    size: int = 0  # of a step; 0: prompts
+    context: float = 0.0
+    pieces: ListLike[tuple[Sequence, int]] = ()  # of prompts, and their tokens
 
 
 class LaggedDecoder:
@@ -79,80 +86,121 @@ class LaggedDecoder:
 
     Args:
         size: tokens a sequence of every step, the root included; 0: by the budget.
+        paths: of each task, where ranks are counted; none: they are not.
     """
 
-    def __init__(self, stepper: Stepper, budget: Budget, *, size: int = 0) -> None:
-        self._stepper, self._budget, self._size = stepper, budget, size
-        self._pending: _Ticket | None = None
+    def __init__(
+        self,
+        stepper: Stepper,
+        budget: Budget,
+        *,
+        size: int = 0,
+        paths: ListLike[PathCounts] = (),
+    ) -> None:
+        self._stepper, self._budget, self._size, self._paths = stepper, budget, size, paths
+        self._pending: deque[_Ticket] = deque()
+        self._after_prompts = False  # whether the newest is one of prompts
         self._read_at = 0.0
+        self._owed = 0.0  # seconds of prompts that passed before a step was read
 
-    def admit(self, sequence: Sequence) -> bool:
-        """Decode this sequence from the next step on, if it is one for the device."""
-        if not self._stepper.can_take(sequence):
-            return False
-        self._stepper.admit(sequence)
-        return True
+    def after_prompts(
+        self, pieces: ListLike[tuple[Sequence, int]], members: ListLike[Sequence], handle: Any
+    ) -> None:
+        """Note that a prefill was started.
+
+        Args:
+            pieces: its sequences and how many tokens of each.
+            members: those whose prompt it ends.
+            handle: what `read` wants, to tell the first token of each member.
+        """
+        self._push(_Ticket(list(members), handle, pieces=list(pieces)))
+        self._after_prompts = True
 
     def run(self, members: ListLike[Sequence]) -> int:
-        """Start a step of these sequences and read the one before.
-
-        Returns:
-            How many tokens that one gave.
-        """
-        context = sum(len(s.tokens) for s in members) / max(1, len(members))
-        size = self._size or (self._budget.choose_size(len(members), context) if members else 1)
-        settled = self.step(members, size)
-        return self._account(settled) if settled is not None else 0
-
-    def drain(self) -> int:
-        """Read the step that is under way, if there is one. Returns how many tokens it gave."""
-        return self.run([])
-
-    def step(self, members: ListLike[Sequence], size: int) -> Settled | None:
-        """Start a step of these sequences, then read the one before, None if there is none.
+        """Start a step of these sequences and read what was started before it.
 
         Args:
             members: those that have not ended, as far as is known.
-            size: tokens a sequence, the root included.
-        """
-        before, self._pending = self._pending, None
-        if members:
-            if before is None:
-                self._read_at = time.perf_counter()
-            handle = self._stepper.launch(members, size)
-            context = sum(len(sequence.tokens) for sequence in members) / len(members)
-            self._pending = _Ticket(list(members), size, handle, context)
-            for sequence in members:
-                sequence.in_flight += 1
-        return self._settle(before) if before is not None else None
 
-    def _account(self, settled: Settled) -> int:
-        """Write a step into its sequences' figures and the budget's. Returns its tokens."""
-        count, size = len(settled.members), settled.size
-        plain_s = self._budget.plain_seconds(count, settled.context)
-        given = alive = 0
-        for sequence, outcome in zip(settled.members, settled.outcomes, strict=True):
-            if outcome.tokens:
-                alive += 1
-                given += len(outcome.tokens)
-                sequence.figures.count_forward(
-                    tokens=len(outcome.tokens), accepted=outcome.accepted, drafted=outcome.drafted,
-                    seconds=settled.seconds, plain_s=plain_s,
-                )  # fmt: skip
-        self._budget.count(size * count, count, settled.context, settled.seconds)
-        if alive:
-            self._budget.count_tokens(size, given, alive)
+        Returns:
+            How many tokens were read.
+        """
+        given = 0
+        if members:
+            context = sum(len(s.tokens) for s in members) / len(members)
+            size = self._size or self._budget.choose_size(len(members), context)
+            if not self._stepper.is_ready(len(members), size):
+                # So that no step's time has it in it.
+                given = self._settle_to(0)
+                members = [sequence for sequence in members if not sequence.ended]
+                self._stepper.prepare(len(members), size)
+        if members:
+            self._push(_Ticket(list(members), self._stepper.launch(members, size), size, context))
+        left = 1 if members or self._after_prompts else 0
+        self._after_prompts = False
+        return given + self._settle_to(left)
+
+    def drain(self) -> int:
+        """Read all that is under way. Returns how many tokens it gave."""
+        self._after_prompts = False
+        return self.run([])
+
+    def _settle_to(self, left: int) -> int:
+        given = 0
+        while len(self._pending) > left:
+            given += self._settle(self._pending.popleft())
         return given
 
-    def _settle(self, ticket: _Ticket) -> Settled:
-        outcomes = self._stepper.read(ticket.handle)
+    def _push(self, ticket: _Ticket) -> None:
+        if not self._pending:
+            self._read_at = time.perf_counter()
+        self._pending.append(ticket)
+        for sequence in ticket.members:
+            sequence.in_flight += 1
+
+    def _settle(self, ticket: _Ticket) -> int:
+        """Wait for what was started and write it down. Returns its tokens."""
+        reading = self._stepper.read(ticket.handle)
         now = time.perf_counter()
         seconds, self._read_at = now - self._read_at, now
+        if not ticket.size:
+            seconds, self._owed = seconds + self._owed, 0.0
+        elif any(not later.size for later in self._pending):
+            # The host was busy with prompts meanwhile. Else what passed between two readings is
+            # what a step takes, also where the device had to wait for the host.
+            passed, seconds = seconds, min(seconds, reading.seconds)
+            self._owed += passed - seconds
         kept = []
-        for sequence, outcome in zip(ticket.members, outcomes, strict=True):
+        for sequence, outcome in zip(ticket.members, reading.outcomes, strict=True):
             sequence.in_flight -= 1
             kept.append(_taken(sequence, outcome))
-        return Settled(ticket.members, kept, ticket.size, seconds, ticket.context)
+            if self._paths and sequence.request.seed % _PATHS_OF == 0:
+                for rank in kept[-1].ranks:
+                    run = self._paths[sequence.reads]
+                    run.count(sequence.ranks, None if rank < 0 else rank)
+        if ticket.size:
+            self._account(ticket, kept, seconds)
+        total = sum(count for _, count in ticket.pieces)
+        for sequence, count in ticket.pieces:
+            sequence.figures.prefill_s += seconds * count / total
+        return sum(len(outcome.tokens) for outcome in kept)
+
+    def _account(self, ticket: _Ticket, outcomes: ListLike[Outcome], seconds: float) -> None:
+        """Write a step into its sequences' figures and the budget's."""
+        count, size = len(ticket.members), ticket.size
+        plain_s = self._budget.plain_seconds(count, ticket.context)
+        alive = 0
+        for sequence, outcome in zip(ticket.members, outcomes, strict=True):
+            if outcome.tokens:
+                alive += 1
+                sequence.figures.count_forward(
+                    tokens=len(outcome.tokens), accepted=outcome.accepted, drafted=outcome.drafted,
+                    seconds=seconds, plain_s=plain_s,
+                )  # fmt: skip
+        self._budget.count(size * count, count, ticket.context, seconds)
+        if alive:
+            given = sum(len(outcome.tokens) for outcome in outcomes)
+            self._budget.count_tokens(size, given, alive)
 
 
 def _taken(sequence: Sequence, outcome: Outcome) -> Outcome:
@@ -160,4 +208,5 @@ def _taken(sequence: Sequence, outcome: Outcome) -> Outcome:
     if sequence.ended:
         return Outcome([], 0, 0)
     count = sequence.take(outcome.tokens)
-    return Outcome(outcome.tokens[:count], outcome.drafted, min(count, outcome.accepted))
+    accepted = min(count, outcome.accepted)
+    return Outcome(outcome.tokens[:count], outcome.drafted, accepted, outcome.ranks[:count])

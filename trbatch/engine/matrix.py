@@ -113,14 +113,14 @@ class Matrix:
 
     def clear_slot(self, slot: int) -> None:
         """Forget a slot's own rows, before another sequence gets it."""
-        self.keys[slot] = NO_KEY
+        self.keys[slot].fill_(NO_KEY)  # an assignment would wait for the device
 
     def clear_task(self, task: int) -> None:
         """Forget a task's matrix."""
-        self.shared[task] = EMPTY
-        self.pair_keys[task] = NO_KEY
-        self.changed[task] = False
-        self.pair_changed[task] = False
+        self.shared[task].fill_(EMPTY)
+        self.pair_keys[task].fill_(NO_KEY)
+        self.changed[task].fill_(False)
+        self.pair_changed[task].fill_(False)
 
     def find(self, at: Contexts) -> Found:
         """The two rows of each place: the first that is there, and the next that differs."""

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trbatch.engine.attention import ATTENTION, Plan, ShapeProbe, Span, StepPlan, active
+from trbatch.engine.fuse import fuse as fuse_network
 from trbatch.engine.kv_cache import KVCache
-from trbatch.engine.linear import can_pack, pack_linears
 from trbatch.engine.loading import loading
-from trbatch.engine.norm import replace_norms
 from trbatch.errors import ModelError, WorkerError
 from trbatch.models import quiet_transformers, weights_digest
 
@@ -94,8 +93,12 @@ def load_pretrained(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    fuse: bool = True,
 ) -> LoadedModel:
-    """Load safetensors weights and the tokenizer. See `trbatch.models.load_model`."""
+    """Load safetensors weights and the tokenizer.
+
+    See `trbatch.models.load_model`, and `from_network` for `fuse`.
+    """
     place = pick_device(device)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision and not Path(source).is_dir():
@@ -117,11 +120,16 @@ def load_pretrained(
             # transformers would fill them with random numbers and go on.
             raise ModelError(f"model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
         network = nn.Module.to(network, place)
-        return from_network(network, tokenizer, name=name, source=source)
+        return from_network(network, tokenizer, name=name, source=source, fuse=fuse)
 
 
-def from_network(network: nn.Module, tokenizer: Any, *, name: str, source: str = "") -> LoadedModel:
-    """Make an instantiated transformers model ready: checked, packed, in evaluation mode.
+def from_network(
+    network: nn.Module, tokenizer: Any, *, name: str, source: str = "", fuse: bool = True
+) -> LoadedModel:
+    """Make an instantiated transformers model ready: checked, fused, in evaluation mode.
+
+    Args:
+        fuse: put quicker modules that say the same in the places of its own.
 
     Raises:
         ModelError: its architecture is not supported.
@@ -133,9 +141,8 @@ def from_network(network: nn.Module, tokenizer: Any, *, name: str, source: str =
         config._attn_implementation = ATTENTION
         weight = network.get_output_embeddings().weight  # type: ignore[operator]
         layer_shapes = _probe(network, weight.device)
-        replace_norms(network)
-        if can_pack(weight.device, weight.dtype):
-            pack_linears(network, lambda: _probe(network, weight.device))
+        if fuse:
+            fuse_network(network, lambda: _probe(network, weight.device))
         return LoadedModel(
             network=network,
             tokenizer=tokenizer,
@@ -218,16 +225,34 @@ class CausalModel:
         Returns:
             Raw logits [M, V], float32.
         """
+        return self.project(tokens, spans, keep).float()
+
+    def project(self, tokens: Tensor, spans: Sequence[Span], keep: Tensor | None = None) -> Tensor:
+        """The same in the network's own type."""
         assert self.cache is not None, "allocate the cache first"
         plan = self._plan_of(self.cache, spans)
         positions = torch.cat([span.positions for span in spans])
+        return self.run(tokens, positions, plan, keep)
+
+    def run(
+        self, tokens: Tensor, positions: Tensor, plan: Plan, keep: Tensor | None = None
+    ) -> Tensor:
+        """The network over a plan that is made already. Never waits for the device.
+
+        Args:
+            tokens, positions: [N] ids and places in their texts.
+            keep: see `forward`.
+
+        Returns:
+            Raw logits [M, V] in the network's type.
+        """
         with active(plan):
             out = self.loaded.network(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False,
                 logits_to_keep=0 if keep is None else keep,
             )  # fmt: skip
         logits: Tensor = out.logits[0]
-        return logits.float()
+        return logits
 
 
 def _planner(attention: str, loaded: LoadedModel) -> Callable[[KVCache, Sequence[Span]], Plan]:

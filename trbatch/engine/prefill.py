@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as ListLike
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
 
 _SMALL_TREE = 6.0  # tokens a step and sequence
+Piece = tuple[Sequence, int]  # whose prompt, and how many of its tokens come next
 
 
 class Prefiller:
@@ -47,20 +49,10 @@ class Prefiller:
         Returns:
             Those whose prompt is done: they have taken their first token.
         """
-        start, left = time.perf_counter(), self._chunk
-        pieces: list[tuple[Sequence, int]] = []
-        for sequence in sequences:
-            count = min(left, sequence.prompt_length - sequence.cached)
-            if count == 0:
-                break
-            pieces.append((sequence, count))
-            left -= count
+        start = time.perf_counter()
+        pieces = pieces_of(sequences, self._chunk)
         where = [spans.of_prompt(sequence, count) for sequence, count in pieces]
-        tokens = [
-            token
-            for sequence, count in pieces
-            for token in sequence.tokens[sequence.cached : sequence.cached + count]
-        ]
+        tokens = tokens_of(pieces)
         everywhere = self._learning and self._wants_prompt_candidates()
         ends = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
         ends = ends.to(self._model.loaded.device)
@@ -86,7 +78,7 @@ class Prefiller:
         """
         return self._model.loaded.device.type != "cpu" or self._budget.usual_size > _SMALL_TREE
 
-    def _learn_prompts(self, pieces: list[tuple[Sequence, int]], logits: Tensor | None) -> None:
+    def _learn_prompts(self, pieces: list[Piece], logits: Tensor | None) -> None:
         """Recycle prompts: the candidates of each token, or None for the texts alone."""
         wide = self._matrix.candidates
         candidates = None if logits is None else topk(blocks_of(logits), wide)
@@ -114,3 +106,24 @@ class Prefiller:
 
     def _ids(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._model.loaded.device)
+
+
+def pieces_of(sequences: ListLike[Sequence], most: int) -> list[Piece]:
+    """What is prefilled next: `most` tokens of the prompts that are not in the cache yet."""
+    pieces: list[Piece] = []
+    for sequence in sequences:
+        count = min(most, sequence.prompt_length - sequence.cached)
+        if count == 0:
+            break
+        pieces.append((sequence, count))
+        most -= count
+    return pieces
+
+
+def tokens_of(pieces: ListLike[Piece]) -> list[int]:
+    """The tokens of pieces, one after the other."""
+    return [
+        token
+        for sequence, count in pieces
+        for token in sequence.tokens[sequence.cached : sequence.cached + count]
+    ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trbatch.engine.device_state import FULL, GOES_ON, STOPPED, Accepted, Slots
+from trbatch.engine.spine import LONG, MATCH
 
 
 def attend(
@@ -83,6 +84,9 @@ def accept(
             if path[place] != place:
                 out.sources[row, place - 1] = _slot_of(slots, slot, root + path[place], page_size)
                 out.targets[row, place - 1] = _slot_of(slots, slot, root + place, page_size)
+        length, longest = int(slots.lengths[slot]), slots.texts.shape[1]
+        kept = taken[: max(0, longest - length)]
+        slots.texts[slot, length : length + len(kept)] = torch.tensor(kept, dtype=torch.int32)
         last = [*taken[::-1], *slots.last[slot].tolist()][: slots.last.shape[1]]
         slots.last[slot] = torch.tensor(last)
         slots.lengths[slot] += count
@@ -103,3 +107,34 @@ def _cut(proposed: list[int], stops: list[int], left: int) -> tuple[list[int], i
 
 def _slot_of(slots: Slots, slot: int, place: int, page_size: int) -> int:
     return int(slots.pages[slot, place // page_size]) * page_size + place % page_size
+
+
+def look_ahead(slots: Slots, rows: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """What the texts of a batch should say next. See `kernels.spine.look_ahead`."""
+    ahead = torch.full((len(rows), depth), -1, dtype=torch.int64, device=rows.device)
+    matches = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    most = 1 << (depth - 1).bit_length()  # a longer piece than the kernel's tile is searched anew
+    for row, slot in enumerate(rows.tolist()):
+        if slot < 0:
+            continue
+        text = slots.texts[slot, : int(slots.lengths[slot])].tolist()
+        read, at = int(slots.read[slot]), int(slots.source[slot])
+        fresh = text[read:]
+        if at >= 0 and len(fresh) <= most and text[at : at + len(fresh)] == fresh:
+            at, matched = at + len(fresh), int(slots.matched[slot]) + len(fresh)
+        else:
+            at, matched = _search(text)
+        slots.read[slot], slots.source[slot], slots.matched[slot] = len(text), at, matched
+        expected = text[at : at + depth] if at >= 0 else []
+        ahead[row, : len(expected)] = torch.tensor(expected)
+        matches[row] = matched
+    return ahead, matches
+
+
+def _search(text: list[int]) -> tuple[int, int]:
+    """The last place behind an earlier occurrence of the last tokens, and how many agree there."""
+    for end in range(len(text) - 1, MATCH - 1, -1):
+        if text[end - MATCH : end] == text[-MATCH:]:
+            backwards = zip(text[end - 1 :: -1][:LONG], text[::-1], strict=False)
+            return end, next((i for i, (a, b) in enumerate(backwards) if a != b), min(end, LONG))
+    return -1, 0

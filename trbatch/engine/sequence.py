@@ -136,6 +136,7 @@ class Sequence:
     reads: int = -1  # of the one that drafts its tokens: the same, or an empty one to compare with
     room: Any = None  # kv_cache.Room
     cached: int = 0  # prompt tokens whose keys are in the cache
+    lagged: bool = False  # whether its steps are read one late
     in_flight: int = 0  # steps that were started with it and not read yet
     finish_reason: str = ""
     error: RowError | None = None  # why it has no text; what it took since means nothing

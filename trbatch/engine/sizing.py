@@ -8,13 +8,16 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from trbatch.config import EngineConfig, cache_folder
 from trbatch.engine.attention import Span
 from trbatch.engine.costs import TIMED_SIZES, CostTable, least_seconds, time_steps
+from trbatch.engine.kv_cache import KVCache
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.errors import WorkerError
@@ -22,10 +25,12 @@ from trbatch.errors import WorkerError
 logger = logging.getLogger(__name__)
 
 _LONGEST = 8192  # tokens, unless asked for more
-_CPU_SEQS, _GPU_SEQS = 8, 64
+_CPU_SEQS, _GPU_SEQS = 8, 128
+_CPU_PREFILL, _GPU_PREFILL = 512, 2048
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
-_FORMAT = 2  # of the saved cost tables
+_GPU_BATCHES = (8, 32, 64, 128)  # timed, beside one sequence and all that can run
+_FORMAT = 3  # of the saved cost tables
 _DRIFT = 1.25  # a saved step may be off by so much more or less than all are
 _LOOKS = 2  # at a saved table before it is given up: something may have disturbed the first
 # Steps of more tokens are extrapolated: on a CPU they cost what their arithmetic costs.
@@ -35,6 +40,11 @@ _CPU_TIMED, _GPU_TIMED = 64, 4096
 def max_num_seqs(config: EngineConfig, loaded: LoadedModel) -> int:
     """Sequences decoded together."""
     return config.max_num_seqs or (_CPU_SEQS if loaded.device.type == "cpu" else _GPU_SEQS)
+
+
+def prefill_chunk(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Prompt tokens of one prefill, over all its sequences."""
+    return config.prefill_chunk or (_CPU_PREFILL if loaded.device.type == "cpu" else _GPU_PREFILL)
 
 
 def max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
@@ -58,21 +68,23 @@ def cache_slots(
     *,
     sequences: int,
     longest: int,
+    spare: int = 0,
 ) -> int:
     """Tokens that the K/V cache is made for: what is free, and never more than can be used.
 
     Args:
         longest: tokens of the longest sequence with its tree.
+        spare: tokens of room that no sequence gets.
 
     Raises:
         WorkerError: not even one such sequence fits.
     """
     page = config.page_size
-    one = -(-longest // page) * page
+    one, spare = (-(-tokens // page) * page for tokens in (longest, spare))
     if loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(loaded.device)
         usable = free - int(total * (1 - config.gpu_memory_utilization))
-        slots = min(usable // bytes_per_token, sequences * one)
+        slots = min(usable // bytes_per_token - spare, sequences * one)
     else:
         slots = max(one, min(sequences * one, sequences * (_CPU_CONTEXT + page)))
     if slots < one:
@@ -81,11 +93,39 @@ def cache_slots(
             f" {max(0, slots) * bytes_per_token / 2**30:.1f} GiB are free on {loaded.device}",
             hint="lower --max-model-len, or raise --gpu-memory-utilization",
         )
-    return slots
+    return slots + spare
+
+
+class Timer(Protocol):
+    """Times steps."""
+
+    longest: int  # committed tokens that a sequence can have while all run
+
+    def __call__(self, batch: int, size: int, context: int) -> float:
+        """Seconds of one step of (batch, T) with `context` committed tokens a sequence."""
+        ...
+
+
+def timed_context(cache: KVCache, capacity: int, most: int) -> int:
+    """Committed tokens a sequence for which a step of the whole batch can be timed."""
+    pages = cache.pool.free // capacity
+    return max(1, (pages - 1) * cache.page_size - most)
+
+
+def most_tokens(loaded: LoadedModel) -> int:
+    """Tokens a step: more never pay, and their logits would need much memory."""
+    return _CPU_TIMED if loaded.device.type == "cpu" else _GPU_TIMED
 
 
 def step_costs(
-    model: CausalModel, loaded: LoadedModel, most: int, capacity: int, *, fixed: int = 0
+    run: Timer,
+    loaded: LoadedModel,
+    most: int,
+    capacity: int,
+    *,
+    fixed: int = 0,
+    how: str = "",
+    grid: Sequence[int] = TIMED_SIZES,
 ) -> CostTable:
     """The cost table of this model on this machine, timed once and kept in the cache folder.
 
@@ -94,12 +134,13 @@ def step_costs(
     Args:
         most: tokens a step per sequence, at most.
         fixed: the only such number that will be used, beside plain steps; 0: any up to `most`.
+        how: what kind of steps these are, where there is more than one.
+        grid: sizes that are timed, those up to the largest that is used.
     """
     largest = fixed or most
-    between = () if fixed else [size for size in TIMED_SIZES if size < largest]
+    between = () if fixed else [size for size in grid if size < largest]
     sizes = sorted({1, *between, largest})
-    file = _costs_file(loaded, sizes, capacity)
-    run = _StepTimer(model, loaded, largest, capacity)
+    file = _costs_file(loaded, sizes, capacity, how)
     kept = _read_costs(file)
     if kept is None:
         logger.info("timing steps on this machine, once …")
@@ -108,23 +149,25 @@ def step_costs(
             if (costs := _at_todays_pace(kept, run, sizes)) is not None:
                 return costs
         logger.info("timing steps on this machine again, they no longer cost what they did …")
-    on_cpu = loaded.device.type == "cpu"
-    batches = sorted({1, capacity} if on_cpu else {1, max(1, capacity // 8), capacity})
-    most = _CPU_TIMED if on_cpu else _GPU_TIMED
+    others = () if loaded.device.type == "cpu" else _GPU_BATCHES
+    batches = sorted({1, capacity, *(batch for batch in others if batch < capacity)})
     context = min(_TIMED_CONTEXT, run.longest)
-    costs = time_steps(run, batches=batches, sizes=sizes, most_tokens=most, context=context)
+    costs = time_steps(
+        run, batches=batches, sizes=sizes, most_tokens=most_tokens(loaded), context=context
+    )
     _keep_costs(file, costs)
     return costs
 
 
-class _StepTimer:
-    """Runs one decode forward of (batch, T, context) over whatever lies in the cache."""
+class StepTimer:
+    """Runs one decode forward of (batch, T, context) over whatever lies in the cache.
 
-    def __init__(self, model: CausalModel, loaded: LoadedModel, most: int, capacity: int) -> None:
-        assert model.cache is not None
-        self._model, self._loaded = model, loaded
-        slots = model.cache.pool.pages * model.cache.page_size
-        self.longest = max(1, slots // capacity - most - model.cache.page_size)
+    Args:
+        longest: see `Timer`.
+    """
+
+    def __init__(self, model: CausalModel, loaded: LoadedModel, longest: int) -> None:
+        self._model, self._loaded, self.longest = model, loaded, longest
 
     @torch.inference_mode()
     def __call__(self, batch: int, size: int, context: int) -> float:
@@ -160,17 +203,17 @@ def machine_name(device: torch.device) -> str:
     return f"{os.cpu_count()}-core CPU, {torch.get_num_threads()} threads, {capability}"
 
 
-def _costs_file(loaded: LoadedModel, sizes: list[int], capacity: int) -> Path:
+def _costs_file(loaded: LoadedModel, sizes: list[int], capacity: int, how: str) -> Path:
     """One file for each thing that changes the cost of a step."""
     parts = [
         _FORMAT, loaded.fingerprint, str(loaded.dtype), machine_name(loaded.device),
-        torch.__version__, sizes, capacity,
+        torch.__version__, sizes, capacity, how,
     ]  # fmt: skip
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
     return cache_folder() / "costs" / f"{digest}.json"
 
 
-def _at_todays_pace(kept: CostTable, run: _StepTimer, sizes: list[int]) -> CostTable | None:
+def _at_todays_pace(kept: CostTable, run: Timer, sizes: list[int]) -> CostTable | None:
     """The table as fast as the machine is now; None if its steps no longer go by their ratios."""
     # The table may have been timed with a longer cache than there is now.
     tree, context = max(t for t in sizes if t <= 4), min(kept.context, run.longest)

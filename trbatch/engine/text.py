@@ -88,7 +88,7 @@ class StopChecker:
     def __init__(self, tokenizer: Any, params: SamplingParams, eos: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         ends = set(params.stop_token_ids)
-        self._stop_ids = ends if params.ignore_eos else ends | eos
+        self.stop_ids = ends if params.ignore_eos else ends | eos
         self._stops = params.stop
         self._ids: list[int] = []
         self._text = _GrowingText(tokenizer) if params.stop else None
@@ -98,7 +98,7 @@ class StopChecker:
     def ends_with(self, token: int) -> bool:
         """Take the next token; whether the text ends with it."""
         self._ids.append(token)
-        if token in self._stop_ids:
+        if token in self.stop_ids:
             self._ended_by_id = True
             return True
         if self._text is None:

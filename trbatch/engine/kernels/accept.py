@@ -15,6 +15,7 @@ from torch import Tensor
 from trbatch.engine.device_state import (
     FULL,
     GOES_ON,
+    NO_RANK,
     REPORT_NUMBERS,
     STOPPED,
     Accepted,
@@ -22,6 +23,7 @@ from trbatch.engine.device_state import (
 )
 
 _GOES_ON, _STOPPED, _FULL = (tl.constexpr(end) for end in (GOES_ON, STOPPED, FULL))
+_NO_RANK = tl.constexpr(NO_RANK)
 _NODES_A_WARP = 128
 
 
@@ -88,13 +90,18 @@ def _moves(
     tl.store(targets + level - 1, target, mask=there)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "parents_apart", "size", "deepest", "most_stops", "most_pages", "longest", "page_size",
+    ]
+)  # fmt: skip
 def _accept(
     tokens: tl.tensor, parents: tl.tensor, chosen: tl.tensor, rows: tl.tensor,
     lengths: tl.tensor, last: tl.tensor, left: tl.tensor, stops: tl.tensor, active: tl.tensor,
-    pages: tl.tensor, report: tl.tensor, nodes: tl.tensor, on_path: tl.tensor, sources: tl.tensor,
-    targets: tl.tensor, parents_apart: tl.tensor, size: tl.tensor, deepest: tl.tensor,
-    most_stops: tl.tensor, most_pages: tl.tensor, page_size: tl.tensor, ORDERS: tl.constexpr,
+    pages: tl.tensor, texts: tl.tensor, report: tl.tensor, nodes: tl.tensor, on_path: tl.tensor,
+    sources: tl.tensor, targets: tl.tensor, parents_apart: tl.tensor, size: tl.tensor,
+    deepest: tl.tensor, most_stops: tl.tensor, most_pages: tl.tensor, longest: tl.tensor,
+    page_size: tl.tensor, ORDERS: tl.constexpr,
     NUMBERS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ) -> None:  # fmt: skip
     """See `accept`. A row that does not run proposes nothing and so comes out empty."""
@@ -124,11 +131,14 @@ def _accept(
     tl.store(on_path + row * size + node, agreed, mask=node < size)
     taken, there = level < count, level <= deepest
     tl.store(nodes + row * (deepest + 1) + level, tl.where(taken, path, -1), mask=there)
-    report += row * (NUMBERS + deepest + 1)
+    report += row * (NUMBERS + 2 * (deepest + 1))
     tl.store(report, count)
     tl.store(report + 1, finished)
     tl.store(report + 2, tl.minimum(count, tl.maximum(proposed - 1, 0)))
     tl.store(report + NUMBERS + level, tl.where(taken, after, -1), mask=there)
+    tl.store(report + NUMBERS + deepest + 1 + level, _NO_RANK, mask=there)
+    text = texts + slot * longest + length
+    tl.store(text + level, after, mask=taken & (length + level < longest))
     # The newest of the tokens taken, and behind them those that were newest before.
     newest = tl.sum(tl.where(level[None, :] == (count - 1 - place)[:, None], after[None, :], 0), 1)
     last += slot * ORDERS + place
@@ -172,7 +182,7 @@ def accept(
         return torch.empty(batch, width, dtype=torch.int32, device=device)
 
     out = Accepted(
-        report=numbers(REPORT_NUMBERS + deepest + 1),
+        report=numbers(REPORT_NUMBERS + 2 * (deepest + 1)),
         nodes=numbers(deepest + 1),
         on_path=torch.empty(batch, size, dtype=torch.bool, device=device),
         sources=numbers(deepest),
@@ -182,8 +192,9 @@ def accept(
     most_stops, most_pages = slots.stops.shape[1], slots.pages.shape[1]
     _accept[(batch,)](
         tokens, parents, chosen, rows, slots.lengths, slots.last, slots.left, slots.stops,
-        slots.active, slots.pages, out.report, out.nodes, out.on_path, out.sources, out.targets,
-        parents.stride(0), size, deepest, most_stops, most_pages, page_size,
+        slots.active, slots.pages, slots.texts, out.report, out.nodes, out.on_path, out.sources,
+        out.targets, parents.stride(0), size, deepest, most_stops, most_pages,
+        slots.texts.shape[1], page_size,
         ORDERS=slots.last.shape[1], NUMBERS=REPORT_NUMBERS, BLOCK_T=block,
         BLOCK_D=triton.next_power_of_2(deepest + 1), BLOCK_M=triton.next_power_of_2(most_stops),
         num_warps=min(4, max(1, block // _NODES_A_WARP)),

@@ -312,11 +312,15 @@ def choose_launch(
     else:
         busy = pairs * triton.cdiv(rows, 128) >= processors
         block_m = min(block_m, 128 if busy else 64)
-        launch = Launch(block_m, block_n=64, splits=1, warps=8 if block_m > 64 else 4, stages=3)
+        # A step of many short rows reads long before it computes: smaller blocks, more under way.
+        many = block_m == 16 and pairs >= 3 * processors
+        block_n, stages = (32, 4) if many else (64, 3)
+        launch = Launch(block_m, block_n, splits=1, warps=8 if block_m > 64 else 4, stages=stages)
     programs = pairs * triton.cdiv(rows, launch.block_m)
     if 2 * programs > processors:
         return launch
-    wanted = triton.cdiv(2 * processors, programs)
+    # What many rows found in many parts takes long to join.
+    wanted = processors // programs if launch.block_m >= 64 else -(-2 * processors // programs)
     splits = min(wanted, _MOST_SPLITS, triton.cdiv(keys, 2 * launch.block_n))
     return launch._replace(splits=splits)
 

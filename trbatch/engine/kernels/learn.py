@@ -24,6 +24,8 @@ _TURN = tl.constexpr(MOST_NODES.bit_length() - 1)  # lowest bits of these
 _PATH = tl.constexpr((MOST_NODES * MOST_TURNS).bit_length() - 1)
 _CONTEXT = tl.constexpr(MOST_ORDERS)
 _NODES_A_WARP = 32
+# One compilation for all trees of a block: sizes change from step to step.
+_SIZES = ["parents_apart", "size"]
 
 
 @triton.jit
@@ -98,7 +100,7 @@ def _row_of(
     return ran, slot, task, turn
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _claim(
     tokens: tl.tensor, parents: tl.tensor, contexts: tl.tensor, on_path: tl.tensor,
     rows: tl.tensor, tasks: tl.tensor, turns: tl.tensor,
@@ -124,7 +126,7 @@ def _claim(
     tl.atomic_max(claims + place, priority, mask=priority >= 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _write(
     tokens: tl.tensor, parents: tl.tensor, contexts: tl.tensor, on_path: tl.tensor,
     candidates: tl.tensor, rows: tl.tensor, tasks: tl.tensor, turns: tl.tensor,
@@ -200,7 +202,7 @@ def learn(
     sizes = (parents.stride(0), size, matrix.vocab_size, own_count, pair_count)
     block = triton.next_power_of_2(size)
     options = {
-        "ORDERS": matrix.orders, "BLOCK_T": block, "ROUNDS": max(0, size - 2).bit_length(),
+        "ORDERS": matrix.orders, "BLOCK_T": block, "ROUNDS": block.bit_length() - 1,
         "num_warps": min(8, max(1, block // _NODES_A_WARP)),
     }  # fmt: skip
     grid = (batch, matrix.orders + (TASK_ORDERS if pair_count else 1))

@@ -1,0 +1,217 @@
+"""Engines whose steps run on the device and are read one late: the same texts, in whatever batch.
+
+Where there is no GPU the steps are the slow twins, and the kernels in Triton's interpreter; where
+there is one, captured graphs too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from trbatch.engine.device_step import BUCKETS, bucket_of
+from trbatch.engine.sequence import Completion
+from trbatch.engine.step_plain import PlainOperations
+
+ON_GPU = tiny.DEVICE != "cpu"
+PROMPTS = tiny.repetitive(5, seed=4) + tiny.prompts(4, seed=5)
+LENGTH = 24
+FEW, SHORT = 3, 9  # prompts and tokens for the interpreter, which takes a second a step
+
+
+def kernels() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no Triton here")
+    from trbatch.engine.step_kernels import KernelOperations
+
+    return KernelOperations()
+
+
+def paths(*marks: Any) -> Any:
+    """For tests of both forms of a step; `marks`: of the kernels in the interpreter."""
+    quick = pytest.param(kernels, id="kernels", marks=() if ON_GPU else marks)
+    return pytest.mark.parametrize("operations", [pytest.param(PlainOperations, id="plain"), quick])
+
+
+on_every_path, on_every_path_slowly = paths(), paths(pytest.mark.long)
+
+
+def engine(operations: Any, kind: str = "llama", **settings: Any) -> Any:
+    made = operations()
+    if not made.captures:
+        settings["enforce_eager"] = True
+    elif not ON_GPU:
+        made.captures = False  # the interpreter has no graphs
+    return tiny.engine(tiny.loaded(kind), operations=made, **settings)
+
+
+def amount(operations: Any) -> tuple[int, int]:
+    """How many prompts to decode, and how many tokens of each."""
+    return (FEW, SHORT) if operations is kernels and not ON_GPU else (len(PROMPTS), LENGTH)
+
+
+def requests(operations: Any = PlainOperations, **sampling: Any) -> list[Any]:
+    count, length = amount(operations)
+    return [
+        tiny.request(i, ids, **{"max_tokens": length, **sampling})
+        for i, ids in enumerate(PROMPTS[:count])
+    ]
+
+
+def expected(operations: Any = PlainOperations, kind: str = "llama") -> list[list[int]]:
+    network, (count, length) = tiny.network(kind), amount(operations)
+    return [tiny.generate(network, ids, length) for ids in PROMPTS[:count]]
+
+
+def texts(done: dict[Any, Completion]) -> list[list[int]]:
+    return [done[i].token_ids for i in range(len(done))]
+
+
+@on_every_path
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_texts_are_those_of_generate(operations: Any, size: int) -> None:
+    done = tiny.decode(engine(operations, tree_size=size), requests(operations))
+    assert texts(done) == expected(operations)
+    accepted = sum(one.num_accepted_draft_tokens for one in done.values())
+    assert (accepted > 0) == (size > 1)
+    for one in done.values():
+        decoded = one.completion_tokens - 1
+        counts = one.acceptance_histogram
+        assert sum(counts) == one.num_spec_steps
+        assert sum((i + 1) * count for i, count in enumerate(counts)) == decoded
+        assert one.decode_s > 0 and one.prefill_s > 0
+
+
+@on_every_path_slowly
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gpt_neox"])
+def test_other_architectures_say_what_generate_says(operations: Any, kind: str) -> None:
+    one = engine(operations, kind, tree_size=6, max_num_seqs=8)
+    assert texts(tiny.decode(one, requests(operations))) == expected(operations, kind)
+
+
+@on_every_path_slowly
+def test_the_budget_chooses_sizes_by_itself(
+    operations: Any, tmp_path: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
+    one = engine(operations, tree_size=0, max_tree_size=3, max_num_seqs=2)
+    assert texts(tiny.decode(one, requests(operations))) == expected(operations)
+    assert sum(one.stats()["tree_sizes"].values()) >= one.stats()["forwards"]
+
+
+def test_long_prompts_come_in_pieces() -> None:
+    done = tiny.decode(engine(PlainOperations, tree_size=9, prefill_chunk=7), requests())
+    assert texts(done) == expected()
+
+
+def test_each_step_is_started_before_the_last_is_read() -> None:
+    one = engine(PlainOperations, tree_size=9)
+    for request in requests():
+        one.add(request)
+    late = 0
+    while one.unfinished:
+        one.step()
+        running = one._scheduler.running
+        late += any(sequence.in_flight for sequence in running)
+        assert all(sequence.in_flight <= 2 for sequence in running)
+    assert late > LENGTH // 4
+
+
+def test_rows_that_the_host_chooses_for_run_beside_the_others() -> None:
+    """Sampled rows and rows with a logits processor take the same tokens as in a host's engine."""
+
+    def never_22(_: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[22] = -torch.inf
+        return logits
+
+    mixed = [
+        tiny.request(0, PROMPTS[0], max_tokens=LENGTH),
+        tiny.request(1, PROMPTS[1], max_tokens=LENGTH, temperature=0.8, seed=5),
+        tiny.request(2, PROMPTS[2], max_tokens=LENGTH, logits_processors=(never_22,)),
+        tiny.request(3, PROMPTS[3], max_tokens=LENGTH),
+    ]
+    wanted = tiny.decode(tiny.engine(tiny.loaded("llama"), speculate=False), mixed)
+    found = tiny.decode(engine(PlainOperations, tree_size=9), mixed)
+    assert texts(found) == texts(wanted)
+    assert texts(found)[0] == expected()[0]
+
+
+def test_a_text_ends_at_stop_ids_stop_strings_and_max_tokens() -> None:
+    words = expected()
+    stop_id, stop_word = words[0][7], f" {words[1][9]} "
+    ends: list[dict[str, Any]] = [
+        {"stop_token_ids": [stop_id]}, {"stop": [stop_word]}, {"max_tokens": 5}, {"max_tokens": 1},
+    ]  # fmt: skip
+    ending = [
+        tiny.request(i, PROMPTS[i], **{"max_tokens": LENGTH, **end}) for i, end in enumerate(ends)
+    ]
+    found = tiny.decode(engine(PlainOperations, tree_size=9), ending)
+    plain = tiny.decode(tiny.engine(tiny.loaded("llama"), speculate=False), ending)
+    for key in range(4):
+        assert found[key].token_ids == plain[key].token_ids
+        assert found[key].text == plain[key].text
+        assert found[key].finish_reason == plain[key].finish_reason
+    assert [found[key].finish_reason for key in range(4)] == ["stop", "stop", "length", "length"]
+
+
+def test_dropped_requests_leave_the_others_alone() -> None:
+    one = engine(PlainOperations, tree_size=9, max_num_seqs=3)
+    for request in requests():
+        one.add(request)
+    done: dict[Any, Completion] = {}
+    for _ in range(4):
+        done |= {completion.key: completion for completion in one.step()}
+    one.abort([0, 1, 7])
+    while one.unfinished:
+        done |= {completion.key: completion for completion in one.step()}
+    assert set(done) == set(range(len(PROMPTS))) - {0, 1, 7}
+    wanted = expected()
+    assert all(done[key].token_ids == wanted[key] for key in done)
+
+
+def test_two_samples_of_one_row_and_rows_of_one_number_run_together() -> None:
+    same = [tiny.request(i, PROMPTS[0], max_tokens=LENGTH) for i in range(6)]
+    for request in same:
+        object.__setattr__(request, "order", 3)
+    done = tiny.decode(engine(PlainOperations, tree_size=9, max_num_seqs=6), same)
+    assert all(text == expected()[0] for text in texts(done))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 33, 100, 512, 600])
+def test_a_bucket_holds_its_rows(rows: int) -> None:
+    assert bucket_of(rows, 1024) >= rows
+    assert bucket_of(rows, rows) == rows, "never more than can run"
+    assert bucket_of(rows, 1024) in (*BUCKETS, rows)
+
+
+def test_matrices_learn_the_same_from_both_forms_of_a_step() -> None:
+    """What is left in the rows decides the next night's drafts."""
+    pytest.importorskip("triton")
+    left = []
+    for operations in (PlainOperations, kernels):
+        one = engine(operations, tree_size=5, max_num_seqs=3)
+        tiny.decode(one, requests(kernels))
+        left.append(one._matrix)
+    for name in ("shared", "pair_keys", "pair_rows", "changed", "pair_changed"):
+        assert torch.equal(getattr(left[0], name), getattr(left[1], name)), name
+
+
+def test_paths_of_ranks_are_counted_on_the_device() -> None:
+    """The learned tree of a task needs them, whatever tree drafts."""
+    chosen = [tiny.request(i, ids, max_tokens=LENGTH, seed=8 * i) for i, ids in enumerate(PROMPTS)]
+    host = tiny.engine(tiny.loaded("llama"), tree_size=9, max_num_seqs=1)
+    device = engine(PlainOperations, tree_size=9, max_num_seqs=1)
+    for one in (host, device):
+        tiny.decode(one, chosen)
+    found, wanted = (one._paths[0].to_tensors() for one in (device, host))
+    assert wanted["path_counts"][-1] > LENGTH
+    # A text's last step is counted up to its end here, and to the end of its path there.
+    assert found["path_counts"][-1] == pytest.approx(float(wanted["path_counts"][-1]), rel=0.1)
+    assert len(found["paths"]) == pytest.approx(len(wanted["paths"]), rel=0.2)
+    other = engine(PlainOperations, tree_size=9)
+    tiny.decode(other, [tiny.request(0, PROMPTS[0], max_tokens=LENGTH, seed=1)])
+    assert other._paths[0].places == 0, "one row in eight is enough"

@@ -1,0 +1,79 @@
+"""CUDA graphs: work recorded once for each shape and replayed with one call of the host."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries make their plans
+Given = TypeVar("Given")
+
+
+class Replay(Generic[Given]):
+    """Work of one shape: its graph and what that leaves in memory; without one, the work itself."""
+
+    def __init__(self, work: Callable[[], Given]) -> None:
+        self.work = work
+        self.graph: Any = None
+        self.given: Given | None = None
+
+    def run(self) -> Given:
+        """Start it. What it gives is overwritten when it is started again."""
+        if self.graph is None:
+            return self.work()
+        self.graph.replay()
+        assert self.given is not None
+        return self.given
+
+
+class Graphs:
+    """All graphs of one engine: they share memory, since one runs at a time.
+
+    Args:
+        wanted: whether to capture at all.
+    """
+
+    def __init__(self, device: torch.device, *, wanted: bool) -> None:
+        self._device = device
+        self.wanted = wanted  # False also when a capture has failed
+        self._pool: Any = None
+
+    @torch.inference_mode()
+    def record(self, work: Callable[[], Given], *, what: str) -> Replay[Given]:
+        """Record work that may be run at any time and changes nothing yet.
+
+        Args:
+            work: reads and writes the same memory each time; must not wait for the device.
+            what: for people.
+        """
+        replay = Replay(work)
+        if not self.wanted:
+            return replay
+        start = time.perf_counter()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                replay.given = work()
+        except RuntimeError as error:
+            # Such as a mixture of experts that looks on the host which expert gets which token.
+            said = str(error).strip().split("\n", 1)[0]
+            logger.warning("steps of this model cannot be captured, they are launched: %s", said)
+            self.wanted = False
+            return replay
+        replay.graph = graph
+        logger.debug("captured %s in %.2f s", what, time.perf_counter() - start)
+        return replay

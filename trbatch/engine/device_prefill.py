@@ -1,0 +1,143 @@
+"""Prompts into the cache without waiting: the token after a prompt is chosen on the device.
+
+The other form of `prefill`, for engines whose steps are read one late. A prefill, too, has one of a
+few shapes, so that it can be replayed: launched one by one, the kernels of a short prefill take the
+host longer than the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from trbatch.config import EngineConfig
+from trbatch.engine.captured import Replay
+from trbatch.engine.choosing import choose_tokens
+from trbatch.engine.device_step import DeviceStep, Prompts
+from trbatch.engine.lagged import LaggedDecoder
+from trbatch.engine.prefill import Piece, pieces_of, tokens_of
+from trbatch.engine.sequence import Sequence
+from trbatch.engine.tasks import Tasks
+from trbatch.engine.transfer import to_device
+
+_SHORTEST = 64  # tokens of the smallest shape; each next one has twice as many
+_MOST_PIECES = 64  # prompts of one prefill
+_ENOUGH_TOKENS = 512  # for which a prefill of its own is no waste: it reads all weights
+_ENOUGH_SLOTS = 16  # one in so many waits no longer
+_PATIENCE = 16  # steps that a prompt waits for others at most
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    numbers: Tensor  # all inputs in one piece, for one copy
+    sizes: list[int]  # how it is divided
+    replay: Replay[Tensor]
+
+
+class DevicePrefiller:
+    """Runs prompts through the model.
+
+    Args:
+        recycling: whether anything is drafted, so that prompts are worth learning from.
+    """
+
+    def __init__(
+        self,
+        stepper: DeviceStep,
+        decoder: LaggedDecoder,
+        tasks: Tasks,
+        config: EngineConfig,
+        *,
+        recycling: bool,
+    ) -> None:
+        self._stepper, self._decoder, self._tasks = stepper, decoder, tasks
+        self._chunk = config.prefill_chunk
+        self._learning = recycling and config.recycle_prompts
+        self._pieces = min(_MOST_PIECES, stepper.capacity)
+        self._shapes: dict[int, _Shape] = {}
+        self._waited = 0
+
+    def prepare(self) -> None:
+        """Capture all shapes, before anything runs."""
+        if self._stepper.graphs.wanted:
+            tokens = _SHORTEST
+            while tokens < 2 * self._chunk:
+                self._shape(tokens)
+                tokens *= 2
+
+    def is_worth_it(self, sequences: list[Sequence], *, decoding: bool) -> bool:
+        """Whether to prefill these now, or to wait until there are more of them."""
+        tokens = sum(sequence.prompt_length - sequence.cached for sequence in sequences)
+        slots = max(1, self._stepper.capacity // _ENOUGH_SLOTS)
+        enough = tokens >= min(_ENOUGH_TOKENS, self._chunk) or len(sequences) >= slots
+        begun = any(sequence.cached for sequence in sequences)
+        self._waited += 1
+        return not decoding or enough or begun or self._waited >= _PATIENCE
+
+    @torch.inference_mode()
+    def run(self, sequences: list[Sequence]) -> int:
+        """Start a forward over pieces of prompts, `prefill_chunk` tokens in all.
+
+        Returns:
+            How many tokens those took whose first token the host has to choose.
+        """
+        self._waited = 0
+        pieces = pieces_of(sequences, self._chunk)[: self._pieces]
+        ends = torch.tensor([count for _, count in pieces]).cumsum(0).tolist()
+        logits = self._forward(pieces, ends)
+        if self._learning:
+            for task in {sequence.task for sequence, _ in pieces}:
+                self._tasks.touch(task)
+        for sequence, count in pieces:
+            sequence.cached += count
+        ready = [at for at, (sequence, _) in enumerate(pieces) if sequence.prefilled]
+        late = [at for at in ready if pieces[at][0].lagged]
+        members = [pieces[at][0] for at in late]
+        chosen = logits[to_device(late, logits.device, torch.int64)]
+        self._decoder.after_prompts(pieces, members, self._stepper.first(members, chosen))
+        return self._choose_now([at for at in ready if at not in late], pieces, logits)
+
+    def _forward(self, pieces: list[Piece], ends: list[int]) -> Tensor:
+        """Raw logits at each piece's last token."""
+        total, count = ends[-1], len(pieces)
+        shape = self._shape(max(_SHORTEST, 1 << (total - 1).bit_length()))
+        positions = [at for s, n in pieces for at in range(s.cached, s.cached + n)]
+        columns = (
+            tokens_of(pieces), positions, [0, *ends, *[total] * (self._pieces - count)],
+            [sequence.cached for sequence, _ in pieces],
+            [sequence.slot for sequence, _ in pieces], [end - 1 for end in ends],
+        )  # fmt: skip
+        padded = [
+            number
+            for column, size in zip(columns, shape.sizes, strict=True)
+            for number in [*column, *[0] * (size - len(column))]
+        ]
+        shape.numbers.copy_(to_device(padded, shape.numbers.device, torch.int32))
+        return shape.replay.run()[:count]
+
+    def _shape(self, tokens: int) -> _Shape:
+        """A prefill of so many tokens."""
+        if tokens not in self._shapes:
+            sizes = [tokens, tokens, self._pieces + 1, *[self._pieces] * 3]
+            numbers = torch.zeros(sum(sizes), dtype=torch.int32, device=self._stepper.device)
+            prompts = Prompts(*numbers.split(sizes))
+            state, work = self._stepper.state, self._stepper.operations.prefill
+            replay = self._stepper.graphs.record(
+                partial(work, state, prompts, learning=self._learning),
+                what=f"a prefill of {tokens} tokens",
+            )
+            self._shapes[tokens] = _Shape(numbers, sizes, replay)
+        return self._shapes[tokens]
+
+    def _choose_now(self, which: list[int], pieces: list[Piece], logits: Tensor) -> int:
+        """Rows whose sampling needs the host: these wait for the device."""
+        if not which:
+            return 0
+        who = [pieces[at][0] for at in which]
+        chosen = choose_tokens(who, logits[which].float(), [[]] * len(who))
+        for sequence, token in zip(who, chosen.tolist(), strict=True):
+            sequence.take([token])
+        return len(who)

@@ -1,0 +1,353 @@
+"""One decode step that never leaves the device: draft → forward → verify → commit → learn.
+
+All that moves from step to step lies in `Slots`, so a step is started before the host has seen what
+the one before gave (`lagged`). A step has a fixed shape: so many rows, padded up to a bucket, and
+so many tokens a row; on a GPU each shape is captured once as a CUDA graph and replayed. What a step
+is made of comes from an `Operations`: kernels (`step_kernels`), or their slow twins (`step_plain`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from bisect import bisect_left
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trbatch.config import EngineConfig
+from trbatch.engine.calibration import PLACES, Calibration
+from trbatch.engine.captured import Graphs, Replay
+from trbatch.engine.device_state import NO_RANK, REPORT_NUMBERS, Accepted, Slots
+from trbatch.engine.lagged import Outcome, Reading
+from trbatch.engine.matrix import Matrix
+from trbatch.engine.model import CausalModel, LoadedModel
+from trbatch.engine.sequence import Sequence
+from trbatch.engine.transfer import Clock, OnItsWay, to_device
+from trbatch.engine.tree import Tree
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # rows
+MOST_STOPS = 8  # ids that end a text, on the device
+_SAMPLES = 1024  # of a row, at most
+_EQUALS = 16  # sequences of the same row and sample that may run together
+_ABSORB_EVERY = 4  # steps between two looks at what was counted of candidates
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What steps work on."""
+
+    model: CausalModel
+    matrix: Matrix
+    calibration: Calibration
+    slots: Slots
+    # [P] int32 pages where padding rows write and nothing is ever read.
+    nowhere: Tensor
+    # [tasks, 2, PLACES] int32 candidates that came true and that were seen, since the last look.
+    fresh: Tensor
+    spine: bool  # whether repeated passages are followed
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a step is told: [B] int64 each."""
+
+    rows: Tensor  # slots, -1 for padding
+    reads: Tensor  # whose task's rows draft
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a prefill is told: pieces of up to S prompts, N tokens in all, int32 each.
+
+    Those behind `starts[-1]` are padding, and so is a piece without tokens.
+    """
+
+    tokens: Tensor  # [N]
+    positions: Tensor  # [N]
+    starts: Tensor  # [S + 1] piece s has tokens starts[s] to starts[s + 1]
+    committed: Tensor  # [S] tokens of the prompt that are in the cache
+    rows: Tensor  # [S] its slot
+    ends: Tensor  # [S] its last token among the N
+
+
+class Operations(Protocol):
+    """The parts of a step, quick or slow."""
+
+    captures: bool  # whether steps can be captured as graphs
+
+    def step(self, state: State, batch: Batch, size: int) -> Accepted:
+        """One step of `size` tokens a row, the root included."""
+        ...
+
+    def prefill(self, state: State, prompts: Prompts, *, learning: bool) -> Tensor:
+        """Pieces of prompts into the cache, and into the rows if they are worth learning from.
+
+        Returns:
+            Raw logits [S, V] at each piece's last token.
+        """
+        ...
+
+    def first(self, state: State, rows: Tensor, logits: Tensor) -> Accepted:
+        """The token after each prompt, from the logits [B, V] at its end."""
+        ...
+
+
+@dataclass(slots=True)
+class _Shape:
+    """A step of one shape, and its inputs."""
+
+    inputs: Tensor  # [2, B]
+    replay: Replay[Accepted]
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    report: OnItsWay
+    clock: Clock
+    members: int
+    drafted: int
+
+
+class DeviceStep:
+    """The stepper of one engine.
+
+    Args:
+        most: tokens a row, at most.
+        longest: tokens of the longest sequence with its tree.
+        capture: replay graphs, where the operations allow it.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        matrix: Matrix,
+        calibration: Calibration,
+        operations: Operations,
+        *,
+        capacity: int,
+        most: int,
+        longest: int,
+        spine: bool = True,
+        capture: bool = True,
+    ) -> None:
+        cache, device = model.cache, model.loaded.device
+        assert cache is not None, "allocate the cache first"
+        nowhere = cache.pool.take(cache.pages_for(most))
+        self.state = State(
+            model, matrix, calibration,
+            Slots.empty(
+                capacity, stops=MOST_STOPS, pages=cache.pages_for(longest), longest=longest,
+                device=device,
+            ),
+            nowhere=torch.tensor(nowhere, dtype=torch.int32, device=device),
+            fresh=torch.zeros(
+                matrix.shared.shape[0], 2, PLACES, dtype=torch.int32, device=device
+            ),
+            spine=spine,
+        )  # fmt: skip
+        self.operations = operations
+        self.device, self.most, self.capacity = device, most, capacity
+        self.graphs = Graphs(device, wanted=capture and operations.captures)
+        self._steps = 0
+        self._shapes: dict[tuple[int, int], _Shape] = {}
+        self._turns: dict[int, int] = {}  # slot -> turn
+        self._reads: set[int] = set()  # tasks of which something may have been counted
+
+    @property
+    def kind(self) -> str:
+        """What its steps are, among the ways in which steps can be made."""
+        return f"{type(self.operations).__name__}{', captured' if self.graphs.wanted else ''}"
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Take a sequence that has a slot and pages; its prompt is the text so far.
+
+        Returns:
+            Whether all that decides its tokens is known on the device, so that steps can be
+            started before its last token has been seen.
+        """
+        request, stops = sequence.request, sorted(sequence.stop.stop_ids)
+        self.state.slots.put(
+            sequence.slot, sequence.tokens, left=sequence.max_tokens, stops=stops[:MOST_STOPS],
+            pages=sequence.room.pages, task=sequence.task, turn=self._turn_of(sequence),
+        )  # fmt: skip
+        greedy = request.sampling.greedy and not request.logits_processors
+        return greedy and len(stops) <= MOST_STOPS
+
+    def is_ready(self, count: int, size: int) -> bool:
+        """Whether a step of this shape was captured."""
+        return not self.graphs.wanted or (bucket_of(count, self.capacity), size) in self._shapes
+
+    def prepare(self, count: int, size: int) -> None:
+        """Capture a step of this shape."""
+        self._shape(bucket_of(count, self.capacity), size)
+        _wait(self.device)
+
+    @torch.inference_mode()
+    def launch(self, members: ListLike[Sequence], size: int) -> _Handle:
+        """Start a step of `size` tokens a sequence."""
+        bucket = bucket_of(len(members), self.capacity)
+        shape = self._shape(bucket, size)
+        padding = bucket - len(members)
+        self._fill(
+            shape, [s.slot for s in members] + [-1] * padding,
+            [s.reads for s in members] + [0] * padding,
+        )  # fmt: skip
+        clock = Clock(self.device)
+        accepted = shape.replay.run()
+        report = OnItsWay(accepted.report)
+        clock.stop()
+        if size > 1:
+            self._count({sequence.reads for sequence in members})
+        return _Handle(report, clock, len(members), size - 1)
+
+    @torch.inference_mode()
+    def first(self, members: ListLike[Sequence], logits: Tensor) -> _Handle:
+        """Choose the token after each member's prompt.
+
+        Args:
+            logits: [B, V] at the prompts' ends.
+        """
+        rows = to_device([sequence.slot for sequence in members], self.device, torch.int64)
+        clock, report = Clock(self.device), rows
+        if members:
+            report = self.operations.first(self.state, rows, logits).report
+        copy = OnItsWay(report)
+        clock.stop()
+        return _Handle(copy, clock, len(members), 0)
+
+    def read(self, handle: _Handle) -> Reading:
+        """Wait for a step and get what it gave each of its members."""
+        rows = handle.report.wait()[: handle.members]
+        outcomes = [_outcome(row, handle.drafted) for row in rows]
+        return Reading(outcomes, handle.clock.seconds)
+
+    def _turn_of(self, sequence: Sequence) -> int:
+        """Who it is among others: by row of the input and sample, and no two of them equal."""
+        order, sample = sequence.turn
+        self._turns.pop(sequence.slot, None)
+        begin = (order * _SAMPLES + sample % _SAMPLES) * _EQUALS
+        taken = set(self._turns.values())
+        turn = next((t for t in range(begin, begin + _EQUALS) if t not in taken), None)
+        assert turn is not None, "too many sequences of one row run together"
+        self._turns[sequence.slot] = turn
+        return turn
+
+    def _shape(self, bucket: int, size: int) -> _Shape:
+        key = bucket, size
+        if key not in self._shapes:
+            inputs = torch.zeros(2, bucket, dtype=torch.int64, device=self.device)
+            inputs[0] = -1  # a step of padding rows alone changes nothing
+            batch = Batch(inputs[0], inputs[1])
+            work = partial(self.operations.step, self.state, batch, size)
+            replay = self.graphs.record(work, what=f"a step of {bucket} x {size} tokens")
+            self._shapes[key] = _Shape(inputs, replay)
+        return self._shapes[key]
+
+    def _fill(self, shape: _Shape, rows: list[int], reads: list[int]) -> None:
+        shape.inputs.copy_(to_device([rows, reads], self.device, torch.int64))
+
+    def absorb(self) -> None:
+        """Take in what was counted of candidates, before anybody else looks at it."""
+        if self._steps:
+            self.state.calibration.absorb(self.state.fresh, self._reads, steps=self._steps)
+            self._steps, self._reads = 0, set()
+
+    def _count(self, tasks: set[int]) -> None:
+        self._steps += 1
+        self._reads |= tasks
+        if self._steps >= _ABSORB_EVERY:
+            self.absorb()
+
+
+class StepTimer:
+    """Times steps as they will run: captured, on texts of a given length that say anything.
+
+    Call it before anything is admitted. Rows of the matrix `task` are overwritten.
+
+    Args:
+        task: whose matrix drafts and learns.
+        longest: see `sizing`.
+    """
+
+    def __init__(self, stepper: DeviceStep, *, task: int, longest: int) -> None:
+        self._stepper, self._task, self.longest = stepper, task, longest
+
+    @torch.inference_mode()
+    def __call__(self, batch: int, size: int, context: int) -> float:
+        """Seconds of one step of (batch, T) with `context` committed tokens a sequence."""
+        stepper = self._stepper
+        bucket = bucket_of(batch, stepper.capacity)
+        shape = stepper._shape(bucket, size)
+        rooms = self._take_slots(min(bucket, stepper.capacity), size, context)
+        stepper._fill(
+            shape, [*range(len(rooms)), *[-1] * (bucket - len(rooms))], [self._task] * bucket
+        )
+        _wait(stepper.device)
+        start = time.perf_counter()
+        report = OnItsWay(shape.replay.run().report)
+        report.wait()
+        seconds = time.perf_counter() - start
+        self._give_back(rooms)
+        return seconds
+
+    def _take_slots(self, count: int, size: int, context: int) -> list[Any]:
+        cache, slots = self._stepper.state.model.cache, self._stepper.state.slots
+        assert cache is not None
+        # Random words, of which each text repeats its own: drafts have something to find.
+        vocab = self._stepper.state.matrix.vocab_size
+        words = torch.randint(vocab, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+        rooms = []
+        for slot in range(count):
+            text = [words[(slot + i * i) % len(words)] for i in range(context + 1)]
+            room = cache.take_room(context + 1 + size)
+            slots.put(slot, text, left=1 << 20, stops=[], pages=room.pages, task=self._task,
+                      turn=slot)  # fmt: skip
+            rooms.append(room)
+        return rooms
+
+    def _give_back(self, rooms: list[Any]) -> None:
+        state = self._stepper.state
+        assert state.model.cache is not None
+        for slot, room in enumerate(rooms):
+            state.slots.active[slot].fill_(False)
+            state.matrix.clear_slot(slot)
+            state.model.cache.give_back(room)
+        state.matrix.clear_task(self._task)
+        state.fresh.zero_()
+
+
+def _outcome(report: list[int], drafted: int) -> Outcome:
+    """What one row of `Accepted.report` says."""
+    count, ranks = report[0], (len(report) + REPORT_NUMBERS) // 2
+    counted = [rank for rank in report[ranks : ranks + count] if rank != NO_RANK]
+    tokens = report[REPORT_NUMBERS : REPORT_NUMBERS + count]
+    return Outcome(tokens, drafted, report[2], counted)
+
+
+def bucket_of(rows: int, capacity: int) -> int:
+    """Rows that a step of `rows` sequences is padded to."""
+    at = bisect_left(BUCKETS, rows)
+    return min(BUCKETS[at] if at < len(BUCKETS) else rows, max(capacity, rows))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def operations_for(
+    loaded: LoadedModel, config: EngineConfig, template: Tree | None
+) -> Operations | None:
+    """What steps are made of where nobody says it; None where they are the host's."""
+    if loaded.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    if config.tree != "best_first" or template is not None:
+        return None
+    from trbatch.engine.step_kernels import KernelOperations
+
+    return KernelOperations()
