@@ -48,6 +48,19 @@ def test_a_burst_does_not_end_before_the_chunks_of_the_dead_are_done(
     assert len(rows_of(job)) == 16
 
 
+def test_a_burst_does_not_end_before_a_chunk_that_somebody_died_over_taking(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    """Its id is neither in the queue nor leased: a worker popped it and was gone."""
+    job = submit(jobs, tmp_path, [f"say {i}" for i in range(16)])
+    queue = queue_of(jobs)
+    assert jobs.connection.lmove(queue.key, queue.intermediate_queue_key)
+    with supervised(jobs.url, tmp_path / "log", "--burst") as worker:
+        assert worker.wait() == 0
+    assert len(rows_of(job)) == 16
+    assert jobs.counts(job.id).finished == 2
+
+
 @pytest.mark.long
 def test_a_burst_leaves_the_chunks_of_the_living_to_them(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, [f"say {i}" for i in range(16)])
