@@ -142,20 +142,25 @@ def recover(queue: ChunkQueue) -> int:
 
 
 class Witness:
-    """Tells leases that somebody renews from those that the dead have left."""
+    """Tells chunks that somebody works on from those that the dead have left."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, bytes], float] = {}  # of each lease: its end, when first seen
 
     def all_live(self, queues: Sequence[Queue]) -> bool:
-        """Whether every lease of these queues was renewed since it was first seen here."""
+        """Whether every lease of these queues was renewed since it was first seen here.
+
+        A chunk that was popped and never leased is nobody's, too.
+        """
         ends: dict[tuple[str, bytes], float] = {}
+        popped = 0
         for queue in queues:
+            popped += int(queue.connection.llen(queue.intermediate_queue_key))
             key = queue.started_job_registry.key
             found: Any = queue.connection.zrange(key, 0, -1, withscores=True)
             ends.update({(key, member): end for member, end in found})
         self._first = {lease: self._first.get(lease, end) for lease, end in ends.items()}
-        return all(end != self._first[lease] for lease, end in ends.items())
+        return not popped and all(end != self._first[lease] for lease, end in ends.items())
 
 
 def history(connection: redis.Redis, entry: str) -> tuple[int, Suspects]:

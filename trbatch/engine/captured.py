@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from trbatch.flight import declared
+
 logger = logging.getLogger(__name__)
 
 _WARM_UPS = 2  # runs before a capture: kernels are compiled and libraries make their plans
@@ -44,6 +46,7 @@ class Graphs:
         self.wanted = wanted  # False also when a capture has failed
         self._pool: Any = None
 
+    @declared()  # it takes seconds, and may come in the middle of rows
     @torch.inference_mode()
     def record(self, work: Callable[[], Given], *, what: str) -> Replay[Given]:
         """Record work that may be run at any time and changes nothing yet.
