@@ -50,8 +50,10 @@ demo: $(VENV)/worker.stamp
 	$(DEMO_ENV) $(BIN)/trbatch run jobs/sample_prompts.jsonl --output $(DEMO)/answers.parquet \
 		--name demo-$$(date +%Y%m%d-%H%M%S) --task demo --max-tokens 96 $(DEMO_FLAGS)
 
+# Two files at a time, each with one thread for torch: most tests wait for processes, and threads of
+# two processes would wait for each other. The long tests, which measure, have the machine alone.
 test: $(VENV)/all.stamp
-	$(PYTEST) -m "not long" --junitxml=$(REPORTS)/test.xml
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not long" --junitxml=$(REPORTS)/test.xml
 
 test-full: $(VENV)/all.stamp
 	$(PYTEST) $(if $(ONLY_LONG),-m long) --junitxml=$(REPORTS)/test-full.xml

@@ -138,6 +138,7 @@ def test_acceptance_counts_tokens_for_each_forward(prompts: Path, own_costs: Pat
     json.dumps(result)
 
 
+@pytest.mark.long
 def test_acceptance_of_one_token_has_no_forward_and_says_so(prompts: Path, own_costs: Path) -> None:
     result = acceptance(
         prompts=prompts, batch=2, limit=1, max_tokens=1, tree_sizes=[1], device="cpu"
@@ -146,6 +147,7 @@ def test_acceptance_of_one_token_has_no_forward_and_says_so(prompts: Path, own_c
     assert result["mean_acceptance_length"] is None
 
 
+@pytest.mark.long
 def test_acceptance_is_broken_down_and_compared(tmp_path: Path, own_costs: Path) -> None:
     file, train = tmp_path / "p.jsonl", tmp_path / "train.jsonl"
     rows = [{"prompt": text, "category": name} for text, name in zip(PROMPTS, "ab", strict=True)]
