@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -82,8 +81,12 @@ def resident() -> int:
 
 
 def highest() -> int:
-    """The most bytes that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most bytes that this process has held.
+
+    From /proc: `ru_maxrss` is kept across exec, and would count what a big parent held.
+    """
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) * 1024
 
 
 def warm_up() -> None:
