@@ -319,14 +319,18 @@ def test_jsonl_output_is_openai_batch_lines(tmp_path: Path) -> None:
     decode_all(job)
     receipt = collect(job, str(tmp_path / "out.jsonl"), "jsonl")
     lines = [json.loads(line) for line in Path(receipt.output).read_text().splitlines()]
-    assert [line["custom_id"] for line in lines] == ["a", "b", "3"]
+    failed = [json.loads(line) for line in Path(receipt.errors_output).read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == ["a", "b"]
+    assert receipt.errors_output == str(tmp_path / "out.errors.jsonl")
     body = lines[0]["response"]["body"]
-    assert [choice["message"]["content"] for choice in body["choices"]] == ["a/0", "a/1"]
+    assert [choice["text"] for choice in body["choices"]] == ["a/0", "a/1"]
     assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
     assert lines[0]["error"] is None
     assert lines[0]["trbatch"]["input"] == {"topic": "sea", "mixed": 1}
-    assert lines[2]["response"] is None
-    assert lines[2]["error"]["code"] == "invalid_json"
+    assert [line["custom_id"] for line in failed] == ["3"]
+    assert failed[0]["response"] is None
+    assert failed[0]["error"]["code"] == "invalid_json"
+    assert failed[0]["error"]["line"] == 3
     assert receipt.complete
 
 

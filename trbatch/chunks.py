@@ -18,6 +18,7 @@ from trbatch.merging import SamplingMerger
 from trbatch.prompts import Batch
 from trbatch.rows import Row
 from trbatch.schema import Key
+from trbatch.shaping import CHAT_ARGUMENTS
 
 SCHEMA = pa.schema(
     [
@@ -44,7 +45,8 @@ class ChunkRow:
     custom_id: str
     prompt_index: int  # place in the input, from 0
     line: int  # line of the input file, from 1
-    request: dict[str, Any]  # {"prompt": str} or {"messages": […]}, maybe "sampling": overrides
+    # {"prompt": str} or {"messages": […]}, maybe "chat_template_kwargs", maybe "sampling"
+    request: dict[str, Any]
     seed: int
     samples: int  # how many are asked for; 0 for a bad row
     fingerprint: str
@@ -71,8 +73,9 @@ class RowHasher:
     def identify(self, row: Row) -> tuple[int, str, int]:
         """Seed, fingerprint and number of samples of a good row.
 
-        The fingerprint covers text or messages, model, revision, merged sampling and seed; not how
-        many samples are asked for, so that asking for more of them keeps those that are there.
+        The fingerprint covers text or messages, the chat template's arguments, model, revision,
+        merged sampling and seed; not how many samples are asked for, so that asking for more of
+        them keeps those that are there.
         """
         assert row.request is not None, "a bad row has no fingerprint"
         sampling, canonical, seed = self._merger.merge(row.request.get("sampling"))
@@ -86,6 +89,8 @@ class RowHasher:
             request.update(b"%d messages " % seed)
             messages = row.request["messages"]
             request.update(orjson.dumps(messages, option=orjson.OPT_SORT_KEYS))
+            if arguments := row.request.get(CHAT_ARGUMENTS):
+                request.update(orjson.dumps(arguments, option=orjson.OPT_SORT_KEYS))
         else:
             request.update(b"%d prompt " % seed)
             request.update(prompt.encode())

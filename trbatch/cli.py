@@ -87,6 +87,7 @@ def main() -> None:
 @options.output_option
 @options.format_option
 @options.model_options
+@options.prompt_options
 @options.sampling_options
 @options.job_options
 @options.engine_options
@@ -134,6 +135,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
 @click.argument("input", type=str)
 @options.output_option
 @options.model_options
+@options.prompt_options
 @options.sampling_options
 @options.job_options
 @options.redis_option

@@ -7,9 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
+import orjson
 
 from trbatch import gpus
-from trbatch.config import PRIORITIES, EngineConfig, JobSpec, SamplingParams, WorkerConfig
+from trbatch.config import (
+    PRIORITIES,
+    EngineConfig,
+    JobSpec,
+    SamplingParams,
+    WorkerConfig,
+    check_chat_template_kwargs,
+)
 from trbatch.errors import UsageError
 from trbatch.logs import FORMATS
 from trbatch.stopping import next_time
@@ -83,6 +91,54 @@ sampling_options = grouped(
     ),
     _setting(SamplingParams, "ignore_eos", "Go on after the model's own end."),
     _setting(SamplingParams, "n", "Samples a row."),
+)
+
+
+def _json_object(context: click.Context, option: click.Parameter, text: str | None) -> Any:
+    """The object that an option holds as JSON."""
+    if text is None:
+        return None
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise UsageError(
+            f"{option.opts[-1]} is not valid JSON at character {error.colno}: {text}",
+            hint="""give an object, e.g. '{"enable_thinking": false}'""",
+        ) from error
+    check_chat_template_kwargs(value)
+    return value
+
+
+prompt_options = grouped(
+    _setting(
+        JobSpec,
+        "template",
+        "Write each prompt from the row's columns: a Jinja file, or a text such as "
+        "'Translate: {{ sentence }}'.",
+        metavar="FILE|TEXT",
+    ),
+    _setting(
+        JobSpec,
+        "system_prompt",
+        "Open each chat with this, unless it has a system message; prompts become chats.",
+        metavar="TEXT",
+    ),
+    _setting(JobSpec, "chat", "Prompts are what a user says in a chat, not text to be continued."),
+    _setting(
+        JobSpec,
+        "chat_template_kwargs",
+        "Arguments of the model's chat template, e.g. '{\"enable_thinking\": false}'.",
+        metavar="JSON",
+        callback=_json_object,
+    ),
+    _setting(
+        JobSpec,
+        "ignore_body_fields",
+        "Pass over this field of OpenAI lines' bodies; 'model': decode them whatever model they "
+        "name. May be repeated.",
+        "--ignore-body-field",
+        metavar="NAME",
+    ),
 )
 
 store_option = _setting(

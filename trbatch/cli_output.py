@@ -65,6 +65,8 @@ def print_summary(receipt: Receipt, progress: Progress, *, as_json: bool) -> Non
         "dataset": str(receipt.output),
         "receipt": str(receipt),
     }
+    if receipt.errors_output:
+        table["failed rows"] = receipt.errors_output
     print_pairs(table)
 
 

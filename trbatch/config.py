@@ -133,6 +133,11 @@ class JobSpec(_Config):
     prompt_column: str = "prompt"
     id_column: str = ""  # "": custom_id, else id, else the row number
     max_row_bytes: int = MAX_ROW_BYTES  # a longer row is an error row
+    template: str = ""  # Jinja over a row's columns, as text or as its file; "": rows have prompts
+    system_prompt: str = ""  # opens each chat that has none; makes chats of prompts
+    chat: bool = False  # prompts are the user's turn of a chat, not text to be continued
+    chat_template_kwargs: Mapping[str, Any] | None = None  # arguments of the model's chat template
+    ignore_body_fields: tuple[str, ...] = ()  # of OpenAI bodies, `model` among them
     deadline: str = ""  # a span or a point in time; see `moments.moment_of`; "": none, or as it was
     priority: str = ""  # high, normal, low; "": normal, or as it was
     resume: str = "if_possible"
@@ -145,10 +150,32 @@ class JobSpec(_Config):
             raise UsageError("a job needs an input file")
         _integer("chunk_size", self.chunk_size, 1)
         _integer("max_row_bytes", self.max_row_bytes, 1, 1 << 30)
+        check_chat_template_kwargs(self.chat_template_kwargs or {})
+        object.__setattr__(self, "chat_template_kwargs", self.chat_template_kwargs or None)
+        object.__setattr__(self, "ignore_body_fields", tuple(self.ignore_body_fields))
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
         _choice("resume", self.resume, ("never", "always", "if_possible"))
         _choice("priority", self.priority, ("", *PRIORITIES))
+
+
+# What the model's chat template cannot be told, because trbatch decides it.
+_OWN_ARGUMENTS = {"chat_template", "tokenize", "return_dict", "return_tensors", "conversation"}
+
+
+def check_chat_template_kwargs(arguments: Any) -> None:
+    """Refuse what cannot be given to a chat template.
+
+    Raises:
+        UsageError: not an object of names and values, or a name that is taken.
+    """
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise UsageError(
+            f"chat_template_kwargs must be an object, not {arguments!r:.80}",
+            hint='give JSON such as {"enable_thinking": false}',
+        )
+    if taken := sorted(_OWN_ARGUMENTS.intersection(arguments)):
+        raise UsageError(f"chat_template_kwargs may not set {', '.join(taken)}")
 
 
 TREES = ("best_first", "learned", "paper")

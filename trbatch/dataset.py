@@ -6,6 +6,7 @@ Rows are joined by key, never by position; see `joining`.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import BinaryIO
 
 import orjson
@@ -15,10 +16,10 @@ from trbatch.figures import Figures, covered_seconds
 from trbatch.ids import RepeatCheck
 from trbatch.job import JobFolder
 from trbatch.joining import Index, Joiner
-from trbatch.outputs import check_output, target
+from trbatch.outputs import check_output, errors_of, target
 from trbatch.receipt import Receipt
-from trbatch.sinks import Group, JsonSink, ParquetSink, Sink
-from trbatch.storage import writing
+from trbatch.sinks import Group, JsonSink, ParquetSink, Sink, error_file
+from trbatch.storage import exists, writing
 
 
 def collect(job: JobFolder, output: str | None = None, format: str = "parquet") -> Receipt:
@@ -33,27 +34,35 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
         job: whose rows; may still be running.
         output: a file, or a folder to put `<job id>.<format>` into. If None, the job's own output
             unless its name promises another format, else `results.<format>` in the job folder.
-        format: `parquet`, or `jsonl` for OpenAI's batch result lines.
+        format: `parquet`, or `jsonl` for OpenAI's batch result lines; rows without a text are then
+            lines of a file of their own, `<output>.errors.jsonl`, as in OpenAI's API.
 
     Raises:
         UsageError: the format is unknown, or the output's name promises another one.
     """
     place = _target(job, output or "", format)
+    failed = errors_of(place) if format == "jsonl" else ""
+    check_output(failed, job.manifest.input.path, format)
     inputs = job.passthrough_schema()
     index = Index.of(job)
     joiner = Joiner(job, index, inputs, job.control().row_end())
     tally = _Tally()
-    with writing(place) as file, job.folder.writing("errors.jsonl") as errors:
+    with (
+        error_file(failed) if failed else nullcontext() as failures,
+        writing(place) as file,
+        job.folder.writing("errors.jsonl") as errors,
+    ):
         sink: Sink = (
-            JsonSink(file, inputs)
-            if format == "jsonl"
-            else ParquetSink(file, inputs, _metadata(job))
+            ParquetSink(file, inputs, _metadata(job))
+            if failures is None
+            else JsonSink(file, failures, inputs)
         )
         for group in joiner.groups():
             sink.write(group)
             tally.count(group, errors)
         sink.close()
-    receipt = _receipt(job, place, index, joiner, tally)
+    failed = failed if failed and exists(failed) else ""
+    receipt = _receipt(job, place, failed, index, joiner, tally)
     job.folder.write("stats.json", orjson.dumps(receipt.stats, option=orjson.OPT_INDENT_2))
     job.mark(complete=receipt.complete and not joiner.ended)
     return receipt
@@ -119,11 +128,14 @@ def _metadata(job: JobFolder) -> dict[str, str]:
     }
 
 
-def _receipt(job: JobFolder, target: str, index: Index, joiner: Joiner, tally: _Tally) -> Receipt:
+def _receipt(
+    job: JobFolder, target: str, errors: str, index: Index, joiner: Joiner, tally: _Tally
+) -> Receipt:
     figures = tally.figures
     receipt = Receipt(
         job=job.id,
         output=target,
+        errors_output=errors,
         rows_in=job.manifest.samples,
         rows_ok=figures.rows_ok,
         rows_failed=figures.rows_failed,

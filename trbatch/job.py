@@ -34,6 +34,7 @@ from trbatch.manifest import Manifest
 from trbatch.naming import MATRICES
 from trbatch.schema import Key
 from trbatch.segments import Ledger, SegmentWriter
+from trbatch.shaping import CHAT_ARGUMENTS
 from trbatch.storage import LocalFolder, folder
 from trbatch.submission import MANIFEST, MARKS, submit
 
@@ -198,6 +199,7 @@ class JobFolder:
             task=self.task_key,
             prompt=row.request.get("prompt"),
             messages=row.request.get("messages"),
+            chat_template_kwargs=row.request.get(CHAT_ARGUMENTS),
         )
 
     def publish(

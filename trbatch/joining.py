@@ -156,7 +156,7 @@ class Joiner:
         first_input = len(chunks.SCHEMA)
         inputs = chosen.select(range(first_input, chosen.num_columns))
         inputs = inputs.rename_columns(list(self._inputs.types))
-        return Group(results, inputs, chosen.column("line"))
+        return Group(results, inputs, chosen.column("line"), chosen.column("request"))
 
     def _results(self, places: list[tuple[int, int]], chosen: pa.Table) -> pa.Table:
         """The result columns of the chosen rows: each from its segment, or made here."""

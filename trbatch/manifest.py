@@ -17,6 +17,8 @@ from trbatch.errors import InputError, UsageError
 FORMAT = 1  # of the job folder
 _CHUNK_FOLDER = re.compile(r"chunks/[\w-]+")  # inside the job folder, whoever wrote the manifest
 
+_LONGEST_IN_WORDS = 120  # characters of a setting
+
 # Settings that change neither the good rows nor how they are decoded.
 _FREE_SETTINGS = (
     "input",
@@ -137,13 +139,19 @@ def settings(spec: JobSpec, model: str) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Each setting that differs, in words."""
     found = []
-    for name, before in old.items():
-        after = new.get(name)
+    for name in old | new:
+        before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after)
         elif _plain(before) != _plain(after):
-            found.append(f"{name} was {before!r}, now {after!r}")
+            found.append(f"{name} was {_short(before)}, now {_short(after)}")
     return found
+
+
+def _short(value: Any) -> str:
+    """A setting for a message: of a long text its begin."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_IN_WORDS else f"{text[:_LONGEST_IN_WORDS]}…"
 
 
 def _plain(value: Any) -> Any:

@@ -1,17 +1,21 @@
-"""OpenAI's batch format: the request in an input line and the result line of an output row.
+"""OpenAI's batch format, in: the request of an input line, with what vLLM's `run-batch` adds to it.
 
-An input line is `{"custom_id", "method", "url", "body"}`. The job's model decodes every row,
-whatever `body.model` says. A field of the body that would change the text and that trbatch does not
-know is an error, not ignored.
+An input line is `{"custom_id", "method", "url", "body"}`. What a field of the body becomes stands
+in the tables below. A field that would change the text and that trbatch does not know is an error,
+not ignored; neither is one that nobody knows, which may be a misspelt one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Mapping
 from typing import Any
+
+import orjson
 
 from trbatch.config import SAMPLING_FIELDS
 from trbatch.merging import BadRow, is_absent
+from trbatch.shaping import CHAT_ARGUMENTS, Asked, Shaping
 
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
@@ -19,8 +23,15 @@ COMPLETIONS_URL = "/v1/completions"
 # Fields that say nothing about the text.
 _IGNORED = frozenset(
     {
-        "model",
+        "cache_salt",
+        "include_reasoning",
+        "kv_transfer_params",
+        "prediction",
+        "priority",
         "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "return_tokens_as_token_ids",
         "safety_identifier",
         "service_tier",
         "store",
@@ -29,32 +40,66 @@ _IGNORED = frozenset(
         "user",
     }
 )
-# Fields that would change the text, with the values that do not.
+# Fields that would change the text or the answer, with the values that do not. Those of them that
+# are sampling fields of ours are taken as such.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "echo": (False,),
-    "suffix": ("",),
+    "add_special_tokens": (),  # see `_sampling`
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "chat_template": (),
+    "detokenize": (True,),
+    "echo": (False,),
+    "extra_body": ({},),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "logprobs": (False, 0),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (0,),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": ({},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_RENAMED = {"max_completion_tokens": "max_tokens"}  # the newer name wins
+# Fields that are arguments of the model's chat template, as vLLM has it.
+_OF_THE_CHAT_TEMPLATE = frozenset(
+    {"add_generation_prompt", "continue_final_message", "documents", "reasoning_effort"}
+)
+# Structured output by its older names in vLLM.
+_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"}
+_CURES = {
+    "chat_template": "the job's model has its own; prompts of another form go into 'prompt'",
+    "extra_body": "put its fields into the body itself",
+    "functions": "put them into chat_template_kwargs, as 'tools', to have them in the prompt",
+    "tools": "calls are not parsed; put them into chat_template_kwargs to have them in the prompt",
 }
 
 
-def take_body(fields: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Take method, URL and body out of a batch line.
-
-    Returns:
-        prompt, messages (unchecked; the one that is absent is None) and the sampling fields.
+def take_body(fields: dict[str, Any], shaping: Shaping) -> Asked:
+    """Take method, URL and body out of a batch line; the body's `metadata` stays in the line.
 
     Raises:
-        BadRow: the URL, the method or a field of the body is not supported.
+        BadRow: the URL, the method, the model or a field of the body is not supported.
     """
     body: dict[str, Any] = fields.pop("body")
     url, method = fields.pop("url", None), fields.pop("method", None)
@@ -63,98 +108,133 @@ def take_body(fields: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     if method not in (None, "POST"):
         raise BadRow("unsupported_method", f"method {method!r}; use 'POST'")
     prompt, messages = body.pop("prompt", None), body.pop("messages", None)
-    if type(prompt) is list and len(prompt) == 1:
-        prompt = prompt[0]
     if url == CHAT_URL and messages is None:
         raise BadRow("missing_prompt", f"the body has no 'messages', which {url} takes")
     if url == COMPLETIONS_URL and prompt is None:
         raise BadRow("missing_prompt", f"the body has no 'prompt', which {url} takes")
     if prompt is None and messages is None:
         raise BadRow("missing_prompt", "the body has neither 'prompt' nor 'messages'; give one")
+    named = body.pop("model", None)
+    if named is not None:
+        shaping.check_model(named)
     if body.get("metadata") is not None:
         fields.setdefault("metadata", body.pop("metadata"))
-    return prompt, messages, _sampling(body)
+    present = {
+        name: value
+        for name, value in body.items()
+        if not is_absent(value) and name not in _IGNORED and name not in shaping.ignored
+    }
+    arguments = _take_chat_arguments(present) if messages is not None else None
+    sampling = _sampling(present, is_chat=messages is not None)
+    return Asked(_only_prompt(prompt), messages, sampling, arguments, is_raw=messages is None)
 
 
-def _sampling(body: dict[str, Any]) -> dict[str, Any]:
-    sampling: dict[str, Any] = {}
+def _only_prompt(prompt: Any) -> Any:
+    if type(prompt) is not list:
+        return prompt
+    if len(prompt) == 1 and type(prompt[0]) is str:
+        return prompt[0]
+    if prompt and all(type(part) is str for part in prompt):
+        raise BadRow("invalid_prompt", "body.prompt holds several texts; give each its own line")
+    raise BadRow("invalid_prompt", "body.prompt must be a text; token ids cannot be read")
+
+
+def _take_chat_arguments(body: dict[str, Any]) -> Any:
+    own = body.pop(CHAT_ARGUMENTS, None)
+    beside = {name: body.pop(name) for name in list(body) if name in _OF_THE_CHAT_TEMPLATE}
+    if beside and (own is None or type(own) is dict):
+        return {**beside, **(own or {})}
+    return own
+
+
+def _sampling(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
+    sampling = _take_structured(body) | _take_logprobs(body, is_chat=is_chat)
     for name, value in body.items():
-        if is_absent(value) or name in _IGNORED:
-            continue
-        if name in SAMPLING_FIELDS:
-            sampling.setdefault(name, value)
-        elif name == "max_completion_tokens":
-            sampling["max_tokens"] = value  # the newer name wins
+        ours = _RENAMED.get(name, name)
+        if ours in SAMPLING_FIELDS:
+            if ours != name or name not in sampling:
+                sampling[ours] = value
+        elif name == "add_special_tokens" and value is not is_chat:
+            continue  # a chat's template writes them, a prompt gets the tokenizer's
         elif value not in _NEUTRAL.get(name, ()):
-            raise BadRow("unsupported_field", f"body.{name} is not supported; remove it")
+            raise _unsupported(name)
     return sampling
 
 
-def result_line(
-    samples: Sequence[Mapping[str, Any]], passthrough: Mapping[str, Any], created: int
-) -> dict[str, Any]:
-    """The batch result line of one input row.
-
-    Args:
-        samples: its result rows, in order of `sample_index`, at least one.
-        passthrough: the row's own other columns.
-        created: Unix time in seconds.
-
-    Figures per sample and the passed-through columns stand under the key `trbatch`.
-    """
-    first = samples[0]
-    good = [row for row in samples if row["text"] is not None]
-    bad = next((row for row in samples if row["text"] is None), None)
-    identity = first["request_fingerprint"] or first["custom_id"]
-    error = bad and {
-        "code": bad["error_code"] or bad["finish_reason"],
-        "message": bad["error_message"] or f"the row was {bad['finish_reason']}",
-    }
-    response = {
-        "status_code": 200,
-        "request_id": f"request_{identity}",
-        "body": _response_body(good, f"chatcmpl-{identity}", created),
-    }
-    return {
-        "id": f"batch_req_{identity}",
-        "custom_id": first["custom_id"],
-        "response": response if good else None,
-        "error": error,
-        "trbatch": {"input": dict(passthrough), "samples": [_figures(row) for row in samples]},
-    }
+def _take_logprobs(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
+    """A chat says whether and how many; a completion's `logprobs` is a number, as ours."""
+    if not is_chat or "logprobs" not in SAMPLING_FIELDS:
+        return {}
+    wanted, most = body.pop("logprobs", False), body.pop("top_logprobs", 0)
+    if type(wanted) is not bool or type(most) is not int or (most and not wanted):
+        text = "body.top_logprobs is a number and needs body.logprobs, which is true or false"
+        raise BadRow("invalid_sampling", text)
+    return {"logprobs": max(most, 1)} if wanted else {}
 
 
-_IN_THE_BODY = frozenset({"custom_id", "text", "model", "prompt_tokens", "completion_tokens"})
+def _take_structured(body: dict[str, Any]) -> dict[str, Any]:
+    """`response_format`, or the fields of vLLM that say the same, as our `structured`."""
+    if "structured" not in SAMPLING_FIELDS:
+        return {}
+    found: dict[str, Any] = {}
+    if (form := body.pop("response_format", None)) is not None:
+        found |= _of_response_format(form)
+    outputs = body.pop("structured_outputs", None) or {}
+    if type(outputs) is not dict:
+        raise BadRow("invalid_sampling", "body.structured_outputs must be an object")
+    outputs = dict(outputs)
+    outputs |= {new: body.pop(old) for old, new in _GUIDED.items() if old in body}
+    if outputs.pop("json_object", None):
+        outputs.setdefault("json", {"type": "object"})
+    for name, value in outputs.items():
+        if name not in ("json", "regex", "choice") and value not in (None, False):
+            raise BadRow("unsupported_field", f"structured output by {name!r} is not supported")
+        if value is not None:
+            found[name] = _parsed_schema(value) if name == "json" else value
+    return {"structured": found} if found else {}
 
 
-def _response_body(
-    rows: Sequence[Mapping[str, Any]], identity: str, created: int
-) -> dict[str, Any]:
-    prompt_tokens = max((row["prompt_tokens"] or 0 for row in rows), default=0)
-    completion_tokens = sum(row["completion_tokens"] or 0 for row in rows)
-    return {
-        "id": identity,
-        "object": "chat.completion",
-        "created": created,
-        "model": rows[0]["model"] if rows else None,
-        "choices": [
-            {
-                "index": row["sample_index"],
-                "message": {"role": "assistant", "content": row["text"]},
-                "finish_reason": row["finish_reason"],
-                "logprobs": None,
-            }
-            for row in rows
-        ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
+def _of_response_format(form: Any) -> dict[str, Any]:
+    kind = form.get("type") if type(form) is dict else None
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json": {"type": "object"}}
+    described = form.get("json_schema") if kind == "json_schema" else None
+    if type(described) is dict and type(described.get("schema")) is dict:
+        return {"json": described["schema"]}
+    if kind == "json_schema":
+        text = "body.response_format needs json_schema.schema, an object"
+        raise BadRow("invalid_sampling", text)
+    text = f"body.response_format of type {kind!r}; use 'text', 'json_object' or 'json_schema'"
+    raise BadRow("unsupported_field", text)
 
 
-def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value for name, value in row.items() if value is not None and name not in _IN_THE_BODY
-    }
+def _parsed_schema(schema: Any) -> Any:
+    if type(schema) is not str:
+        return schema
+    try:
+        return orjson.loads(schema)
+    except orjson.JSONDecodeError as error:
+        raise BadRow("invalid_sampling", f"the JSON schema is not valid JSON: {error}") from error
+
+
+def _unsupported(name: str) -> BadRow:
+    if name in _NEUTRAL or name in _GUIDED or name in _OF_THE_CHAT_TEMPLATE | {CHAT_ARGUMENTS}:
+        text = f"body.{name} is not supported here; {_CURES.get(name, 'remove it')}"
+    else:
+        close = difflib.get_close_matches(name, _known_names(), n=1)
+        guess = f"did you mean {close[0]!r}?" if close else "remove it"
+        text = f"body.{name} is unknown; {guess}"
+    return BadRow("unsupported_field", f"{text} (--ignore-body-field {name} passes over it)")
+
+
+def _known_names() -> list[str]:
+    tables: tuple[Mapping[str, Any] | frozenset[str], ...] = (
+        SAMPLING_FIELDS,
+        _IGNORED,
+        _NEUTRAL,
+        _RENAMED,
+        _OF_THE_CHAT_TEMPLATE,
+    )
+    return sorted({"messages", "model", "prompt", CHAT_ARGUMENTS}.union(*tables))

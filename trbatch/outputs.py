@@ -57,6 +57,13 @@ def target(output: str, asked: str, job_id: str, format: str) -> str:
     return "" if not output and _misleads(asked, format) else place
 
 
+def errors_of(output: str) -> str:
+    """The file beside lines of JSON that holds the failed rows: `<name>.errors.jsonl`."""
+    stem, dot, suffix = output.rpartition(".")
+    named = dot and suffix.lower() in ("jsonl", "ndjson", "json")
+    return f"{stem if named else output}.errors.jsonl"
+
+
 def _is_folder(output: str) -> bool:
     return output.endswith("/") or ("://" not in output and os.path.isdir(output))
 

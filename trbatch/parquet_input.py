@@ -16,6 +16,7 @@ from trbatch.input_limits import too_large
 from trbatch.merging import BadRow, is_absent
 from trbatch.passthrough import UNREADABLE
 from trbatch.rows import Row, RowChecker
+from trbatch.shaping import CHAT_ARGUMENTS
 
 _LARGE = "trbatch: too large"  # of each row: the column whose value is
 
@@ -39,14 +40,17 @@ def read_parquet(
     """
     parquet = _opened(file, name)
     names = parquet.schema_arrow.names
-    _check_columns(names, name, prompt_column, id_column)
+    templated = checker.template is not None
+    _check_columns(names, name, prompt_column, id_column, templated=templated)
     ids = id_column or ("custom_id" if "custom_id" in names else "id")
-    read = {prompt_column, "messages", "sampling", ids, *SAMPLING_FIELDS}
+    read = {"sampling", CHAT_ARGUMENTS, ids, *SAMPLING_FIELDS}
     if id_column == "":
         read.add("id")  # of rows whose custom_id is null
-    if prompt_column not in names and "messages" not in names:
-        read |= {"body", "url", "method"}
-    fields = [column for column in names if column in read]
+    if not templated:
+        read |= {prompt_column, "messages"}
+        if prompt_column not in names and "messages" not in names:
+            read |= {"body", "url", "method"}
+    fields = names if templated else [column for column in names if column in read]
     passed = [c for c in names if c not in read or (c == "id" and ids == "custom_id")]
     index = 0
     at_once = 1 if parquet_bombs.may_explode(parquet.metadata, file, most) else size
@@ -54,6 +58,7 @@ def read_parquet(
     for table in _rebatched(batches, size):
         large = table[_LARGE].to_pylist()
         rows: list[Row] = []
+        nothing = dict.fromkeys(fields) if templated else {}  # a null is no missing column there
         for values in _dictionaries(table.select(fields), {"custom_id", "id", ids}):
             if column := large[len(rows)]:
                 cause = too_large(f"column {column!r}", most)
@@ -61,7 +66,7 @@ def read_parquet(
             elif isinstance(values, BadRow):
                 rows.append(checker.bad(index, index + 1, values.code, values.text))
             else:
-                rows.append(checker.row(values, index, index + 1))
+                rows.append(checker.row(nothing | values, index, index + 1))
             index += 1
         yield rows, _struct(table.select(passed))
 
@@ -85,11 +90,13 @@ def _batches(parquet: pq.ParquetFile, name: str, size: int) -> Iterator[pa.Recor
         yield batch
 
 
-def _check_columns(names: list[str], name: str, prompt_column: str, id_column: str) -> None:
+def _check_columns(
+    names: list[str], name: str, prompt_column: str, id_column: str, *, templated: bool
+) -> None:
     listed = ", ".join(names)
     if len(set(names)) < len(names):
         raise InputError(f"{name} has two columns of one name", hint=f"columns: {listed}")
-    if not {prompt_column, "messages", "body"} & set(names):
+    if not templated and not {prompt_column, "messages", "body"} & set(names):
         raise InputError(
             f"{name} has neither a column {prompt_column!r} nor a column 'messages'",
             hint=f"name the prompts' column with --prompt-column; columns: {listed}",

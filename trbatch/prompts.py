@@ -21,6 +21,7 @@ from trbatch.errors import InputError
 from trbatch.input_limits import MAX_NESTING, Expansion, is_too_deep, read_lines, too_large
 from trbatch.parquet_input import read_parquet
 from trbatch.rows import Row, RowChecker
+from trbatch.shaping import Shaping
 
 __all__ = ["Batch", "Row", "check_repeats", "read_batches", "read_rows"]
 
@@ -50,6 +51,7 @@ def read_rows(
     id_column: str = "",
     sampling: SamplingParams | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
+    shaping: Shaping | None = None,
 ) -> Iterator[Row]:
     """Every row of a file, in order, bad ones as error rows.
 
@@ -63,6 +65,7 @@ def read_rows(
         id_column=id_column,
         sampling=sampling,
         max_row_bytes=max_row_bytes,
+        shaping=shaping,
     ):
         if batch.columns is not None:
             names = [field.name for field in batch.columns.type]
@@ -81,12 +84,14 @@ def read_batches(
     id_column: str = "",
     sampling: SamplingParams | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
+    shaping: Shaping | None = None,
 ) -> Iterator[Batch]:
     """The rows of a file in batches of `size`, the last one smaller.
 
     Args:
         max_row_bytes: a longer line, or a longer text or binary value of Parquet, makes its row an
             error row.
+        shaping: what the job makes of the rows' prompts.
 
     Raises:
         InputError: the file is missing, unreadable, empty or of an unknown kind.
@@ -94,7 +99,9 @@ def read_batches(
     name = str(path)
     kind, compression = _kind(name)
     place = "{}, row {}" if kind == "parquet" else "{}:{}"
-    checker = RowChecker(lambda line: place.format(name, line), prompt_column, id_column, sampling)
+    checker = RowChecker(
+        lambda line: place.format(name, line), prompt_column, id_column, sampling, shaping
+    )
     count = 0
     with _input_errors(name), _opened(name, compression) as (file, expansion):
         if kind == "parquet":

@@ -15,6 +15,7 @@ class Receipt:
 
     job: str
     output: str  # where the dataset lies
+    errors_output: str = ""  # where failed rows lie if not there, too; "": there, or there are none
     rows_in: int  # asked for
     rows_ok: int
     rows_failed: int

@@ -1,19 +1,24 @@
 """One row of the input: what it asks for, or why it cannot be decoded. Knows nothing of files.
 
-A row is `{"prompt": …}`, `{"messages": […]}` or a line of OpenAI's batch format. Its own sampling
-fields stand beside the prompt or in a `sampling` object; every other field passes through.
+A row is `{"prompt": …}`, `{"messages": […]}` or a line of OpenAI's batch format; with a template,
+whatever columns that writes a prompt of. Its own sampling fields stand beside the prompt or in a
+`sampling` object; every other field passes through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trbatch import openai_format
 from trbatch.config import SAMPLING_FIELDS, SamplingParams
 from trbatch.errors import RowError
 from trbatch.merging import BadRow, SamplingMerger, is_absent
+from trbatch.shaping import CHAT_ARGUMENTS, Asked, Shaping
+
+if TYPE_CHECKING:
+    from trbatch.templates import RowTemplate
 
 _SAMPLING_KEYS = SAMPLING_FIELDS | {"sampling"}
 
@@ -25,7 +30,8 @@ class Row:
     index: int  # place in the input, from 0; blank lines do not count
     line: int  # line of the file from 1; in Parquet the row's number from 1
     id: str  # custom_id, else id, else the row's number from 1
-    request: dict[str, Any] | None  # {"prompt": str} or {"messages": […]}, maybe "sampling"
+    # {"prompt": str} or {"messages": […]}, maybe "chat_template_kwargs", maybe "sampling"
+    request: dict[str, Any] | None
     passthrough: dict[str, Any]
     error: RowError | None = None
     named: bool = True  # whether the id is written in the row
@@ -39,6 +45,7 @@ class RowChecker:
         prompt_column: the field that holds the prompt's text.
         id_column: the field that must hold the id; "": custom_id, else id, else the row's number.
         sampling: the job's, which a row's own fields are checked against.
+        shaping: what the job makes of a row's prompt; None leaves it as it is.
     """
 
     def __init__(
@@ -47,11 +54,18 @@ class RowChecker:
         prompt_column: str = "prompt",
         id_column: str = "",
         sampling: SamplingParams | None = None,
+        shaping: Shaping | None = None,
     ) -> None:
         self._where = where
         self._prompt_column = prompt_column
         self._id_column = id_column
         self._merger = SamplingMerger(sampling or SamplingParams())
+        self._shaping = shaping or Shaping()
+
+    @property
+    def template(self) -> RowTemplate | None:
+        """What writes the prompts; None where the rows have their own."""
+        return self._shaping.template
 
     def row(self, fields: Any, index: int, line: int) -> Row:
         """The row of parsed JSON. Takes a dictionary over: what is left in it passes through."""
@@ -59,9 +73,10 @@ class RowChecker:
             kind = type(fields).__name__
             return self.bad(index, line, "not_an_object", f"a row must be an object, not {kind}")
         name = ""
+        columns = None if self.template is None else dict(fields)
         try:
             name = self._take_id(fields)
-            request = self._take_request(fields)
+            request = self._take_request(fields, columns)
         except BadRow as error:
             return self.bad(index, line, error.code, error.text, name, fields)
         return Row(index, line, name or str(index + 1), request, fields, None, name != "")
@@ -98,29 +113,45 @@ class RowChecker:
             raise BadRow("invalid_id", "the id holds a character that no text may have (NUL)")
         return value
 
-    def _take_request(self, fields: dict[str, Any]) -> dict[str, Any]:
-        column = self._prompt_column
-        prompt = fields.pop(column, None)
-        messages = fields.pop("messages", None)
-        if prompt is None and messages is None:
-            if type(fields.get("body")) is not dict:
-                raise BadRow("missing_prompt", f"neither {column!r} nor 'messages'; give one")
-            prompt, messages, sampling = openai_format.take_body(fields)
-        elif _SAMPLING_KEYS.isdisjoint(fields):
-            sampling = {}
-        else:
-            sampling = _take_sampling(fields)
+    def _take_request(
+        self, fields: dict[str, Any], columns: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Take what the request is made of out of the fields; `columns` are for the template."""
+        asked = self._take_asked(fields, columns)
+        prompt, messages = asked.prompt, asked.messages
         if prompt is not None and messages is not None:
+            column = self._prompt_column
             raise BadRow("prompt_and_messages", f"both {column!r} and 'messages'; keep one of them")
-        request: dict[str, Any]
         if messages is None:
-            request = {"prompt": _checked_prompt(prompt)}
+            request = self._shaping.request(_checked_prompt(prompt), None, asked)
         else:
-            request = {"messages": _checked_messages(messages)}
-        if sampling:
-            self._merger.merge(sampling)
-            request["sampling"] = sampling
+            request = self._shaping.request(None, _checked_messages(messages), asked)
+        if asked.sampling:
+            self._merger.merge(asked.sampling)
+            request["sampling"] = asked.sampling
         return request
+
+    def _take_asked(self, fields: dict[str, Any], columns: dict[str, Any] | None) -> Asked:
+        column, template = self._prompt_column, self.template
+        messages = None
+        if template is not None and columns is not None:
+            _refuse_batch_line(columns)
+            prompt = template.render(columns)
+        else:
+            prompt, messages = fields.pop(column, None), fields.pop("messages", None)
+            if prompt is None and messages is None:
+                if type(fields.get("body")) is not dict:
+                    raise BadRow("missing_prompt", f"neither {column!r} nor 'messages'; give one")
+                return openai_format.take_body(fields, self._shaping)
+        sampling = {} if _SAMPLING_KEYS.isdisjoint(fields) else _take_sampling(fields)
+        return Asked(prompt, messages, sampling, fields.pop(CHAT_ARGUMENTS, None))
+
+
+def _refuse_batch_line(columns: dict[str, Any]) -> None:
+    body = columns.get("body")
+    if type(body) is dict and not {"messages", "prompt"}.isdisjoint(body):
+        text = "a line of OpenAI's batch format has its own prompt, which --template would ignore"
+        raise BadRow("template_failed", f"{text}; leave --template away")
 
 
 def _take_sampling(fields: dict[str, Any]) -> dict[str, Any]:

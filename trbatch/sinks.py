@@ -1,28 +1,34 @@
-"""What a dataset is written as: one Parquet file, or OpenAI's batch result lines."""
+"""What a dataset is written as: one Parquet file, or OpenAI's batch result and error lines."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trbatch import passthrough
-from trbatch.openai_format import result_line
+from trbatch.openai_results import result_line
 from trbatch.schema import LEADING_COLUMNS, SCHEMA
+from trbatch.storage import place, writing
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Consecutive rows of the output: result columns, input columns, lines; equally long."""
+    """Consecutive rows of the output: result columns, input columns, …; all equally long."""
 
     results: pa.Table
     inputs: pa.Table
-    lines: pa.ChunkedArray
+    lines: pa.ChunkedArray  # of the input file
+    requests: pa.ChunkedArray  # JSON, as in `chunks.SCHEMA`
 
 
 class Sink(Protocol):
@@ -62,21 +68,32 @@ class ParquetSink:
 
 
 class JsonSink:
-    """Writes groups as OpenAI batch result lines: one for each input row."""
+    """Writes groups as OpenAI batch lines, one for each input row.
 
-    def __init__(self, file: BinaryIO, inputs: passthrough.Schema) -> None:
+    Args:
+        file: gets the rows of which at least one sample has a text.
+        errors: gets the others.
+    """
+
+    def __init__(self, file: BinaryIO, errors: BinaryIO, inputs: passthrough.Schema) -> None:
         self._file = file
+        self._errors = errors
         self._inputs = inputs
         self._created = int(time.time())
 
     def write(self, group: Group) -> None:
         """Write the lines of a group; a row's samples are never in two groups."""
         inputs = passthrough.dictionaries(group.inputs, group.results.num_rows)
-        pairs = zip(group.results.to_pylist(), inputs, strict=True)
-        for _, samples in itertools.groupby(pairs, key=lambda pair: pair[0]["prompt_index"]):
-            rows = list(samples)
-            line = result_line([row for row, _ in rows], self._parsed(rows[0][1]), self._created)
-            self._file.write(orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE))
+        others = (inputs, group.lines.to_pylist(), group.requests.to_pylist())
+        rows = zip(group.results.to_pylist(), *others, strict=True)
+        for _, samples in itertools.groupby(rows, key=lambda row: row[0]["prompt_index"]):
+            results, (passed, *_), (number, *_), (request, *_) = zip(*samples, strict=True)
+            is_chat = request is not None and "messages" in orjson.loads(request)
+            line = result_line(
+                results, self._parsed(passed), self._created, is_chat=is_chat, line=number
+            )
+            file = self._errors if line["response"] is None else self._file
+            file.write(orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE))
 
     def close(self) -> None:
         """Nothing is left to write."""
@@ -86,6 +103,23 @@ class JsonSink:
             name: orjson.loads(value) if name in self._inputs.as_json and value else value
             for name, value in values.items()
         }
+
+
+@contextmanager
+def error_file(path: str) -> Iterator[BinaryIO]:
+    """A file that appears under `path` on success, if anything was written to it.
+
+    What an earlier collection left there is gone if not.
+    """
+    with tempfile.TemporaryFile() as file:
+        yield cast(BinaryIO, file)
+        if file.tell():
+            file.seek(0)
+            with writing(path) as target:
+                shutil.copyfileobj(file, target)
+        else:
+            folder, name = place(path)
+            folder.remove(name)
 
 
 def _output_names(inputs: list[str]) -> list[str]:

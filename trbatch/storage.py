@@ -153,6 +153,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield file
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file at a path or URL."""
+    parent, name = place(path)
+    return parent.exists(name)
+
+
 class LocalFolder(Folder):
     """A folder on a disk of this machine."""
 

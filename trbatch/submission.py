@@ -26,6 +26,7 @@ from trbatch.manifest import InputState, Manifest, differences, settings
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
 from trbatch.outputs import check_output
 from trbatch.prompts import Batch, check_repeats, read_batches, read_rows
+from trbatch.shaping import Shaping
 from trbatch.storage import Folder, LocalFolder, folder
 
 MANIFEST = "manifest.json"
@@ -91,7 +92,17 @@ def _resolved(spec: JobSpec) -> JobSpec:
         out=folder(spec.out or default_store()).path,
         model=model_name(spec.model or default_model()),
         task=spec.task or default_task(path),
+        template=_template(spec.template),
     )
+
+
+def _template(given: str) -> str:
+    """The template itself, which the manifest keeps, whether it or its file was given."""
+    if not given:
+        return ""
+    from trbatch.templates import read_template  # here: few jobs need Jinja
+
+    return read_template(given)
 
 
 def _absolute(path: str) -> str:
@@ -203,6 +214,7 @@ def _batches(spec: JobSpec) -> Iterator[Batch]:
         id_column=spec.id_column,
         sampling=spec.sampling,
         max_row_bytes=spec.max_row_bytes,
+        shaping=Shaping.of(spec),
     )
 
 
@@ -282,6 +294,7 @@ class _ChunkWriter:
             id_column=spec.id_column,
             sampling=spec.sampling,
             max_row_bytes=spec.max_row_bytes,
+            shaping=Shaping.of(spec),
         )
         for row in check_repeats(rows, repeated, spec.input):
             index, position = divmod(row.index, spec.chunk_size)

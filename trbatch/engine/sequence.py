@@ -42,6 +42,7 @@ class Request:
     task: TaskKey = TaskKey("default")  # whose shared matrix to read and to write
     prompt: str | None = None
     messages: ListLike[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None  # beside messages
     prompt_token_ids: ListLike[int] | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -33,7 +32,7 @@ def encode(tokenizer: Any, request: Request, vocab_size: int) -> list[int]:
         ids = list(request.prompt_token_ids)
     elif request.messages is not None:
         # The template writes the special tokens itself.
-        text = _templated(tokenizer, request.messages)
+        text = prompt_text(tokenizer, request)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(request.prompt)["input_ids"]
@@ -44,15 +43,25 @@ def encode(tokenizer: Any, request: Request, vocab_size: int) -> list[int]:
     return ids
 
 
-def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+def prompt_text(tokenizer: Any, request: Request) -> str:
+    """The text that the model is asked to go on with, without what a tokenizer adds to it.
+
+    Raises:
+        EncodingFailed: no chat template, or one that refuses the messages.
+    """
+    if request.messages is None:
+        return request.prompt or ""
     if not getattr(tokenizer, "chat_template", None):
         raise EncodingFailed(
             "no_chat_template",
             "the model has no chat template: give 'prompt' instead of 'messages'",
         )
+    arguments = dict(request.chat_template_kwargs or {})
+    # A last message that is to be continued leaves no turn to open.
+    arguments.setdefault("add_generation_prompt", not arguments.get("continue_final_message"))
     try:
         text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            [dict(message) for message in request.messages], tokenize=False, **arguments
         )
     except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise EncodingFailed(

@@ -1,0 +1,119 @@
+"""`--template`: a row's columns into its prompt, by a sandboxed Jinja2 template.
+
+Strict: a column that a row lacks, or that is null where it would be written, makes an error row and
+not a prompt with a hole in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from trbatch.errors import UsageError
+from trbatch.merging import BadRow
+
+OPTION = "--template"
+_MARKS = ("{{", "{%")
+# What the expressions of a template can raise.
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class _WritesNull(Exception):
+    """An expression of the template is null."""
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise _WritesNull
+    return value
+
+
+def read_template(given: str) -> str:
+    """The source of a template that is given as a file's path or as the text itself, checked.
+
+    Raises:
+        UsageError: there is no such file, or it is no valid template; names its line.
+    """
+    is_text = any(mark in given for mark in _MARKS)
+    path = os.path.expanduser(given)
+    if is_text and not (len(given) < 1024 and "\n" not in given and os.path.isfile(path)):
+        source, name = given, OPTION
+    else:
+        source, name = _read_file(given, path), given
+        if not any(mark in source for mark in _MARKS):
+            raise UsageError(
+                f"{given} has no {{{{ column }}}}: every row would get the same prompt",
+                hint="write the names of columns in double braces, e.g. {{ question }}",
+            )
+    RowTemplate(source, name)
+    return source
+
+
+def _read_file(given: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"there is no template file {given}",
+            hint="give a file, or the text itself with columns in braces, e.g. '{{ question }}'",
+        ) from error
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UsageError(f"cannot read the template {given}: {error}") from error
+
+
+class RowTemplate:
+    """A template over the columns of a row.
+
+    Args:
+        source: its text.
+        name: what messages call it: its file, or the option that gave its text.
+
+    Raises:
+        UsageError: the text is no template; names the line.
+    """
+
+    def __init__(self, source: str, name: str = OPTION) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, finalize=_not_null, autoescape=False
+        )
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise UsageError(
+                f"{name}:{error.lineno}: not a valid Jinja template: {error.message}",
+                hint="columns are written {{ column }}, conditions {% if column %} … {% endif %}",
+            ) from error
+
+    def render(self, columns: Mapping[str, Any]) -> str:
+        """The prompt of a row.
+
+        Raises:
+            BadRow: it lacks a column, has a null in it, or the template fails on it.
+        """
+        try:
+            return self._template.render(columns)
+        except _WritesNull as error:
+            nulls = ", ".join(name for name, value in columns.items() if value is None)
+            text = f"the template writes a value that is null (null here: {nulls or 'no column'})"
+            cure = "write {{ column or '' }} or {% if column %} where one may be null"
+            raise BadRow("template_failed", f"{text}; {cure}") from error
+        except UndefinedError as error:
+            has = ", ".join(list(columns)[:20])
+            text = f"the template does not fit this row: {error.message}; it has {has or 'nothing'}"
+            raise BadRow("template_failed", text) from error
+        except _FAILURES as error:
+            text = f"the template fails on this row: {type(error).__name__}: {error}"
+            raise BadRow("template_failed", text) from error
