@@ -11,8 +11,6 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
 from trbatch.config import SAMPLING_FIELDS
 from trbatch.merging import BadRow, is_absent
 from trbatch.shaping import CHAT_ARGUMENTS, Asked, Shaping
@@ -26,6 +24,8 @@ _IGNORED = frozenset(
         "cache_salt",
         "include_reasoning",
         "kv_transfer_params",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
         "prediction",
         "priority",
         "prompt_cache_key",
@@ -34,6 +34,7 @@ _IGNORED = frozenset(
         "return_tokens_as_token_ids",
         "safety_identifier",
         "service_tier",
+        "session_id",
         "store",
         "stream",
         "stream_options",
@@ -55,10 +56,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
     "logits_processors": ([],),
+    "logprob_token_ids": (),
     "logprobs": (False, 0),
     "min_tokens": (0,),
     "modalities": (["text"],),
@@ -67,17 +73,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (0,),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "return_prompt_text": (False,),
     "return_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": ({},),
     "suffix": ("",),
+    "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
+    "truncation_side": ("left", "right"),  # of what is not truncated
     "use_beam_search": (False,),
     "verbosity": (),
+    "watermarking": (False,),
     "web_search_options": (),
 }
 _RENAMED = {"max_completion_tokens": "max_tokens"}  # the newer name wins
@@ -85,8 +95,6 @@ _RENAMED = {"max_completion_tokens": "max_tokens"}  # the newer name wins
 _OF_THE_CHAT_TEMPLATE = frozenset(
     {"add_generation_prompt", "continue_final_message", "documents", "reasoning_effort"}
 )
-# Structured output by its older names in vLLM.
-_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"}
 _CURES = {
     "chat_template": "the job's model has its own; prompts of another form go into 'prompt'",
     "extra_body": "put its fields into the body itself",
@@ -148,7 +156,7 @@ def _take_chat_arguments(body: dict[str, Any]) -> Any:
 
 
 def _sampling(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
-    sampling = _take_structured(body) | _take_logprobs(body, is_chat=is_chat)
+    sampling = _take_logprobs(body, is_chat=is_chat)
     for name, value in body.items():
         ours = _RENAMED.get(name, name)
         if ours in SAMPLING_FIELDS:
@@ -169,58 +177,11 @@ def _take_logprobs(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
     if type(wanted) is not bool or type(most) is not int or (most and not wanted):
         text = "body.top_logprobs is a number and needs body.logprobs, which is true or false"
         raise BadRow("invalid_sampling", text)
-    return {"logprobs": max(most, 1)} if wanted else {}
-
-
-def _take_structured(body: dict[str, Any]) -> dict[str, Any]:
-    """`response_format`, or the fields of vLLM that say the same, as our `structured`."""
-    if "structured" not in SAMPLING_FIELDS:
-        return {}
-    found: dict[str, Any] = {}
-    if (form := body.pop("response_format", None)) is not None:
-        found |= _of_response_format(form)
-    outputs = body.pop("structured_outputs", None) or {}
-    if type(outputs) is not dict:
-        raise BadRow("invalid_sampling", "body.structured_outputs must be an object")
-    outputs = dict(outputs)
-    outputs |= {new: body.pop(old) for old, new in _GUIDED.items() if old in body}
-    if outputs.pop("json_object", None):
-        outputs.setdefault("json", {"type": "object"})
-    for name, value in outputs.items():
-        if name not in ("json", "regex", "choice") and value not in (None, False):
-            raise BadRow("unsupported_field", f"structured output by {name!r} is not supported")
-        if value is not None:
-            found[name] = _parsed_schema(value) if name == "json" else value
-    return {"structured": found} if found else {}
-
-
-def _of_response_format(form: Any) -> dict[str, Any]:
-    kind = form.get("type") if type(form) is dict else None
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        return {"json": {"type": "object"}}
-    described = form.get("json_schema") if kind == "json_schema" else None
-    if type(described) is dict and type(described.get("schema")) is dict:
-        return {"json": described["schema"]}
-    if kind == "json_schema":
-        text = "body.response_format needs json_schema.schema, an object"
-        raise BadRow("invalid_sampling", text)
-    text = f"body.response_format of type {kind!r}; use 'text', 'json_object' or 'json_schema'"
-    raise BadRow("unsupported_field", text)
-
-
-def _parsed_schema(schema: Any) -> Any:
-    if type(schema) is not str:
-        return schema
-    try:
-        return orjson.loads(schema)
-    except orjson.JSONDecodeError as error:
-        raise BadRow("invalid_sampling", f"the JSON schema is not valid JSON: {error}") from error
+    return {"logprobs": most} if wanted else {}
 
 
 def _unsupported(name: str) -> BadRow:
-    if name in _NEUTRAL or name in _GUIDED or name in _OF_THE_CHAT_TEMPLATE | {CHAT_ARGUMENTS}:
+    if name in _NEUTRAL or name in _OF_THE_CHAT_TEMPLATE | {CHAT_ARGUMENTS}:
         text = f"body.{name} is not supported here; {_CURES.get(name, 'remove it')}"
     else:
         close = difflib.get_close_matches(name, _known_names(), n=1)

@@ -7,6 +7,7 @@ stand under the key `trbatch`, which readers of that format pass over.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ _IN_THE_LINE = frozenset(
         "completion_tokens",
         "error_code",
         "error_message",
+        "logprobs",
     }
 )
 
@@ -90,17 +92,45 @@ def _response_body(
 
 
 def _choice(row: Mapping[str, Any], *, is_chat: bool) -> dict[str, Any]:
-    choice = {
+    tokens = row.get("logprobs")
+    choice: dict[str, Any] = {
         "index": row["sample_index"],
         "finish_reason": row["finish_reason"],
         "logprobs": None,
     }
     if not is_chat:
-        return choice | {"text": row["text"]}
+        logprobs = None if tokens is None else _completion_logprobs(tokens)
+        return choice | {"text": row["text"], "logprobs": logprobs}
     message = {"role": "assistant", "content": row["text"], "refusal": None}
-    if row["reasoning"] is not None:
-        message["reasoning_content"] = row["reasoning"]  # vLLM's name
+    if row.get("reasoning") is not None:
+        message["reasoning"] = row["reasoning"]  # as vLLM calls it
+    if tokens is not None:
+        content = [_spelled(one) | {"top_logprobs": _tops(one)} for one in tokens]
+        choice["logprobs"] = {"content": content, "refusal": None}
     return choice | {"message": message}
+
+
+def _completion_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Four lists of one entry a token; `text_offset` counts characters of the tokens before."""
+    texts = [one["token"] for one in tokens]
+    offsets = itertools.accumulate((len(text) for text in texts), initial=0)
+    return {
+        "tokens": texts,
+        "token_logprobs": [one["logprob"] for one in tokens],
+        "top_logprobs": [
+            {top["token"]: top["logprob"] for top in one.get("top") or []} for one in tokens
+        ],
+        "text_offset": list(offsets)[:-1],
+    }
+
+
+def _tops(token: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [_spelled(top) for top in token.get("top") or []]
+
+
+def _spelled(token: Mapping[str, Any]) -> dict[str, Any]:
+    text = token["token"]
+    return {"token": text, "logprob": token["logprob"], "bytes": list(text.encode())}
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
