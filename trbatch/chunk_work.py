@@ -13,6 +13,7 @@ from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import TrbatchError, UsageError
 from trbatch.job import JobFolder
 from trbatch.lease import BadChunk, Lease
+from trbatch.naming import row_place
 from trbatch.queue import ModelKey
 from trbatch.results import result_row
 from trbatch.suspects import ALONE, Suspects
@@ -98,7 +99,7 @@ class ChunkWork:
         row, _ = self.rows[place]
         manifest = self.folder.manifest
         if completion.finish_reason == "error":
-            where = _place(manifest.input.path, row.line)
+            where = row_place(manifest.input.path, row.line)
             completion = replace(completion, error_message=f"{where}: {completion.error_message}")
         return result_row(
             completion,
@@ -182,8 +183,3 @@ class Folders:
         busy = set(in_use)
         for path in [path for path in self._open if path not in busy][:-FOLDERS_KEPT]:
             del self._open[path]
-
-
-def _place(path: str, line: int) -> str:
-    """A row's place, spelled as in the errors of `prompts.read_batches`."""
-    return f"{path}, row {line}" if path.lower().endswith(".parquet") else f"{path}:{line}"

@@ -138,19 +138,31 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
 @options.prompt_options
 @options.sampling_options
 @options.job_options
+@options.dry_run_option
 @options.redis_option
 @options.log_format_option
-def submit_command(input: str, **settings: Any) -> None:
+@options.json_option
+@click.pass_context
+def submit_command(context: click.Context, /, input: str, **settings: Any) -> None:
     """Check INPUT and enqueue it. Prints the job's id alone on stdout.
 
     INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages'. The same
     command again continues the same job: of an input that has grown, only the new rows are decoded.
     """
     log_to_stderr("WARNING", settings["log_format"])
-    job = api.submit(options.job_spec(input, settings), redis_url=settings["redis_url"])
+    spec = options.job_spec(input, settings)
+    if settings["dry_run"]:
+        from trbatch.cli_preview import dry_run
+
+        context.exit(dry_run(spec, as_json=settings["as_json"]))
+    job = api.submit(spec, redis_url=settings["redis_url"])
     with reporter() as show:
         _say_submitted(job, show)
-    click.echo(job.id)
+    if settings["as_json"]:
+        rows = {"rows": job.folder.manifest.rows, "rows_bad": job.folder.manifest.rows_failed}
+        print_json({"job": job.id, "folder": job.path} | rows)
+    else:
+        click.echo(job.id)
 
 
 @commands.command("worker", **options.example("trbatch worker --gpu 0"))

@@ -284,6 +284,14 @@ on_complete_option = click.option(
     "TRBATCH_EXIT_CODE, TRBATCH_ROWS_OK, … tell it how. Its exit code counts if ours is 0.",
 )
 
+dry_run_option = click.option(
+    "dry_run",
+    "--dry-run",
+    is_flag=True,
+    help="Only show what would be asked: prompts as the model gets them, their tokens, bad rows, "
+    "and the time by earlier jobs. Tokens need the extra `tokenizers`, or a worker's.",
+)
+
 json_option = click.option("as_json", "--json", is_flag=True, help="Print JSON on stdout.")
 
 

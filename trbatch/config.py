@@ -24,6 +24,7 @@ GREEDY_BELOW = 1e-5  # a temperature below it divides float32 logits to infinity
 MAX_SAMPLES = 1024  # of a row
 PRIORITIES = ("high", "normal", "low")  # in the order in which workers take chunks
 MAX_ROW_BYTES = 4 << 20  # a chunk of such rows still fits into memory
+LONGEST_BY_DEFAULT = 8192  # tokens of prompt and output that a worker takes unless asked for more
 _INT32 = 2**31 - 1
 
 

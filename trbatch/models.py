@@ -122,6 +122,22 @@ def resolve(model: str) -> str:
     raise ModelError(f"no model folder at {path}")
 
 
+def known_folder(model: str) -> str | None:
+    """The same without fetching or converting anything: None where that would be needed first.
+
+    Raises:
+        ModelError: as `resolve` does.
+    """
+    path = Path(os.path.expanduser(model))
+    if model == DEFAULT_MODEL:
+        folder = cache_folder() / "models" / DEFAULT_MODEL
+    elif path.suffix == ".gguf" and path.is_file():
+        folder = _converted_folder(path, *file_digests([path]))
+    else:
+        return resolve(model)
+    return str(folder) if folder.is_dir() else None
+
+
 def small_model() -> Path:
     """The folder of the small default model, fetched and converted on first use."""
     folder = cache_folder() / "models" / DEFAULT_MODEL
@@ -136,11 +152,15 @@ def small_model() -> Path:
 def converted_gguf(path: Path) -> Path:
     """The folder of a GGUF file's safetensors conversion, made on first use."""
     (digest,) = file_digests([path])
-    folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
+    folder = _converted_folder(path, digest)
     with _made_once(folder) as scratch:
         if scratch is not None:
             _convert(path, scratch / "model", sha256=digest)
     return folder
+
+
+def _converted_folder(path: Path, digest: str) -> Path:
+    return cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
 
 
 def _small_gguf(scratch: Path) -> Path:

@@ -99,6 +99,11 @@ def default_task(path: str) -> str:
     return slug(f"{project}-{undated}" if undated != "unnamed" else project)
 
 
+def row_place(path: str, line: int) -> str:
+    """A row's place, spelled as in the errors of `prompts.read_batches`."""
+    return f"{path}, row {line}" if path.lower().endswith(".parquet") else f"{path}:{line}"
+
+
 def worker_name(name: str) -> str:
     """Never made twice, not even by a restarted container: segments are named after it."""
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)

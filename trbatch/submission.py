@@ -25,7 +25,7 @@ from trbatch.input_limits import MAX_COLUMNS
 from trbatch.manifest import InputState, Manifest, differences, settings
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
 from trbatch.outputs import check_output
-from trbatch.prompts import Batch, check_repeats, read_batches, read_rows
+from trbatch.prompts import Batch, check_repeats, read_batches
 from trbatch.shaping import Shaping
 from trbatch.storage import Folder, LocalFolder, folder
 
@@ -58,10 +58,10 @@ def submit(spec: JobSpec) -> Submission:
         ResumeRefused: the job cannot be continued as `spec.resume` asks.
     """
     Control().asked(deadline=spec.deadline)  # a wrong one is told before anything is read
-    spec = _resolved(spec)
+    spec = resolved(spec)
     check_output(spec.output, spec.input)
     store = folder(spec.out)
-    job_id = _job_id(spec, store)
+    job_id = job_id_of(spec, store)
     job = folder(store.join(job_id))
     if not job.exists(MANIFEST):
         if spec.resume == "always":
@@ -82,8 +82,12 @@ def submit(spec: JobSpec) -> Submission:
     return Submission(job.path, continued=True, reread=reread)
 
 
-def _resolved(spec: JobSpec) -> JobSpec:
-    """The spec with absolute paths and with names for what was left open."""
+def resolved(spec: JobSpec) -> JobSpec:
+    """The spec with absolute paths, with names for what was left open, and its template's text.
+
+    Raises:
+        UsageError: there is no such model or template, or it is no valid one.
+    """
     path = _absolute(spec.input)
     return dataclasses.replace(
         spec,
@@ -112,7 +116,12 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path)) + is_folder
 
 
-def _job_id(spec: JobSpec, store: Folder) -> str:
+def job_id_of(spec: JobSpec, store: Folder) -> str:
+    """The id of a resolved spec's job, which may be there or not.
+
+    Raises:
+        ResumeRefused: it is, and `spec.resume` is `never`.
+    """
     if spec.name:
         job_id = checked_job_name(spec.name)
         if spec.resume == "never" and folder(store.join(job_id)).exists(MANIFEST):
@@ -144,13 +153,7 @@ def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
 
 def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
     """Continue a job. Returns whether its input was read anew."""
-    changed = differences(settings(old.spec, old.model), settings(spec, spec.model))
-    if changed and spec.resume != "always":
-        raise ResumeRefused(
-            f"job {old.id!r} was made with other settings: {'; '.join(changed)}",
-            hint="give those again, choose another --name, or --resume always to go on with the "
-            "new settings",
-        )
+    changed = changed_settings(old, spec)
     same_input = old.input.path == spec.input and old.input.holds()
     same_limits = old.spec.max_row_bytes == spec.max_row_bytes
     if same_input and same_limits and not changed:
@@ -173,6 +176,22 @@ def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
     return True
 
 
+def changed_settings(old: Manifest, spec: JobSpec) -> list[str]:
+    """Which settings of a job the spec would change, in words.
+
+    Raises:
+        ResumeRefused: there are some, and `spec.resume` is not `always`.
+    """
+    changed = differences(settings(old.spec, old.model), settings(spec, spec.model))
+    if changed and spec.resume != "always":
+        raise ResumeRefused(
+            f"job {old.id!r} was made with other settings: {'; '.join(changed)}",
+            hint="give those again, choose another --name, or --resume always to go on with the "
+            "new settings",
+        )
+    return changed
+
+
 def _read_input(
     job: Folder, job_id: str, spec: JobSpec, job_seed: int, generation: int
 ) -> Manifest:
@@ -183,7 +202,7 @@ def _read_input(
     writer = _ChunkWriter(job, name, spec, job_seed)
     with _removed_on_error(job, writer.folder):
         with writer:
-            for batch in _batches(spec):
+            for batch in batches(spec):
                 writer.write(batch)
         writer.check_repeats()
     return Manifest(
@@ -206,7 +225,8 @@ def _read_input(
     )
 
 
-def _batches(spec: JobSpec) -> Iterator[Batch]:
+def batches(spec: JobSpec) -> Iterator[Batch]:
+    """The checked rows of a resolved spec's input, a chunk at a time."""
     return read_batches(
         spec.input,
         spec.chunk_size,
@@ -288,14 +308,7 @@ class _ChunkWriter:
         if not repeated:
             return
         spec = self._spec
-        rows = read_rows(
-            spec.input,
-            prompt_column=spec.prompt_column,
-            id_column=spec.id_column,
-            sampling=spec.sampling,
-            max_row_bytes=spec.max_row_bytes,
-            shaping=Shaping.of(spec),
-        )
+        rows = (row for batch in batches(spec) for row in batch.rows)
         for row in check_repeats(rows, repeated, spec.input):
             index, position = divmod(row.index, spec.chunk_size)
             with self._job.open(self._name(index)) as file:

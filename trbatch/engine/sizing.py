@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from trbatch import storage
-from trbatch.config import EngineConfig, cache_folder
+from trbatch.config import LONGEST_BY_DEFAULT, EngineConfig, cache_folder
 from trbatch.engine.attention import Span
 from trbatch.engine.costs import TIMED_SIZES, CostTable, least_seconds, time_steps
 from trbatch.engine.kv_cache import KVCache
@@ -25,7 +25,6 @@ from trbatch.errors import Unreachable, WorkerError
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 8192  # tokens, unless asked for more
 _CPU_SEQS, _GPU_SEQS = 8, 128
 _CPU_PREFILL, _GPU_PREFILL = 512, 2048
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
@@ -59,7 +58,7 @@ def max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
             f"--max-model-len {config.max_model_len} is more than the {loaded.max_positions} "
             f"tokens that {loaded.name} was made for"
         )
-    return config.max_model_len or min(loaded.max_positions, _LONGEST)
+    return config.max_model_len or min(loaded.max_positions, LONGEST_BY_DEFAULT)
 
 
 def cache_slots(

@@ -1,0 +1,281 @@
+"""Templates, system prompts and arguments of chat templates: from columns to what is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from job_tools import write_lines
+
+from trbatch import cli
+from trbatch.config import JobSpec
+from trbatch.engine.sequence import Request
+from trbatch.engine.text import prompt_text
+from trbatch.errors import ResumeRefused, UsageError
+from trbatch.job import JobFolder
+
+TEMPLATE = "Translate {{ sentence }} into {{ language }}."
+ROWS = [
+    {"id": "a", "sentence": "Hello", "language": "French"},
+    {"id": "b", "sentence": "Bye", "language": "German", "max_tokens": 3},
+]
+
+
+def submit(tmp_path: Path, rows: Any = ROWS, **settings: Any) -> JobFolder:
+    if isinstance(rows, pa.Table):
+        path = tmp_path / "in.parquet"
+        pq.write_table(rows, path)
+    else:
+        path = write_lines(tmp_path / "in.jsonl", *rows)
+    values = {"input": str(path), "out": str(tmp_path / "store"), "model": "m", "seed": 1}
+    return JobFolder.submit(JobSpec.from_dict(values | settings))
+
+
+def requests(job: JobFolder) -> list[dict[str, Any]]:
+    return [row.request for row in job.chunk_rows(0)]
+
+
+def errors(job: JobFolder) -> list[str | None]:
+    return [row.error and row.error.message for row in job.chunk_rows(0)]
+
+
+def fingerprints(job: JobFolder) -> list[str]:
+    return [row.fingerprint for row in job.chunk_rows(0)]
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_a_template_writes_each_prompt_and_its_columns_pass_through(
+    tmp_path: Path, as_table: bool
+) -> None:
+    table = pa.Table.from_pylist([ROWS[0] | {"max_tokens": None}, ROWS[1]])
+    job = submit(tmp_path, table if as_table else ROWS, template=TEMPLATE)
+    assert requests(job) == [
+        {"prompt": "Translate Hello into French."},
+        {"prompt": "Translate Bye into German.", "sampling": {"max_tokens": 3}},
+    ]
+    assert list(job.passthrough_schema().types) == ["sentence", "language"]
+
+
+def test_a_template_can_come_from_a_file_and_the_job_keeps_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "ask.j2"
+    file.write_text("{% if language == 'French' %}Fr{% else %}Other{% endif %}: {{ sentence }}\n")
+    job = submit(tmp_path, template=str(file))
+    assert [request["prompt"] for request in requests(job)] == ["Fr: Hello", "Other: Bye"]
+    assert job.spec.template == file.read_text()
+    assert submit(tmp_path, template=str(file)).continued
+
+
+def test_prompts_and_messages_are_columns_like_others(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "messages": [{"role": "user", "content": "m"}], "body": "b"}]
+    job = submit(tmp_path, rows, template="{{ prompt }} {{ messages[0].content }} {{ body }}")
+    assert requests(job) == [{"prompt": "p m b"}]
+    assert list(job.passthrough_schema().types) == ["prompt", "messages", "body"]
+
+
+def test_rows_that_a_template_does_not_fit_are_error_rows(tmp_path: Path) -> None:
+    rows = [
+        {"sentence": "Hello"},
+        {"sentence": None, "language": "French"},
+        {"sentence": "", "language": ""},
+        {"custom_id": "c", "body": {"messages": []}},
+    ]
+    job = submit(tmp_path, rows, template="{{ sentence }}{{ language }}")
+    missing, null, empty, line = errors(job)
+    assert missing is not None and "'language' is undefined; it has sentence" in missing
+    assert missing.startswith(f"{tmp_path}/in.jsonl:1: ")
+    assert null is not None and "null here: sentence" in null and "or ''" in null
+    assert empty is not None and "the prompt is empty" in empty
+    assert line is not None and "leave --template away" in line
+
+
+def test_a_null_of_a_table_is_null_and_not_undefined(tmp_path: Path) -> None:
+    table = pa.table({"a": ["x", None], "n": [float("nan"), 1.0]})
+    job = submit(tmp_path, table, template="{{ a or 'none' }}{% if n %} {{ n }}{% endif %}")
+    assert [request["prompt"] for request in requests(job)] == ["x", "none 1.0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ok\n{{ a }}\n{% if a %}\n", ":3: not a valid Jinja template"),
+        ("{{ a | nofilter }}", ":1: not a valid Jinja template: No filter named 'nofilter'"),
+        ("no columns", "has no {{ column }}"),
+    ],
+)
+def test_a_wrong_template_is_told_before_the_job_with_file_and_line(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    file = tmp_path / "ask.j2"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        submit(tmp_path, template=str(file))
+    assert str(file) in caught.value.message
+    assert words in caught.value.message
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_template_file_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no template file nofile\\.j2"):
+        submit(tmp_path, template="nofile.j2")
+    with pytest.raises(UsageError, match=r"--template:1: not a valid"):
+        submit(tmp_path, template="{{ a")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% include '/etc/passwd' %}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ range(10 ** 9) | list }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_templates_are_sandboxed_and_fail_a_row_at_a_time(tmp_path: Path, template: str) -> None:
+    (message,) = errors(submit(tmp_path, [{"a": 1}], template=template))
+    assert message is not None
+    assert "the template" in message
+
+
+def test_a_system_prompt_opens_chats_and_makes_chats_of_prompts(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "Hi"}
+    own = {"role": "system", "content": "Mine."}
+    rows = [
+        {"prompt": "Hi"},
+        {"messages": [user]},
+        {"messages": [own, user]},
+        {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "Hi"}},
+    ]
+    job = submit(tmp_path, rows, system_prompt="Be brief.")
+    ours = {"role": "system", "content": "Be brief."}
+    assert requests(job)[:3] == [
+        {"messages": [ours, user]}, {"messages": [ours, user]}, {"messages": [own, user]},
+    ]  # fmt: skip
+    message = errors(job)[3]
+    assert message is not None and "use /v1/chat/completions" in message
+
+
+def test_chat_makes_chats_of_prompts_and_templates(tmp_path: Path) -> None:
+    job = submit(tmp_path, template=TEMPLATE, chat=True)
+    assert requests(job)[0] == {
+        "messages": [{"role": "user", "content": "Translate Hello into French."}]
+    }
+
+
+def test_arguments_of_the_chat_template_reach_it_and_a_rows_own_win(tmp_path: Path) -> None:
+    user = [{"role": "user", "content": "Hi"}]
+    rows = [
+        {"id": "a", "messages": user},
+        {"id": "b", "messages": user, "chat_template_kwargs": {"style": "own", "more": [1]}},
+        {"id": "c", "messages": user, "chat_template_kwargs": {"chat_template": "x"}},
+        {"id": "d", "prompt": "Hi", "chat_template_kwargs": {"style": "own"}},
+    ]
+    job = submit(tmp_path, rows, chat_template_kwargs={"style": "job"})
+    first, second, *bad = job.chunk_rows(0)
+    assert job.request(first, 0).chat_template_kwargs == {"style": "job"}
+    assert job.request(second, 0).chat_template_kwargs == {"style": "own", "more": [1]}
+    assert [row.error and row.error.code for row in bad] == [
+        "invalid_chat_template_kwargs", "not_a_chat",
+    ]  # fmt: skip
+
+
+class Templated:
+    """A tokenizer's chat template that shows what it was told."""
+
+    chat_template = "any"
+
+    def apply_chat_template(self, messages: Any, *, tokenize: bool, **arguments: Any) -> str:
+        return json.dumps([messages, arguments])
+
+
+def test_the_turn_is_opened_unless_the_last_message_goes_on() -> None:
+    messages = [{"role": "assistant", "content": "Once"}]
+
+    def told(**arguments: Any) -> Any:
+        request = Request(
+            key=0, sampling=None, messages=messages, chat_template_kwargs=arguments or None
+        )  # type: ignore[arg-type]
+        return json.loads(prompt_text(Templated(), request))[1]
+
+    assert told() == {"add_generation_prompt": True}
+    assert told(continue_final_message=True, style="x") == {
+        "add_generation_prompt": False, "continue_final_message": True, "style": "x",
+    }  # fmt: skip
+
+
+def test_every_setting_of_the_prompt_is_part_of_a_rows_fingerprint(tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "p", "messages": None, "q": "x"}]
+    settings: list[dict[str, Any]] = [
+        {},
+        {"chat": True},
+        {"system_prompt": "s"},
+        {"system_prompt": "t"},
+        {"template": "{{ q }}"},
+        {"template": "{{ q }}!"},
+        {"chat": True, "chat_template_kwargs": {"style": 1}},
+        {"chat": True, "chat_template_kwargs": {"style": 2}},
+    ]
+    jobs = [submit(tmp_path, rows, **one) for one in settings]
+    assert len({job.id for job in jobs}) == len(jobs)
+    assert len({fingerprints(job)[0] for job in jobs}) == len(jobs)
+    again = submit(tmp_path, rows, **settings[-1])
+    assert again.continued and again.id == jobs[-1].id
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"template": TEMPLATE}, {"template": TEMPLATE + " Now!"}, "template was "),
+        ({"template": TEMPLATE}, {"template": TEMPLATE, "system_prompt": "s"}, "system_prompt was"),
+        (
+            {"template": TEMPLATE, "chat": True},
+            {"template": TEMPLATE, "chat": True, "chat_template_kwargs": {"style": 1}},
+            "chat_template_kwargs was None, now {'style': 1}",
+        ),
+        (
+            {"template": TEMPLATE, "chat": True, "chat_template_kwargs": {"old": 1}},
+            {"template": TEMPLATE, "chat": True, "chat_template_kwargs": {"new": 1}},
+            "new was None, now 1",
+        ),
+    ],
+)
+def test_a_named_job_refuses_other_prompts_unless_told(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], words: str
+) -> None:
+    job = submit(tmp_path, name="night", **before)
+    with pytest.raises(ResumeRefused) as caught:
+        submit(tmp_path, name="night", **after)
+    assert words in caught.value.message
+    changed = submit(tmp_path, name="night", resume="always", **after)
+    assert changed.continued and changed.reread
+    assert set(fingerprints(changed)).isdisjoint(fingerprints(job))
+
+
+def test_the_options_of_the_command_line(tmp_path: Path, redis_url: str) -> None:
+    path = write_lines(tmp_path / "in.jsonl", *ROWS)
+    store = ["--store", tmp_path / "store", "--model", "m"]
+    options = ["--template", TEMPLATE, "--system-prompt", "Be brief."]
+    options += ["--chat-template-kwargs", '{"enable_thinking": false}']
+    result = invoke("submit", path, *store, *options)
+    assert result.exit_code == 0, result.stderr
+    job = JobFolder.open(tmp_path / "store" / result.stdout.strip())
+    assert requests(job)[0] == {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Translate Hello into French."},
+        ],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    for value, words in (("{", "not valid JSON"), ("[1]", "must be an object")):
+        result = invoke("submit", path, *store, "--chat-template-kwargs", value)
+        assert result.exit_code == 2
+        assert words in result.stderr
