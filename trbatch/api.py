@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from trbatch import control_verbs, pruning
+from trbatch import control_verbs, pruning, pushing
 from trbatch.config import (
     SAMPLING_FIELDS,
     EngineConfig,
@@ -20,6 +20,7 @@ from trbatch.config import (
     WorkerConfig,
     refuse_unknown,
 )
+from trbatch.dataset import output_of
 from trbatch.errors import TimedOut
 from trbatch.job import JobFolder
 from trbatch.job_status import JobStatus, job_failure, job_status
@@ -175,14 +176,35 @@ class Job:
         """
         return control_verbs.retry(self.folder, self.redis_url, codes)
 
-    def collect(self, output: str | Path = "", *, format: str = "parquet") -> Receipt:
+    def collect(
+        self,
+        output: str | Path = "",
+        *,
+        format: str = "parquet",
+        card: bool = False,
+        push: str = "",
+    ) -> Receipt:
         """Write the dataset: every row exactly once, in input order.
 
         Args:
             output: file to write; "" takes the job's own, else a file in the job folder.
-            format: `parquet` or `jsonl`.
+            format: `parquet`, or `jsonl` for OpenAI's result lines with an error file beside them.
+            card: write a README.md that describes the dataset beside it.
+            push: a URL that gets a copy and a card, e.g. `hf://datasets/me/answers`; "": none. A
+                dataset that lacks rows is not pushed.
+
+        Raises:
+            UsageError: the output's name does not suit the format, or no card can be written there.
+            Unreachable: the storage fails, or the place to push to.
         """
-        return collect_results(self.folder, str(output) or None, format=format)
+        if push:
+            pushing.check_push(push, format)
+        if card:
+            pushing.check_card(output_of(self.folder, str(output), format), format)
+        receipt = collect_results(self.folder, str(output) or None, format=format)
+        if card:
+            receipt = pushing.write_card(self.folder, receipt)
+        return pushing.push(self.folder, receipt, push) if push else receipt
 
 
 def submit(input: str | Path | JobSpec, *, redis_url: str = "", **settings: Any) -> Job:

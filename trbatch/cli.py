@@ -240,6 +240,8 @@ def wait_command(
 @click.argument("job")
 @options.output_option
 @options.format_option
+@options.card_option
+@options.push_option
 @options.store_option
 @options.json_option
 @click.pass_context
@@ -247,6 +249,7 @@ def collect_command(context: click.Context, /, job: str, **settings: Any) -> Non
     """Write the dataset of JOB, with a receipt.
 
     Every row is in it exactly once, in input order; failed rows carry an error code and message.
+    With --format jsonl they have a file of their own, OUTPUT.errors.jsonl.
     """
     opened = api.Job.open(job, store=settings["out"])
     context.exit(_collect(opened, opened.folder.progress(), settings).exit_code)
@@ -298,7 +301,8 @@ commands.add_command(matrix_group)
 
 
 def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Receipt:
-    receipt = job.collect(settings["output"], format=settings["format"])
+    wishes = {name: settings[name] for name in ("card", "push") if name in settings}
+    receipt = job.collect(settings["output"], format=settings["format"], **wishes)
     print_summary(receipt, progress, as_json=settings["as_json"])
     return receipt
 
@@ -316,7 +320,10 @@ def _ended_badly(job: api.Job, error: TrbatchError, command: str, *, as_json: bo
 
 def _say_submitted(job: api.Job, show: Reporter) -> None:
     manifest = job.folder.manifest
-    bad = f", {manifest.rows_failed:,} of them unusable" if manifest.rows_failed else ""
+    bad = ""
+    if manifest.rows_failed:
+        codes = ", ".join(f"{code} {rows:,}" for code, rows in manifest.errors.items())
+        bad = f", {manifest.rows_failed:,} of them unusable ({codes})"
     what = f"{manifest.rows:,} rows{bad}, model {manifest.model}, task {manifest.task}"
     fields = {"job": job.id, "folder": job.path, "rows": manifest.rows}
     fields["rows_unusable"] = manifest.rows_failed

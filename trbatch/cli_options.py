@@ -272,7 +272,19 @@ format_option = click.option(
     type=click.Choice(["parquet", "jsonl"]),
     default="parquet",
     show_default=True,
-    help="Parquet, or lines as OpenAI's batch API writes them.",
+    help="Parquet, or result and error lines as OpenAI's batch API writes them.",
+)
+
+card_option = click.option(
+    "card", "--card", is_flag=True, help="Write a README.md that describes the dataset beside it."
+)
+
+push_option = click.option(
+    "push",
+    "--push",
+    default="",
+    metavar="URL",
+    help="Copy the dataset, with a card, to hf://datasets/NAME/DATASET or any URL of a folder.",
 )
 
 on_complete_option = click.option(

@@ -67,6 +67,10 @@ def print_summary(receipt: Receipt, progress: Progress, *, as_json: bool) -> Non
     }
     if receipt.errors_output:
         table["failed rows"] = receipt.errors_output
+    if receipt.card:
+        table["card"] = mask_url(receipt.card)
+    if receipt.pushed:
+        table["pushed to"] = mask_url(receipt.pushed)
     print_pairs(table)
 
 

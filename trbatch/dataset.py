@@ -40,7 +40,7 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
     Raises:
         UsageError: the format is unknown, or the output's name promises another one.
     """
-    place = _target(job, output or "", format)
+    place = output_of(job, output or "", format)
     failed = errors_of(place) if format == "jsonl" else ""
     check_output(failed, job.manifest.input.path, format)
     inputs = job.passthrough_schema()
@@ -104,7 +104,7 @@ _COUNTED = [
 ]
 
 
-def _target(job: JobFolder, output: str, format: str) -> str:
+def output_of(job: JobFolder, output: str, format: str) -> str:
     """Where the dataset goes; the file that the job itself names, only if that fits the format."""
     check_output(output, job.manifest.input.path, format)
     found = target(output, job.spec.output, job.id, format)

@@ -16,6 +16,8 @@ class Receipt:
     job: str
     output: str  # where the dataset lies
     errors_output: str = ""  # where failed rows lie if not there, too; "": there, or there are none
+    card: str = ""  # the README.md that was written with it
+    pushed: str = ""  # the copy that was pushed
     rows_in: int  # asked for
     rows_ok: int
     rows_failed: int

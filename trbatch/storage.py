@@ -30,6 +30,7 @@ _PACKAGES = {
     "s3": "pip install 'trbatch[s3]'",
     "gs": "pip install gcsfs",
     "gcs": "pip install gcsfs",
+    "hf": "pip install huggingface_hub",
 }
 
 

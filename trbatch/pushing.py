@@ -1,0 +1,101 @@
+"""A collected dataset and its card into a place of datasets: the Hugging Face hub, a bucket.
+
+The place is any URL that fsspec knows. Each job has a file of its own there, `data/<job>.parquet`,
+so that nights add up to one dataset and a job that is pushed again replaces what is its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pyarrow.parquet as pq
+
+from trbatch import card
+from trbatch.errors import UsageError
+from trbatch.job import JobFolder
+from trbatch.logs import note
+from trbatch.masking import mask_url
+from trbatch.receipt import Receipt
+from trbatch.storage import Folder, folder, place, writing
+
+
+def check_push(url: str, format: str) -> None:
+    """Refuse what cannot be pushed, before anything is collected.
+
+    Raises:
+        UsageError: the place is no URL of a folder, or the format is not Parquet.
+    """
+    if format != "parquet":
+        raise UsageError("a dataset is pushed as Parquet", hint="leave --format away")
+    if "://" not in url or url.lower().endswith((".parquet", ".jsonl", ".md")):
+        raise UsageError(
+            f"{mask_url(url)} is no place for a dataset",
+            hint="give the URL of a dataset or a folder, e.g. hf://datasets/me/answers",
+        )
+
+
+def check_card(output: str, format: str) -> None:
+    """Refuse a card where there would be somebody's own.
+
+    Raises:
+        UsageError: the folder of the output has a README.md of another hand, or the format is not
+            Parquet.
+    """
+    if format != "parquet":
+        raise UsageError("a card describes a Parquet dataset", hint="leave --format away")
+    parent, _ = place(output)
+    if _foreign(parent):
+        raise UsageError(
+            f"{mask_url(parent.join(card.NAME))} was not written by trbatch",
+            hint="put the dataset into a folder of its own with --output",
+        )
+
+
+def write_card(job: JobFolder, receipt: Receipt) -> Receipt:
+    """Write the card beside the dataset. Returns the receipt that names it."""
+    parent, name = place(receipt.output)
+    return dataclasses.replace(receipt, card=_write_card(job, receipt, parent, name, name))
+
+
+def push(job: JobFolder, receipt: Receipt, url: str) -> Receipt:
+    """Copy the dataset into a place of datasets and write the card there.
+
+    A card of another hand stays as it is; so does the place if rows are missing.
+
+    Returns:
+        the receipt that names what was written.
+
+    Raises:
+        Unreachable: the place cannot be written to.
+    """
+    if not receipt.complete:
+        note("not pushed: the dataset is not complete; collect again when the job is done")
+        return receipt
+    root = folder(url)
+    name = f"data/{job.id}.parquet"
+    source, base = place(receipt.output)
+    with source.open(base) as file, writing(root.join(name)) as target:
+        shutil.copyfileobj(file, target)
+    written = ""
+    if _foreign(root):
+        note(f"{mask_url(root.join(card.NAME))} was not written by trbatch and stays as it is")
+    else:
+        written = _write_card(job, receipt, root, "data/*.parquet", name)
+    return dataclasses.replace(receipt, pushed=root.join(name), card=written or receipt.card)
+
+
+def _write_card(job: JobFolder, receipt: Receipt, where: Folder, files: str, name: str) -> str:
+    source, base = place(receipt.output)
+    with source.open(base) as file:
+        schema = pq.read_schema(file)
+    where.write(card.NAME, card.card(job, receipt, schema, files, name).encode())
+    return where.join(card.NAME)
+
+
+def _foreign(where: Folder) -> bool:
+    """Whether a folder has a card that trbatch has not written."""
+    try:
+        return not card.is_ours(where.read(card.NAME).decode(errors="replace"))
+    except FileNotFoundError:
+        return False
