@@ -27,6 +27,15 @@ if not Path("/dev/nvidiactl").exists():
 OUTSIDE = ("TRBATCH_REDIS_URL", "REDIS_URL", "TRBATCH_MODEL", "TRBATCH_STORE", "TRBATCH_SERVER")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nobodys_home() -> Iterator[None]:
+    """What a test without a `home` of its own would start or leave is not in the user's."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        patch.setenv("TRBATCH_HOME", folder)
+        yield
+        server.stop()
+
+
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A private `TRBATCH_HOME` with nothing of the user's; its server, if started, is stopped."""
