@@ -118,6 +118,17 @@ def small_model() -> Path:
 
 
 @pytest.fixture
+def tiny_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a tiny model, and a cache of its own; see `tiny_files`."""
+    from tiny_files import write_model  # it imports torch
+
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tiny-model"
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture
 def own_costs(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder that has the models and no step costs: they are timed when they are used."""
     folder = tmp_path / "cache"
