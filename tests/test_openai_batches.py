@@ -11,8 +11,10 @@ from job_tools import decode, write_lines
 from openai.types import BatchError, Completion
 from openai.types.chat import ChatCompletion
 
-from trbatch.config import JobSpec
+from trbatch import openai_format
+from trbatch.config import SAMPLING_FIELDS, JobSpec
 from trbatch.job import JobFolder
+from trbatch.merging import BadRow
 from trbatch.openai_results import result_line
 from trbatch.prompts import read_rows
 from trbatch.results import collect
@@ -228,6 +230,27 @@ def test_log_probabilities_take_the_forms_of_their_urls() -> None:
     assert logprobs is not None
     assert logprobs.text_offset == [0, 4]
     assert logprobs.top_logprobs == [{" yes": -0.1}, {}]
+
+
+@pytest.mark.parametrize(
+    ("line", "sampling"),
+    [
+        (chat({"messages": HELLO, "logprobs": True, "top_logprobs": 3}), {"logprobs": 3}),
+        (chat({"messages": HELLO, "logprobs": True}), {"logprobs": 0}),
+        (chat({"messages": HELLO, "logprobs": False, "top_logprobs": 0}), {}),
+        (completion({"prompt": "Hi", "logprobs": 2}), {"logprobs": 2}),
+        (completion({"prompt": "Hi", "logprobs": None}), {}),
+    ],
+)
+def test_log_probabilities_are_asked_for_as_their_urls_do(
+    line: dict[str, Any], sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_format, "SAMPLING_FIELDS", SAMPLING_FIELDS | {"logprobs"})
+    fields = json.loads(json.dumps(line))
+    assert openai_format.take_body(fields, Shaping()).sampling == sampling
+    fields = chat({"messages": HELLO, "top_logprobs": 3})
+    with pytest.raises(BadRow, match=r"needs body\.logprobs"):
+        openai_format.take_body(fields, Shaping())
 
 
 def test_the_error_file_comes_and_goes_with_failed_rows(tmp_path: Path) -> None:

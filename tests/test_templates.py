@@ -244,7 +244,7 @@ def test_every_setting_of_the_prompt_is_part_of_a_rows_fingerprint(tmp_path: Pat
         (
             {"template": TEMPLATE, "chat": True, "chat_template_kwargs": {"old": 1}},
             {"template": TEMPLATE, "chat": True, "chat_template_kwargs": {"new": 1}},
-            "new was None, now 1",
+            "chat_template_kwargs was {'old': 1}, now {'new': 1}",
         ),
     ],
 )

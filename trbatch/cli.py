@@ -320,10 +320,7 @@ def _ended_badly(job: api.Job, error: TrbatchError, command: str, *, as_json: bo
 
 def _say_submitted(job: api.Job, show: Reporter) -> None:
     manifest = job.folder.manifest
-    bad = ""
-    if manifest.rows_failed:
-        codes = ", ".join(f"{code} {rows:,}" for code, rows in manifest.errors.items())
-        bad = f", {manifest.rows_failed:,} of them unusable ({codes})"
+    bad = f", {manifest.rows_failed:,} of them unusable" if manifest.rows_failed else ""
     what = f"{manifest.rows:,} rows{bad}, model {manifest.model}, task {manifest.task}"
     fields = {"job": job.id, "folder": job.path, "rows": manifest.rows}
     fields["rows_unusable"] = manifest.rows_failed

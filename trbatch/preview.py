@@ -17,13 +17,13 @@ import orjson
 from trbatch.chunks import RowHasher
 from trbatch.config import JobSpec
 from trbatch.control import Control
+from trbatch.earlier_jobs import Pace, earlier_pace
 from trbatch.engine.sequence import Request
 from trbatch.ids import RepeatCheck
 from trbatch.job import JobFolder
 from trbatch.merging import SamplingMerger
 from trbatch.naming import row_place
 from trbatch.outputs import check_output
-from trbatch.pace import Pace, earlier_pace
 from trbatch.prompts import check_repeats
 from trbatch.rows import Row
 from trbatch.schema import Key

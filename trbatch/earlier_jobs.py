@@ -63,6 +63,6 @@ def earlier_pace(store: str, model: str, revision: str, task: str) -> Pace | Non
 def _measured(path: str) -> tuple[Figures, float]:
     figures = Figures()
     footers = JobFolder.open(path).ledger.footers()
-    for one, _ in footers:
-        figures.add(one)
-    return figures, covered_seconds(span for _, span in footers)
+    for footer in footers:
+        figures.add(footer[0])
+    return figures, covered_seconds(footer[1] for footer in footers)
