@@ -171,7 +171,7 @@ def test_of_a_job_that_is_there_only_what_it_lacks_counts(
     found = seen(tmp_path, grown, name="night", chunk_size=3)
     assert found.continues
     assert (found.samples, found.samples_done) == (4, 3)
-    with pytest.raises(ResumeRefused, match="system_prompt was ''"):
+    with pytest.raises(ResumeRefused, match="system_prompt was None"):
         seen(tmp_path, rows, name="night", system_prompt="Be brief.")
 
 

@@ -99,7 +99,7 @@ def test_an_openai_batch_line_is_a_row(tmp_path: Path) -> None:
         "max_completion_tokens": 9,
         "temperature": 0.5,
         "stop": "END",
-        "parallel_tool_calls": True,
+        "presence_penalty": 0,
         "metadata": {"batch": "b"},
     }
     line = {"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": body}

@@ -18,6 +18,7 @@ from trbatch.engine.sequence import Request
 from trbatch.engine.text import prompt_text
 from trbatch.errors import ResumeRefused, UsageError
 from trbatch.job import JobFolder
+from trbatch.manifest import settings
 
 TEMPLATE = "Translate {{ sentence }} into {{ language }}."
 ROWS = [
@@ -210,6 +211,12 @@ def test_the_turn_is_opened_unless_the_last_message_goes_on() -> None:
     assert told(continue_final_message=True, style="x") == {
         "add_generation_prompt": False, "continue_final_message": True, "style": "x",
     }  # fmt: skip
+
+
+def test_a_job_that_sets_none_of_it_keeps_the_id_that_it_had_before() -> None:
+    later = {"template", "system_prompt", "chat", "chat_template_kwargs", "ignore_body_fields"}
+    assert later.isdisjoint(settings(JobSpec(input="in.jsonl"), "m"))
+    assert later & settings(JobSpec(input="in.jsonl", chat=True), "m").keys() == {"chat"}
 
 
 def test_every_setting_of_the_prompt_is_part_of_a_rows_fingerprint(tmp_path: Path) -> None:

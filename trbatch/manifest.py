@@ -31,6 +31,14 @@ _FREE_SETTINGS = (
     "deadline",
     "priority",
 )
+# Settings that came later, all of them empty by default: a job without them keeps its id.
+_LATER_SETTINGS = (
+    "template",
+    "system_prompt",
+    "chat",
+    "chat_template_kwargs",
+    "ignore_body_fields",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +141,7 @@ class Manifest:
 def settings(spec: JobSpec, model: str) -> dict[str, Any]:
     """What must be the same for a job to be continued: what decides its rows and their texts."""
     values = {k: v for k, v in spec.to_dict().items() if k not in _FREE_SETTINGS}
+    values = {k: v for k, v in values.items() if v or k not in _LATER_SETTINGS}
     return values | {"model": model}
 
 
