@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from job_tools import decode, write_lines
 
-from trbatch import cli
+from trbatch import cli, cli_preview
 from trbatch.config import JobSpec, SamplingParams
 from trbatch.engine.sequence import Request
 from trbatch.engine.text import encode
@@ -173,6 +173,17 @@ def test_of_a_job_that_is_there_only_what_it_lacks_counts(
     assert (found.samples, found.samples_done) == (4, 3)
     with pytest.raises(ResumeRefused, match="system_prompt was None"):
         seen(tmp_path, rows, name="night", system_prompt="Be brief.")
+
+
+def test_reading_a_large_file_is_seen(
+    tmp_path: Path, no_transformers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_preview, "_LINES_APART_S", 0.0)
+    path = write_lines(tmp_path / "in.jsonl", *({"prompt": "p"} for _ in range(3)))
+    arguments = ("submit", path, "--dry-run", "--model", "m", "--chunk-size", "2", "--json")
+    result = invoke(*arguments, "--store", tmp_path / "store")
+    assert result.stderr == "2 rows read …\n3 rows read …\n"
+    assert json.loads(result.stdout)["rows"] == 3
 
 
 def test_what_submit_refuses_is_refused(tmp_path: Path, no_transformers: None) -> None:

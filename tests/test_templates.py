@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 from job_tools import write_lines
 
 from trbatch import cli
-from trbatch.config import JobSpec
+from trbatch.config import JobSpec, SamplingParams
 from trbatch.engine.sequence import Request
-from trbatch.engine.text import prompt_text
+from trbatch.engine.text import EncodingFailed, prompt_text
 from trbatch.errors import ResumeRefused, UsageError
 from trbatch.job import JobFolder
 from trbatch.manifest import settings
@@ -203,14 +203,24 @@ def test_the_turn_is_opened_unless_the_last_message_goes_on() -> None:
 
     def told(**arguments: Any) -> Any:
         request = Request(
-            key=0, sampling=None, messages=messages, chat_template_kwargs=arguments or None
-        )  # type: ignore[arg-type]
+            key=0, sampling=SamplingParams(), messages=messages,
+            chat_template_kwargs=arguments or None,
+        )  # fmt: skip
         return json.loads(prompt_text(Templated(), request))[1]
 
     assert told() == {"add_generation_prompt": True}
     assert told(continue_final_message=True, style="x") == {
         "add_generation_prompt": False, "continue_final_message": True, "style": "x",
     }  # fmt: skip
+
+
+def test_a_worker_takes_no_template_from_a_job_folder() -> None:
+    request = Request(
+        key=0, sampling=SamplingParams(), messages=[{"role": "user", "content": "Hi"}],
+        chat_template_kwargs={"chat_template": "{{ 1 }}"},
+    )  # fmt: skip
+    with pytest.raises(EncodingFailed, match="may not set chat_template"):
+        prompt_text(Templated(), request)
 
 
 def test_a_job_that_sets_none_of_it_keeps_the_id_that_it_had_before() -> None:

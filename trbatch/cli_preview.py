@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -13,17 +17,39 @@ from trbatch.masking import mask_url, printable
 from trbatch.preview import SHOWN_BAD_ROWS, Preview, ShownPrompt, preview
 from trbatch.progress import duration
 
+_LINES_APART_S = 30.0
 _MOST_CHARACTERS = 1500  # of a prompt that is shown; JSON has all of it
 
 
 def dry_run(spec: JobSpec, *, as_json: bool) -> int:
     """Print the preview of a job. Returns the exit code that its rows deserve."""
-    found = preview(spec)
+    with _counting() as report:
+        found = preview(spec, report=report)
     if as_json:
         print_json(found.to_dict())
     else:
         print_preview(found)
     return EXIT_ROWS_FAILED if found.rows_bad else EXIT_OK
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[[int], None]]:
+    """How many rows are read, on stderr: a growing number on a terminal, else a line at times."""
+    terminal = sys.stderr.isatty()
+    pause = 0.5 if terminal else _LINES_APART_S
+    told = time.monotonic()
+    shown = False
+
+    def report(rows: int) -> None:
+        nonlocal told, shown
+        if time.monotonic() - told >= pause:
+            told, shown = time.monotonic(), True
+            words = f"{rows:,} rows read …"
+            click.echo(f"\r{words}" if terminal else words, err=True, nl=not terminal)
+
+    yield report
+    if terminal and shown:
+        click.echo("\r\033[K", err=True, nl=False)
 
 
 def print_preview(found: Preview) -> None:

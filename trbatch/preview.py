@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,8 +79,12 @@ class Preview:
         return dataclasses.asdict(self) | {"rows_bad": self.rows_bad}
 
 
-def preview(spec: JobSpec) -> Preview:
+def preview(spec: JobSpec, *, report: Callable[[int], None] | None = None) -> Preview:
     """Do all of `submission.submit` but the writing, and count.
+
+    Args:
+        spec: of the job.
+        report: is told how many rows are read, now and then.
 
     Raises:
         InputError, UsageError, ResumeRefused: as `submit` would.
@@ -98,7 +102,7 @@ def preview(spec: JobSpec) -> Preview:
         job=job_id, continues=job is not None, input=spec.input, model=spec.model, task=spec.task
     )
     found.pace = earlier_pace(spec.out, spec.model, spec.revision, spec.task)
-    _Reader(spec, found, job).read()
+    _Reader(spec, found, job).read(report)
     return found
 
 
@@ -122,7 +126,7 @@ class _Reader:
         except NoTokenizer as error:
             found.uncounted = str(error)
 
-    def read(self) -> None:
+    def read(self, report: Callable[[int], None] | None) -> None:
         """Read every row.
 
         Raises:
@@ -139,6 +143,8 @@ class _Reader:
                 else:
                     self._count_bad(row.error.code, row.error.message)
             self._take(good)
+            if report is not None:
+                report(self._found.rows)
         if repeated := ids.repeated():
             rows = (row for batch in batches(self._spec) for row in batch.rows)
             check_repeats(rows, repeated, self._spec.input)

@@ -6,9 +6,20 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from trbatch.config import SamplingParams
+from trbatch.config import SamplingParams, check_chat_template_kwargs
 from trbatch.engine.sequence import Request
-from trbatch.errors import RowError
+from trbatch.errors import RowError, UsageError
+
+# What a chat template can raise of messages and arguments that it does not expect.
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class EncodingFailed(Exception):
@@ -57,13 +68,17 @@ def prompt_text(tokenizer: Any, request: Request) -> str:
             "the model has no chat template: give 'prompt' instead of 'messages'",
         )
     arguments = dict(request.chat_template_kwargs or {})
+    try:
+        check_chat_template_kwargs(arguments)  # once more: whoever wrote the job folder
+    except UsageError as error:
+        raise EncodingFailed("invalid_chat_template_kwargs", error.message) from error
     # A last message that is to be continued leaves no turn to open.
     arguments.setdefault("add_generation_prompt", not arguments.get("continue_final_message"))
     try:
         text: str = tokenizer.apply_chat_template(
             [dict(message) for message in request.messages], tokenize=False, **arguments
         )
-    except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+    except _FAILURES as error:
         raise EncodingFailed(
             "chat_template_failed", f"the model's chat template refuses these messages: {error}"
         ) from error
