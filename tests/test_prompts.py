@@ -107,7 +107,7 @@ def test_an_openai_batch_line_is_a_row(tmp_path: Path) -> None:
     assert row.id == "c"
     assert row.request == {
         "messages": [{"role": "user", "content": "Hi"}],
-        "sampling": {"temperature": 0.5, "stop": "END", "max_tokens": 9},
+        "sampling": {"temperature": 0.5, "stop": "END", "presence_penalty": 0, "max_tokens": 9},
     }
     assert row.passthrough == {"metadata": {"batch": "b"}}
 

@@ -137,8 +137,8 @@ def settings(spec: JobSpec, model: str) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Each setting that differs, in words."""
     found = []
-    for name, before in old.items():
-        after = new.get(name)
+    for name in old | new:
+        before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after)
         elif _plain(before) != _plain(after):

@@ -31,11 +31,7 @@ _IGNORED = frozenset(
 )
 # Fields that would change the text, with the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False, 0),
+    "logprobs": (False,),
     "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
@@ -81,7 +77,7 @@ def _sampling(body: dict[str, Any]) -> dict[str, Any]:
     for name, value in body.items():
         if is_absent(value) or name in _IGNORED:
             continue
-        if name in SAMPLING_FIELDS:
+        if name in SAMPLING_FIELDS and not (name == "logprobs" and type(value) is bool):
             sampling.setdefault(name, value)
         elif name == "max_completion_tokens":
             sampling["max_tokens"] = value  # the newer name wins

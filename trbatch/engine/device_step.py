@@ -194,7 +194,9 @@ class DeviceStep:
             stops=stops[:MOST_STOPS], pages=[page for _, page in sequence.room.news()],
             task=sequence.task, turn=self._turn_of(sequence), noise=_noise_of(sequence),
         )  # fmt: skip
-        hosts = request.logits_processors or sorts(request.sampling)
+        params = request.sampling
+        tells = params.logprobs is not None or params.prompt_logprobs is not None
+        hosts = request.logits_processors or sorts(params) or tells
         return not hosts and len(stops) <= MOST_STOPS
 
     def release(self, slot: int) -> None:

@@ -25,6 +25,7 @@ from trbatch.engine.sequence import Sequence
 
 Piece = tuple[Sequence, int]  # whose text, and how many of its tokens come next
 _KEY_BYTES = 16
+_WORTH_WAITING = 4  # pages that another is about to fill
 
 
 class Prefixes:
@@ -75,12 +76,13 @@ class Prefixes:
         sequence.cached += self.page_size * len(found)
         self.hit_tokens += self.page_size * len(found)
 
-    def common(self, sequence: Sequence, under_way: Set[bytes]) -> int:
-        """How many of the pages that come next are among those that others are about to fill."""
+    def is_worth_waiting(self, sequence: Sequence, under_way: Set[bytes]) -> bool:
+        """Whether others are about to fill many of the pages that come next, or all of them."""
         begin = sequence.cached // self.page_size
         end = self._last(sequence) if self._at_border(sequence) else begin
         keys = (self._key(sequence, index) for index in range(begin, end))
-        return sum(1 for _ in takewhile(under_way.__contains__, keys))
+        found = sum(1 for _ in takewhile(under_way.__contains__, keys))
+        return found >= _WORTH_WAITING or 0 < found == end - begin
 
     def keys_of(self, sequence: Sequence, count: int) -> list[bytes]:
         """What the pages say that are full when the next `count` tokens have been run."""
@@ -133,7 +135,9 @@ class Prefixes:
 
     def _last(self, sequence: Sequence) -> int:
         """Pages that it may share: its last token has to be run."""
-        return (sequence.goal - 1) // self.page_size if self._sharing else 0
+        if not self._sharing or sequence.wants_prompt_logprobs:
+            return 0
+        return (sequence.goal - 1) // self.page_size
 
     def _at_border(self, sequence: Sequence) -> bool:
         return sequence.cached % self.page_size == 0

@@ -1,0 +1,185 @@
+"""Penalties, bias and least length: what transformers does, whatever is drafted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from trbatch.config import SamplingParams
+from trbatch.engine.model import from_network
+from trbatch.engine.processors import with_processors
+from trbatch.engine.sequence import Completion, Request
+from trbatch.engine.step_plain import PlainOperations
+from trbatch.engine.text import EncodingFailed
+
+PROMPTS = tiny.repetitive(3, seed=9) + tiny.prompts(2, seed=5)
+LENGTH = 24
+MIXED: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.7, "temperature": 0.9},
+    {"logit_bias": {5: 4.0, 22: -100}, "temperature": 1.1, "top_p": 0.9},
+    {"frequency_penalty": -0.5, "repetition_penalty": 0.9, "temperature": 0.7, "top_k": 9},
+    {},
+]
+
+
+def engine(*, on_device: bool = False, **settings: Any) -> Any:
+    if on_device:
+        settings |= {"operations": PlainOperations(), "enforce_eager": True}
+    return tiny.engine(tiny.loaded("llama"), **settings)
+
+
+def texts(done: dict[Any, Completion]) -> list[list[int]]:
+    return [done[key].token_ids for key in sorted(done)]
+
+
+def generated(ids: list[int], length: int = LENGTH, **settings: Any) -> list[int]:
+    """What transformers says."""
+    tokens = torch.tensor([ids], device=tiny.DEVICE)
+    values = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": length} | settings
+    with torch.inference_mode():
+        out: Any = tiny.network("llama").generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **values
+        )
+    result: list[int] = out[0, len(ids) :].tolist()
+    return result
+
+
+on_both_paths = pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+
+
+@on_both_paths
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_greedy_with_a_repetition_penalty_is_what_generate_says(
+    on_device: bool, penalty: float
+) -> None:
+    requests = [
+        tiny.request(i, ids, repetition_penalty=penalty) for i, ids in enumerate(PROMPTS)
+    ]
+    done = tiny.decode(engine(on_device=on_device), requests)
+    assert texts(done) == [generated(ids, repetition_penalty=penalty) for ids in PROMPTS]
+    assert texts(done) != [generated(ids) for ids in PROMPTS]
+    if penalty < 1:
+        assert sum(one.num_accepted_draft_tokens for one in done.values()) > 0
+
+
+@on_both_paths
+def test_a_bias_is_what_generate_makes_of_it(on_device: bool) -> None:
+    bias = {7: 6.0, 30: -100.0}
+    requests = [tiny.request(i, ids, logit_bias=bias) for i, ids in enumerate(PROMPTS)]
+    done = tiny.decode(engine(on_device=on_device), requests)
+    assert texts(done) == [
+        generated(ids, sequence_bias={(token,): value for token, value in bias.items()})
+        for ids in PROMPTS
+    ]
+    assert any(7 in text for text in texts(done))
+
+
+@on_both_paths
+def test_a_text_may_end_only_after_its_least_length(on_device: bool) -> None:
+    """`generate(min_new_tokens=…)`; the first token that it says without end becomes an end."""
+    ids = PROMPTS[0]
+    ends = generated(ids, 8)[2:3]
+    found = []
+    for least in (0, 2, 3, 12, LENGTH):
+        sampling = {"ignore_eos": True, "stop_token_ids": ends, "min_tokens": least}
+        done = tiny.decode(engine(on_device=on_device), [tiny.request(0, ids, **sampling)])
+        expected = generated(ids, eos_token_id=ends[0], min_new_tokens=least)
+        found.append(len(done[0].token_ids))
+        assert done[0].token_ids == expected
+        assert done[0].finish_reason == ("stop" if expected[-1] == ends[0] else "length")
+    assert found[0] == found[1] == 3 < found[3]
+
+
+def test_the_models_own_end_waits_for_the_least_length() -> None:
+    network = tiny.network("llama")
+    ids = PROMPTS[0]
+    network.config.eos_token_id = network.generation_config.eos_token_id = generated(ids, 3)[2]
+    model = from_network(network, tiny.NumberTokenizer(), name="short")
+    sampling = {"ignore_eos": False, "min_tokens": 9}
+    done = tiny.decode(tiny.engine(model), [tiny.request(0, ids, **sampling)])
+    expected = generated(ids, eos_token_id=network.config.eos_token_id, min_new_tokens=9)
+    assert done[0].token_ids == expected
+    assert len(expected) > 3
+
+
+def test_a_stop_text_counts_only_behind_the_least_length() -> None:
+    ids = PROMPTS[0]
+    words = generated(ids)
+    stop = f" {words[2]} "
+    again = next((i for i in range(6, LENGTH) if words[i] == words[2]), LENGTH)
+    done = tiny.decode(engine(), [tiny.request(0, ids, stop=[stop], min_tokens=5)])
+    assert done[0].token_ids == words[: again + 1]
+    assert tiny.decode(engine(), [tiny.request(0, ids, stop=[stop])])[0].token_ids == words[:3]
+
+
+def test_output_penalties_count_the_output_alone() -> None:
+    """Against a loop that keeps the counts itself."""
+    network, ids = tiny.network("llama"), PROMPTS[1]
+    expected: list[int] = []
+    with torch.inference_mode():
+        for _ in range(LENGTH):
+            logits = network(torch.tensor([ids + expected], device=tiny.DEVICE)).logits[0, -1]
+            for token, count in Counter(expected).items():
+                logits[token] -= 0.6 * count + 1.1
+            expected.append(int(logits.argmax()))
+    sampling = {"frequency_penalty": 0.6, "presence_penalty": 1.1}
+    done = tiny.decode(engine(), [tiny.request(0, ids, **sampling)])
+    assert done[0].token_ids == expected != generated(ids)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_num_seqs": 1}, {"max_num_seqs": 8}, {"tree_size": 3}, {"on_device": True},
+     {"on_device": True, "speculate": False}],
+    ids=str,
+)  # fmt: skip
+def test_drafts_and_batches_change_no_token(settings: dict[str, Any]) -> None:
+    requests = [
+        tiny.request(i, PROMPTS[i % len(PROMPTS)], seed=50 + i, **MIXED[i % len(MIXED)])
+        for i in range(10)
+    ]
+    alone = texts(tiny.decode(engine(speculate=False, max_num_seqs=1), requests))
+    assert texts(tiny.decode(engine(**settings), requests)) == alone
+
+
+def test_what_needs_the_host_does_not_run_ahead_on_the_device() -> None:
+    one = engine(on_device=True, max_num_seqs=8)
+    settings = [*MIXED, {"min_tokens": 3, "stop_token_ids": [5]}, {"logprobs": 0},
+                {"prompt_logprobs": 2}, {"min_tokens": 3, "temperature": 1.0}]  # fmt: skip
+    for i, sampling in enumerate(settings):
+        one.add(tiny.request(i, PROMPTS[0], **sampling))
+    one._admit()
+    one._admit()
+    lagged = {s.request.key: s.lagged for s in one._scheduler.running}
+    assert [lagged[key] for key in range(8)] == [False] * 4 + [True] + [False] * 3
+    while one.unfinished:
+        one.step()
+
+
+def test_a_bias_of_a_token_that_the_model_does_not_have_is_the_rows_error() -> None:
+    done = tiny.decode(
+        engine(), [tiny.request(0, PROMPTS[0], logit_bias={tiny.VOCAB: 1}), tiny.request(1, [5])]
+    )
+    assert (done[0].finish_reason, done[0].error_code) == ("error", "invalid_sampling")
+    assert f"names token {tiny.VOCAB}" in (done[0].error_message or "")
+    assert done[1].finish_reason == "length"
+
+
+def test_a_rows_own_processors_come_behind_those_of_its_sampling() -> None:
+    def own(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    params = SamplingParams(logit_bias={"3": 1}, presence_penalty=1, min_tokens=1)
+    request = Request(key=0, sampling=params, logits_processors=(own,))
+    names = [type(p).__name__ for p in with_processors(request, [1], {2}, 9).logits_processors]
+    assert names == ["Bias", "MinTokens", "OutputPenalties", "function"]
+    assert with_processors(request, [1], set(), 9).logits_processors[-1] is own
+    plain = Request(key=0, sampling=SamplingParams())
+    assert with_processors(plain, [1], {2}, 9) is plain
+    with pytest.raises(EncodingFailed, match="names token 3; the model's last one is 2"):
+        with_processors(request, [1], {2}, 3)
