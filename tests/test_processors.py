@@ -17,6 +17,7 @@ from trbatch.engine.step_plain import PlainOperations
 from trbatch.engine.text import EncodingFailed
 
 PROMPTS = tiny.repetitive(3, seed=9) + tiny.prompts(2, seed=5)
+VARIED = tiny.prompts(4, seed=5)[1]  # its greedy text does not go round in circles
 LENGTH = 24
 MIXED: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
@@ -81,23 +82,22 @@ def test_a_bias_is_what_generate_makes_of_it(on_device: bool) -> None:
 
 @on_both_paths
 def test_a_text_may_end_only_after_its_least_length(on_device: bool) -> None:
-    """`generate(min_new_tokens=…)`; the first token that it says without end becomes an end."""
-    ids = PROMPTS[0]
-    ends = generated(ids, 8)[2:3]
-    found = []
-    for least in (0, 2, 3, 12, LENGTH):
-        sampling = {"ignore_eos": True, "stop_token_ids": ends, "min_tokens": least}
-        done = tiny.decode(engine(on_device=on_device), [tiny.request(0, ids, **sampling)])
-        expected = generated(ids, eos_token_id=ends[0], min_new_tokens=least)
-        found.append(len(done[0].token_ids))
-        assert done[0].token_ids == expected
-        assert done[0].finish_reason == ("stop" if expected[-1] == ends[0] else "length")
-    assert found[0] == found[1] == 3 < found[3]
+    """As with `generate(min_new_tokens=…)`; its fourth token is made an end."""
+    ends = generated(VARIED, 8)[3:4]
+    least = (0, 3, 4, 12, LENGTH)
+    sampling: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": ends}
+    requests = [tiny.request(i, VARIED, min_tokens=n, **sampling) for i, n in enumerate(least)]
+    done = tiny.decode(engine(on_device=on_device), requests)
+    expected = [generated(VARIED, eos_token_id=ends[0], min_new_tokens=n) for n in least]
+    assert texts(done) == expected
+    for key, text in enumerate(expected):
+        assert done[key].finish_reason == ("stop" if text[-1] == ends[0] else "length")
+    found = list(map(len, expected))
+    assert found[0] == found[1] == 4 < found[2] <= 12 < found[3] <= found[4] == LENGTH
 
 
 def test_the_models_own_end_waits_for_the_least_length() -> None:
-    network = tiny.network("llama")
-    ids = PROMPTS[0]
+    network, ids = tiny.network("llama"), VARIED
     network.config.eos_token_id = network.generation_config.eos_token_id = generated(ids, 3)[2]
     model = from_network(network, tiny.NumberTokenizer(), name="short")
     sampling = {"ignore_eos": False, "min_tokens": 9}
@@ -108,13 +108,17 @@ def test_the_models_own_end_waits_for_the_least_length() -> None:
 
 
 def test_a_stop_text_counts_only_behind_the_least_length() -> None:
-    ids = PROMPTS[0]
-    words = generated(ids)
-    stop = f" {words[2]} "
-    again = next((i for i in range(6, LENGTH) if words[i] == words[2]), LENGTH)
-    done = tiny.decode(engine(), [tiny.request(0, ids, stop=[stop], min_tokens=5)])
-    assert done[0].token_ids == words[: again + 1]
-    assert tiny.decode(engine(), [tiny.request(0, ids, stop=[stop])])[0].token_ids == words[:3]
+    words = generated(VARIED)
+    stop = f" {words[3]} "
+    again = words.index(words[3], 4)
+    cases = ((0, 4), (3, 4), (4, again + 1), (again, again + 1))
+    requests = [
+        tiny.request(i, VARIED, stop=[stop], min_tokens=least) for i, (least, _) in enumerate(cases)
+    ]
+    done = tiny.decode(engine(), requests)
+    for key, (_, length) in enumerate(cases):
+        assert done[key].token_ids == words[:length]
+        assert done[key].text == "".join(f"{word} " for word in words[: length - 1])[:-1]
 
 
 def test_output_penalties_count_the_output_alone() -> None:
