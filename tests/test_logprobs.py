@@ -129,7 +129,9 @@ def test_a_row_that_had_to_give_way_has_them_all(on_device: bool) -> None:
             (done[key].logprobs, expected.logprobs),
             (done[key].prompt_logprobs, expected.prompt_logprobs),
         ):
-            assert [t and t.token_id for t in found or ()] == [t and t.token_id for t in wanted or ()]
+            assert [t and t.token_id for t in found or ()] == [
+                t and t.token_id for t in wanted or ()
+            ]
             assert [t.logprob for t in found or () if t] == pytest.approx(
                 [t.logprob for t in wanted or () if t], abs=2e-4
             )

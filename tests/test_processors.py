@@ -58,9 +58,7 @@ on_both_paths = pytest.mark.parametrize("on_device", [False, True], ids=["host",
 def test_greedy_with_a_repetition_penalty_is_what_generate_says(
     on_device: bool, penalty: float
 ) -> None:
-    requests = [
-        tiny.request(i, ids, repetition_penalty=penalty) for i, ids in enumerate(PROMPTS)
-    ]
+    requests = [tiny.request(i, ids, repetition_penalty=penalty) for i, ids in enumerate(PROMPTS)]
     done = tiny.decode(engine(on_device=on_device), requests)
     assert texts(done) == [generated(ids, repetition_penalty=penalty) for ids in PROMPTS]
     assert texts(done) != [generated(ids) for ids in PROMPTS]

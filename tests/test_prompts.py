@@ -162,7 +162,7 @@ BAD_ROWS = [
     (openai_line({"prompt": "Hi"}, method="GET"), "unsupported_method"),
     (openai_line({"messages": [{"role": "user", "content": "Hi"}]}), "missing_prompt"),
     (openai_line({}, url=None), "missing_prompt"),
-    (openai_line({"prompt": "Hi", "logit_bias": {"5": 1}}), "unsupported_field"),
+    (openai_line({"prompt": "Hi", "logit_bias": {"the": 1}}), "invalid_sampling"),
     (openai_line({"prompt": "Hi", "top_p": 2}), "invalid_sampling"),
     (openai_line({"prompt": [1, 2, 3]}), "invalid_prompt"),
     ({"custom_id": "c", "body": "Hi"}, "missing_prompt"),

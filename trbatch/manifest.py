@@ -139,7 +139,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = []
     for name in old | new:
         before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
+        if name == "sampling" and before and after:
             found += differences(before, after)
         elif _plain(before) != _plain(after):
             found.append(f"{name} was {before!r}, now {after!r}")
