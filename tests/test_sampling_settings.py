@@ -198,7 +198,9 @@ def test_what_was_asked_for_goes_from_a_completion_to_the_dataset(spec: JobSpec)
         for row, done in zip(rows, [told, silent, *[failed] * 8], strict=True)
     ]
     job.publish("w", made)
-    first, second, *others = pq.read_table(collect(job).output).to_pylist()
+    receipt = collect(job)
+    assert receipt.stats["figures"]["rows_repetitive"] == job.progress().rows_repetitive == 1
+    first, second, *others = pq.read_table(receipt.output).to_pylist()
     alternatives = [
         {"token": "He", "token_id": 6, "logprob": -0.25},
         {"token": "Hi", "token_id": 7, "logprob": -0.5},
@@ -224,3 +226,18 @@ def test_segments_from_before_a_column_came_are_collected(spec: JobSpec) -> None
     assert set(SCHEMA.names) <= set(table.column_names)
     assert table["repetitive"].null_count == len(table) == 10
     assert table["completion_tokens"].to_pylist() == [9] * 10
+
+
+def test_the_guide_names_every_setting_and_what_it_is_by_default() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "sampling.md").read_text()
+    table = text.partition("\n## ")[0].splitlines()
+    rows = [line.split("|")[1:3] for line in table if line.startswith("| `")]
+    told = {}
+    for names, defaults in rows:
+        values = [value.strip(" `") for value in defaults.split(",")]
+        told |= dict(zip((name.strip(" `") for name in names.split(",")), values, strict=True))
+    settings = SamplingParams().to_dict()
+    assert set(settings) <= set(told)
+    for name, value in settings.items():
+        if isinstance(value, bool | int | float | str):
+            assert told[name] == (f"{value:g}" if isinstance(value, float) else str(value).lower())

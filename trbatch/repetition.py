@@ -1,8 +1,9 @@
 """Whether an output goes round in circles, as small models do when they have lost their way.
 
-The rule: more than half of its passages of `PASSAGE` tokens stood in it before, of at least
-`FEWEST` passages. A text that loops also flatters speculation, because what it repeats is easily
-drafted; leave such rows out where acceptance and speed are to be compared.
+The rule: more than 30 % of its passages of `PASSAGE` tokens stood in it before, of at least
+`FEWEST` passages. Of 16 answers of the small default model, of up to 200 tokens, the five that
+looped had 33 to 80 %, the others at most 21 %. A text that loops also flatters speculation, because
+what it repeats is easily drafted: leave such rows out to compare acceptance and speed.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Sequence
 
 PASSAGE = 8  # tokens
 FEWEST = 32  # passages
-MOST_REPEATED = 0.5  # share
+MOST_REPEATED = 0.3  # share
 
 
 def is_repetitive(token_ids: Sequence[int]) -> bool:
-    """Whether more than half of the passages stood before."""
+    """Whether more than `MOST_REPEATED` of the passages stood before."""
     passages = len(token_ids) - PASSAGE + 1
     if passages < FEWEST:
         return False

@@ -43,7 +43,7 @@ _COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("mean_acceptance_length", pa.float64(), "(completion_tokens - 1) / num_spec_steps"),
     ("draft_acceptance_rate", pa.float64(), "num_accepted_draft_tokens / num_draft_tokens"),
     ("acceptance_histogram", pa.list_(pa.int32()), "[i]: forwards that gave i + 1 tokens"),
-    ("repetitive", pa.bool_(), "more than half of its 8-token passages stood in it before"),
+    ("repetitive", pa.bool_(), "whether over 30 % of its 8-token passages stood in it before"),
     ("prompt_token_ids", pa.list_(pa.int32()), "the prompt's token ids, with --return-token-ids"),
     ("token_ids", pa.list_(pa.int32()), "the generated token ids, with --return-token-ids"),
     ("cumulative_logprob", pa.float64(), "sum of the tokens' log probabilities, with --logprobs"),
