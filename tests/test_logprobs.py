@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -24,10 +25,14 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+model = functools.cache(lambda: tiny.loaded("llama"))
+network = functools.cache(lambda: tiny.network("llama"))
+
+
 def engine(*, on_device: bool = False, **settings: Any) -> Any:
     if on_device:
         settings |= {"operations": PlainOperations(), "enforce_eager": True}
-    return tiny.engine(tiny.loaded("llama"), **settings)
+    return tiny.engine(model(), **settings)
 
 
 def requests(**more: Any) -> list[Any]:
@@ -58,13 +63,12 @@ def check(found: list[TokenLogprob], tokens: list[int], said: torch.Tensor, most
     ids=str,
 )  # fmt: skip
 def test_they_are_those_of_a_plain_forward(settings: dict[str, Any]) -> None:
-    network = tiny.network("llama")
     done = tiny.decode(engine(**settings), requests())
     for i, (ids, sampling) in enumerate(zip(PROMPTS, SETTINGS, strict=True)):
         one = done[i]
         tokens = torch.tensor([ids + one.token_ids], device=tiny.DEVICE)
         with torch.inference_mode():
-            said = torch.log_softmax(network(tokens).logits[0].float(), -1).cpu()
+            said = torch.log_softmax(network()(tokens).logits[0].float(), -1).cpu()
         if "logprobs" in sampling:
             assert one.logprobs is not None
             check(one.logprobs, one.token_ids, said[len(ids) - 1 : -1], sampling["logprobs"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -28,10 +29,14 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
+model = functools.cache(lambda: tiny.loaded("llama"))
+network = functools.cache(lambda: tiny.network("llama"))
+
+
 def engine(*, on_device: bool = False, **settings: Any) -> Any:
     if on_device:
         settings |= {"operations": PlainOperations(), "enforce_eager": True}
-    return tiny.engine(tiny.loaded("llama"), **settings)
+    return tiny.engine(model(), **settings)
 
 
 def texts(done: dict[Any, Completion]) -> list[list[int]]:
@@ -43,7 +48,7 @@ def generated(ids: list[int], length: int = LENGTH, **settings: Any) -> list[int
     tokens = torch.tensor([ids], device=tiny.DEVICE)
     values = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": length} | settings
     with torch.inference_mode():
-        out: Any = tiny.network("llama").generate(
+        out: Any = network().generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **values
         )
     result: list[int] = out[0, len(ids) :].tolist()
@@ -95,12 +100,12 @@ def test_a_text_may_end_only_after_its_least_length(on_device: bool) -> None:
 
 
 def test_the_models_own_end_waits_for_the_least_length() -> None:
-    network, ids = tiny.network("llama"), VARIED
-    network.config.eos_token_id = network.generation_config.eos_token_id = generated(ids, 3)[2]
-    model = from_network(network, tiny.NumberTokenizer(), name="short")
+    short: Any = tiny.network("llama")
+    end = short.config.eos_token_id = short.generation_config.eos_token_id = generated(VARIED, 3)[2]
+    own = from_network(short, tiny.NumberTokenizer(), name="short")
     sampling = {"ignore_eos": False, "min_tokens": 9}
-    done = tiny.decode(tiny.engine(model), [tiny.request(0, ids, **sampling)])
-    expected = generated(ids, eos_token_id=network.config.eos_token_id, min_new_tokens=9)
+    done = tiny.decode(tiny.engine(own), [tiny.request(0, VARIED, **sampling)])
+    expected = generated(VARIED, eos_token_id=end, min_new_tokens=9)
     assert done[0].token_ids == expected
     assert len(expected) > 3
 
@@ -121,11 +126,11 @@ def test_a_stop_text_counts_only_behind_the_least_length() -> None:
 
 def test_output_penalties_count_the_output_alone() -> None:
     """Against a loop that keeps the counts itself."""
-    network, ids = tiny.network("llama"), PROMPTS[1]
+    ids = PROMPTS[1]
     expected: list[int] = []
     with torch.inference_mode():
         for _ in range(LENGTH):
-            logits = network(torch.tensor([ids + expected], device=tiny.DEVICE)).logits[0, -1]
+            logits = network()(torch.tensor([ids + expected], device=tiny.DEVICE)).logits[0, -1]
             for token, count in Counter(expected).items():
                 logits[token] -= 0.6 * count + 1.1
             expected.append(int(logits.argmax()))
@@ -134,19 +139,31 @@ def test_output_penalties_count_the_output_alone() -> None:
     assert done[0].token_ids == expected != generated(ids)
 
 
+def mixed() -> list[Request]:
+    return [
+        tiny.request(
+            i, PROMPTS[i % len(PROMPTS)], seed=50 + i, max_tokens=16, **MIXED[i % len(MIXED)]
+        )
+        for i in range(8)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    """Those rows one by one, without drafts."""
+    return texts(tiny.decode(engine(speculate=False, max_num_seqs=1), mixed()))
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"max_num_seqs": 1}, {"max_num_seqs": 8}, {"tree_size": 3}, {"on_device": True},
      {"on_device": True, "speculate": False}],
     ids=str,
 )  # fmt: skip
-def test_drafts_and_batches_change_no_token(settings: dict[str, Any]) -> None:
-    requests = [
-        tiny.request(i, PROMPTS[i % len(PROMPTS)], seed=50 + i, **MIXED[i % len(MIXED)])
-        for i in range(10)
-    ]
-    alone = texts(tiny.decode(engine(speculate=False, max_num_seqs=1), requests))
-    assert texts(tiny.decode(engine(**settings), requests)) == alone
+def test_drafts_and_batches_change_no_token(
+    settings: dict[str, Any], alone: list[list[int]]
+) -> None:
+    assert texts(tiny.decode(engine(**settings), mixed())) == alone
 
 
 def test_what_needs_the_host_does_not_run_ahead_on_the_device() -> None:
