@@ -59,7 +59,7 @@ def test_each_setting_has_its_option(home: Path, tmp_path: Path) -> None:
         (["--logit-bias", "5=101"], "logit_bias of token 5 must be at least -100 and at most 100"),
         (["--min-tokens", "9", "--max-tokens", "8"], "min_tokens must be at most max_tokens"),
         (["--logprobs", "101"], "logprobs must be between 0 and 100"),
-        (["--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be at least 0.01"),
         (["--presence-penalty", "2.5"], "presence_penalty must be at least -2 and at most 2"),
         (["--reasoning-start", ""], "reasoning_start must not be empty"),
     ],
@@ -88,6 +88,8 @@ def test_a_wrong_option_is_told_before_anything_is_made(
         ("logit_bias", {"5": "much"}),
         ("logit_bias", {"5": True}),
         ("logit_bias", {2**31: 1}),
+        ("logit_bias", {"5" * 5000: 1}),
+        ("logit_bias", {"5": 1e300}),
         ("logit_bias", [[5]]),
         ("min_tokens", -1),
         ("min_tokens", 257),
@@ -114,7 +116,7 @@ def test_a_wrong_value_makes_its_row_an_error_row(tmp_path: Path, name: str, val
 
 @pytest.mark.parametrize(
     "bias",
-    [{5: 1, 7: -2.0}, {"5": 1.0, "07": -2}, [[5, 1], [7, -2]], {"5": 1, "7": -2, "9": None}],
+    [{5: 1, 7.0: -2.0}, {"5": 1.0, "07": -2}, [[5, 1], [7, -2]], {"5": 1, "7": -2, "9": None}],
 )
 def test_a_bias_has_one_spelling(bias: Any) -> None:
     params = SamplingParams(logit_bias=bias)
@@ -176,6 +178,14 @@ def test_a_job_is_not_continued_with_another_bias(spec: JobSpec) -> None:
     with pytest.raises(ResumeRefused, match=r"logit_bias was {}, now {'5': -1\.0}"):
         JobFolder.submit(changed(named, sampling=SamplingParams(logit_bias={5: -1})))
     assert JobFolder.submit(named).continued
+
+
+def test_samples_without_a_temperature_are_warned_of(home: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", *prompts(1))
+    command = ["submit", str(tmp_path / "in.jsonl"), "--store", str(tmp_path / "store"), "--n", "2"]
+    said = CliRunner().invoke(cli.commands, command).stderr
+    assert "--n 2 without --temperature gives each row 2 equal samples" in said
+    assert "--n" not in CliRunner().invoke(cli.commands, [*command, "--temperature", "1"]).stderr
 
 
 def test_settings_stand_beside_those_of_the_job_in_python() -> None:

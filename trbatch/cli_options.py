@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from trbatch.config import PRIORITIES, EngineConfig, JobSpec, SamplingParams, Wo
 from trbatch.errors import UsageError
 from trbatch.logs import FORMATS
 from trbatch.stopping import next_time
+
+logger = logging.getLogger(__name__)
 
 Decorator = Callable[[Any], Any]  # of a function that is to become a command
 
@@ -282,7 +285,11 @@ def job_spec(input: str, settings: Mapping[str, Any]) -> JobSpec:
     fields = picked(JobSpec, settings)
     sampling = picked(SamplingParams, settings)
     sampling.pop("seed", None)  # --seed is the job's
-    return JobSpec.from_dict(fields | {"input": input, "sampling": SamplingParams(**sampling)})
+    params = SamplingParams(**sampling)
+    if params.n > 1 and params.greedy:
+        many = f"--n {params.n} without --temperature gives each row {params.n} equal samples"
+        logger.warning("%s, unless it has a temperature of its own", many)
+    return JobSpec.from_dict(fields | {"input": input, "sampling": params})
 
 
 def engine_config(settings: Mapping[str, Any]) -> EngineConfig:

@@ -26,6 +26,7 @@ MAX_LOGPROBS = 100  # alternatives at each place
 PRIORITIES = ("high", "normal", "low")  # in the order in which workers take chunks
 MAX_ROW_BYTES = 4 << 20  # a chunk of such rows still fits into memory
 _INT32 = 2**31 - 1
+_DIGITS = 20  # of a token id, with zeros in front
 
 
 class _Config:
@@ -110,7 +111,7 @@ class SamplingParams(_Config):
         self._check_more()
 
     def _check_more(self) -> None:
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_below=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _integer("min_tokens", self.min_tokens, 0, _INT32)
@@ -339,8 +340,9 @@ def _bias(value: Any) -> dict[str, float]:
     for token, bias in given:
         if bias is None:  # a table's other rows have this token
             continue
-        spelled = str(token)
-        if not (spelled.isascii() and spelled.isdecimal()) or int(spelled) > _INT32:
+        spelled = str(_whole(token))
+        is_number = spelled.isascii() and spelled.isdecimal() and len(spelled) <= _DIGITS
+        if not is_number or int(spelled) > _INT32:
             raise UsageError(f"logit_bias has {token!r:.80}, which is no token id")
         _number(f"logit_bias of token {spelled}", bias, -100.0, 100.0)
         checked[str(int(spelled))] = float(bias)
