@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from trbatch.engine.engine import Engine
 from trbatch.engine.model import LoadedModel
@@ -43,11 +44,6 @@ def requests(prompts: list[list[int]], *, max_tokens: int = 4) -> list[Request]:
     return found
 
 
-def whole_pages(prompts: list[list[int]]) -> int:
-    """Tokens of pages that are full before the last token, which each sample runs for itself."""
-    return sum((len(ids) - 1) // PAGE * PAGE for ids in prompts)
-
-
 @pytest.mark.parametrize(
     "on_device",
     [pytest.param(False, id="host", marks=pytest.mark.long), pytest.param(True, id="device")],
@@ -55,8 +51,9 @@ def whole_pages(prompts: list[list[int]]) -> int:
 def test_four_samples_of_a_hundred_prompts_take_one_prefill_each(on_device: bool) -> None:
     one = engine(on_device=on_device, max_num_seqs=32, max_model_len=128, speculate=False)
     done = tiny.decode(one, requests(PROMPTS))
+    # Each prompt was run once, and its last token by each further sample, for its logits.
     hits = one.stats()["prefix_hit_tokens"]
-    assert hits == (SAMPLES - 1) * whole_pages(PROMPTS)
+    assert hits == (SAMPLES - 1) * sum(len(ids) - 1 for ids in PROMPTS)
     rows = [
         {tuple(done[row * SAMPLES + sample].token_ids) for sample in range(SAMPLES)}
         for row in range(len(PROMPTS))
@@ -89,9 +86,49 @@ def test_samples_hold_the_same_pages_as_long_as_they_run() -> None:
         one.step()
 
 
-def test_short_prompts_too_are_run_by_the_first_of_their_samples() -> None:
-    """One page is enough to wait for; what is shorter is run by all."""
-    prompts = [[*range(3, 3 + PAGE), 9, 9], [5, 6, 7]]
-    one = engine(on_device=True, max_num_seqs=8)
-    tiny.decode(one, requests(prompts))
-    assert one.stats()["prefix_hit_tokens"] == (SAMPLES - 1) * PAGE
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_prompts_of_any_length_say_what_they_say_alone(on_device: bool) -> None:
+    """Shorter than a page, just a page, one token; prefilled in pieces."""
+    prompts = [[5, 6, 7] * 20, [*range(3, 3 + PAGE)], [*range(3, 4 + PAGE)], [5, 6, 5], [8]]
+    found = []
+    for sharing in (True, False):
+        one = engine(on_device=on_device, max_num_seqs=9, prefix_sharing=sharing, prefill_chunk=16)
+        done = tiny.decode(one, requests(prompts, max_tokens=9))
+        found.append([done[key].token_ids for key in sorted(done)])
+        again = (SAMPLES - 1) * sum(len(ids) - 1 for ids in prompts)
+        assert one.stats()["prefix_hit_tokens"] == (again if sharing else 0)
+    assert found[0] == found[1]
+
+
+def test_a_sample_that_ran_one_token_has_learned_the_whole_prompt() -> None:
+    prompt = [[*range(3, 3 + 2 * PAGE + 5)]]
+    running = []
+    for sharing in (True, False):
+        one = engine(max_num_seqs=SAMPLES, prefix_sharing=sharing)
+        for request in requests(prompt):
+            one.add(request)
+        one._admit()
+        while waiting := one._scheduler.prefilling():
+            one._prefiller.run(waiting, 512)
+        running.append((one._matrix, one._scheduler.running))
+    (mine, ours), (others, theirs) = running
+    assert len(ours) == len(theirs) == SAMPLES
+    for sequence, other in zip(ours, theirs, strict=True):
+        assert sequence.request.sample_index == other.request.sample_index
+        written = others.keys[other.slot] >= 0
+        assert written.sum() > 2 * PAGE
+        assert torch.equal(mine.keys[sequence.slot], others.keys[other.slot])
+        assert torch.equal(mine.rows[sequence.slot][written], others.rows[other.slot][written])
+
+
+def test_a_tail_is_not_taken_from_one_that_has_ended() -> None:
+    """Its pages may be somebody else's by then; whole pages are still known."""
+    ids = [3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3]
+    one = engine(max_num_seqs=1)
+    (first, second, *_) = requests([ids])
+    done = tiny.decode(one, [first])
+    assert len(one._prefixes._whole) == 1
+    done |= tiny.decode(one, [second])
+    assert one.stats()["prefix_hit_tokens"] == PAGE
+    alone = tiny.decode(engine(max_num_seqs=1, prefix_sharing=False), [second])
+    assert done[1].token_ids == alone[1].token_ids

@@ -189,6 +189,7 @@ class Sequence:
     learned: int = 0  # that rows were written for
     recalled: int = 0  # whose candidates are kept for others with the same beginning
     page_keys: list[bytes] = field(default_factory=list)  # what its first pages say (`prefix`)
+    prompt_key: bytes = b""  # and what its whole prompt says
     lagged: bool = False  # whether its steps are read one late
     in_flight: int = 0  # steps that were started with it and not read yet
     ahead: int = 0  # tokens that these may give, at most
