@@ -121,6 +121,28 @@ def test_a_sample_that_ran_one_token_has_learned_the_whole_prompt() -> None:
         assert torch.equal(mine.rows[sequence.slot][written], others.rows[other.slot][written])
 
 
+def test_a_tail_is_not_taken_from_one_that_was_dropped() -> None:
+    """Nor from one that had to give way: their pages are somebody else's by then."""
+    ids = [3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3]
+    (first, second, *_) = requests([ids])
+    for leave in ("abort", "preempt"):
+        one = engine(max_num_seqs=2)
+        one.add(first)
+        one.step()
+        (running,) = one._scheduler.running
+        assert list(one._prefixes._whole.values()) == [running] and running.decodes
+        if leave == "abort":
+            one.abort([first.key])
+        else:
+            one._preempt(running)
+        assert not running.decodes
+        one.add(second)
+        one._admit()
+        *_, other = one._scheduler.running
+        one._prefixes.share(other)
+        assert other.cached == PAGE
+
+
 def test_a_tail_is_not_taken_from_one_that_has_ended() -> None:
     """Its pages may be somebody else's by then; whole pages are still known."""
     ids = [3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3]
