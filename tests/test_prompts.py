@@ -107,7 +107,7 @@ def test_an_openai_batch_line_is_a_row(tmp_path: Path) -> None:
     assert row.id == "c"
     assert row.request == {
         "messages": [{"role": "user", "content": "Hi"}],
-        "sampling": {"temperature": 0.5, "stop": "END", "max_tokens": 9},
+        "sampling": {"temperature": 0.5, "stop": "END", "presence_penalty": 0, "max_tokens": 9},
     }
     assert row.passthrough == {"metadata": {"batch": "b"}}
 
@@ -162,7 +162,7 @@ BAD_ROWS = [
     (openai_line({"prompt": "Hi"}, method="GET"), "unsupported_method"),
     (openai_line({"messages": [{"role": "user", "content": "Hi"}]}), "missing_prompt"),
     (openai_line({}, url=None), "missing_prompt"),
-    (openai_line({"prompt": "Hi", "logit_bias": {"5": 1}}), "unsupported_field"),
+    (openai_line({"prompt": "Hi", "logit_bias": {"the": 1}}), "invalid_sampling"),
     (openai_line({"prompt": "Hi", "top_p": 2}), "invalid_sampling"),
     (openai_line({"prompt": [1, 2, 3]}), "invalid_prompt"),
     ({"custom_id": "c", "body": "Hi"}, "missing_prompt"),

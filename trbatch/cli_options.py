@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from trbatch.config import (
 from trbatch.errors import UsageError
 from trbatch.logs import FORMATS
 from trbatch.stopping import next_time
+
+logger = logging.getLogger(__name__)
 
 Decorator = Callable[[Any], Any]  # of a function that is to become a command
 
@@ -64,6 +67,18 @@ def picked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in names}
 
 
+def _bias(context: click.Context, option: click.Parameter, given: Sequence[str]) -> Any:
+    """TOKEN_ID=NUMBER as often as given, as a mapping."""
+    bias: dict[str, float] = {}
+    for text in given:
+        token, _, number = text.partition("=")
+        try:
+            bias[token.strip()] = float(number)
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r} is not TOKEN_ID=NUMBER, e.g. 50256=-100") from error
+    return bias
+
+
 model_options = grouped(
     _setting(
         JobSpec,
@@ -90,7 +105,41 @@ sampling_options = grouped(
         type=int,
     ),
     _setting(SamplingParams, "ignore_eos", "Go on after the model's own end."),
-    _setting(SamplingParams, "n", "Samples a row."),
+    _setting(
+        SamplingParams, "n", "Samples a row, each with noise of its own; one prefill for all."
+    ),
+    _setting(
+        SamplingParams,
+        "repetition_penalty",
+        "Above 1: tokens of prompt and output become less likely.",
+    ),
+    _setting(
+        SamplingParams, "presence_penalty", "Above 0: tokens that came out become less likely."
+    ),
+    _setting(SamplingParams, "frequency_penalty", "The same, as often as they came out."),
+    click.option(
+        "logit_bias",
+        "--logit-bias",
+        multiple=True,
+        metavar="TOKEN_ID=NUMBER",
+        callback=_bias,
+        help="Add to a token's logit, -100 to 100; may be repeated.",
+    ),
+    _setting(SamplingParams, "min_tokens", "No end of a row before so many tokens."),
+    _setting(
+        SamplingParams,
+        "logprobs",
+        "Keep log probabilities of the tokens and of so many alternatives; 0: of the tokens alone.",
+        type=int,
+    ),
+    _setting(SamplingParams, "prompt_logprobs", "The same of the prompt's tokens.", type=int),
+    _setting(SamplingParams, "return_token_ids", "Keep token ids of prompt and output."),
+    _setting(
+        SamplingParams,
+        "reasoning_start",
+        "What a thinking model's reasoning begins with; it goes into a column of its own.",
+    ),
+    _setting(SamplingParams, "reasoning_end", "What it ends with; '': leave it in the text."),
 )
 
 
@@ -312,7 +361,11 @@ def job_spec(input: str, settings: Mapping[str, Any]) -> JobSpec:
     fields = picked(JobSpec, settings)
     sampling = picked(SamplingParams, settings)
     sampling.pop("seed", None)  # --seed is the job's
-    return JobSpec.from_dict(fields | {"input": input, "sampling": SamplingParams(**sampling)})
+    params = SamplingParams(**sampling)
+    if params.n > 1 and params.greedy:
+        many = f"--n {params.n} without --temperature gives each row {params.n} equal samples"
+        logger.warning("%s, unless it has a temperature of its own", many)
+    return JobSpec.from_dict(fields | {"input": input, "sampling": params})
 
 
 def engine_config(settings: Mapping[str, Any]) -> EngineConfig:

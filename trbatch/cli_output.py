@@ -55,6 +55,8 @@ def print_summary(receipt: Receipt, progress: Progress, *, as_json: bool) -> Non
     rows = f"{receipt.rows_ok:,} ok, {receipt.rows_failed:,} failed"
     if receipt.rows_cancelled:
         rows += f", {receipt.rows_cancelled:,} cancelled"
+    if progress.rows_repetitive:
+        rows += f"; {progress.rows_repetitive:,} go round in circles (column repetitive)"
     tokens = f"{progress.completion_tokens:,} generated, {progress.prompt_tokens:,} of prompts"
     table = {
         "rows": rows,

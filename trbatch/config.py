@@ -22,10 +22,12 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TREE_SIZE = 81
 GREEDY_BELOW = 1e-5  # a temperature below it divides float32 logits to infinity
 MAX_SAMPLES = 1024  # of a row
+MAX_LOGPROBS = 100  # alternatives at each place
 PRIORITIES = ("high", "normal", "low")  # in the order in which workers take chunks
 MAX_ROW_BYTES = 4 << 20  # a chunk of such rows still fits into memory
 LONGEST_BY_DEFAULT = 8192  # tokens of prompt and output that a worker takes unless asked for more
 _INT32 = 2**31 - 1
+_DIGITS = 20  # of a token id, with zeros in front
 
 
 class _Config:
@@ -52,9 +54,11 @@ class _Config:
 class SamplingParams(_Config):
     """How tokens are chosen and when a row ends. Names are vLLM's.
 
-    `temperature` 0 is greedy: always the likeliest token. The order of the filters is
-    temperature, top-k, top-p, min-p, as in transformers. Whole numbers may come as floats: that is
-    what a table makes of a column of them in which some are absent.
+    `temperature` 0 is greedy: always the likeliest token. Logits are changed in vLLM's order:
+    `logit_bias`, `min_tokens`, `repetition_penalty` (prompt and output), `frequency_penalty` and
+    `presence_penalty` (output); then come temperature, top-k, top-p, min-p, as in transformers.
+    Whole numbers may come as floats: that is what a table makes of a column of them in which some
+    are absent.
     """
 
     max_tokens: int = 256
@@ -67,6 +71,16 @@ class SamplingParams(_Config):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1  # samples a row
+    repetition_penalty: float = 1.0  # divides logits above 0, multiplies those below
+    presence_penalty: float = 0.0  # subtracted once from tokens that came out
+    frequency_penalty: float = 0.0  # subtracted as often as they came out
+    logit_bias: Mapping[Any, float] = field(default_factory=dict, hash=False)  # token id -> number
+    min_tokens: int = 0  # before the model's end, a stop token or a stop text may end the row
+    logprobs: int | None = None  # alternatives at each token; 0: the token's own alone; None: none
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    return_token_ids: bool = False
+    reasoning_start: str = "<think>"  # what stands around the reasoning of models that think
+    reasoning_end: str = "</think>"  # "": nothing is split off
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -76,8 +90,9 @@ class SamplingParams(_Config):
             if not isinstance(value, list | tuple):
                 raise UsageError(f"{name} must be a list, not {value!r}")
             object.__setattr__(self, name, tuple(value))
-        for name in ("max_tokens", "top_k", "seed", "n"):
+        for name in _WHOLE_NUMBERS:
             object.__setattr__(self, name, _whole(getattr(self, name)))
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "stop_token_ids", tuple(map(_whole, self.stop_token_ids)))
         _integer("max_tokens", self.max_tokens, 1, _INT32)
         _number("temperature", self.temperature, 0.0, math.inf)
@@ -87,17 +102,44 @@ class SamplingParams(_Config):
         _integer("n", self.n, 1, MAX_SAMPLES)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        for name in ("ignore_eos", "return_token_ids"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError("stop must be a non-empty text or a list of them")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, _INT32)
+        self._check_more()
+
+    def _check_more(self) -> None:
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _integer("min_tokens", self.min_tokens, 0, _INT32)
+        if self.min_tokens > self.max_tokens:
+            most = f"max_tokens, which is {self.max_tokens}"
+            raise UsageError(f"min_tokens must be at most {most}, not {self.min_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("reasoning_start", "reasoning_end"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} must be a text, not {getattr(self, name)!r}")
+        if self.reasoning_end and not self.reasoning_start:
+            raise UsageError("reasoning_start must not be empty where reasoning_end is not")
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_BELOW
+
+    def identity(self) -> dict[str, Any]:
+        """The settings as JSON-serialisable values, without later ones that are at their default.
+
+        So that what is named after settings keeps its name when there come to be more of them.
+        """
+        of_old, default = self.to_dict(), SamplingParams().to_dict()
+        return {k: v for k, v in of_old.items() if k in _FIRST_FIELDS or v != default[k]}
 
     def merged(self, overrides: Mapping[str, Any]) -> SamplingParams:
         """These settings with a row's own over them.
@@ -112,6 +154,11 @@ class SamplingParams(_Config):
         return dataclasses.replace(self, **overrides)
 
 
+_FIRST_FIELDS = frozenset(
+    {"max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids",
+     "ignore_eos", "n"}
+)  # fmt: skip
+_WHOLE_NUMBERS = ("max_tokens", "top_k", "seed", "n", "min_tokens", "logprobs", "prompt_logprobs")
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -309,6 +356,25 @@ def _nearest(key: str, names: Sequence[str]) -> str:
 
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _bias(value: Any) -> dict[str, float]:
+    """A bias with its token ids as text, as JSON has them; from a mapping or a list of pairs."""
+    try:
+        given = dict({} if value is None else value).items()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"logit_bias must map token ids to numbers, not {value!r:.80}") from error
+    checked = {}
+    for token, bias in given:
+        if bias is None:  # a table's other rows have this token
+            continue
+        spelled = str(_whole(token))
+        is_number = spelled.isascii() and spelled.isdecimal() and len(spelled) <= _DIGITS
+        if not is_number or int(spelled) > _INT32:
+            raise UsageError(f"logit_bias has {token!r:.80}, which is no token id")
+        _number(f"logit_bias of token {spelled}", bias, -100.0, 100.0)
+        checked[str(int(spelled))] = float(bias)
+    return checked
 
 
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:

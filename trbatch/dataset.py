@@ -92,6 +92,7 @@ _COUNTED = [
     "sample_index",
     "prompt_index",
     "finish_reason",
+    "repetitive",
     "error_code",
     "error_message",
     "prompt_tokens",

@@ -15,6 +15,7 @@ class Figures:
     rows_ok: int = 0
     rows_failed: int = 0
     rows_cancelled: int = 0
+    rows_repetitive: int = 0  # of those that are ok; see `repetition`
     prompt_tokens: int = 0
     completion_tokens: int = 0
     decode_tokens: int = 0  # completion tokens without each row's first, which prefill gives
@@ -39,6 +40,7 @@ class Figures:
         self.rows_failed += reason == "error"
         self.rows_cancelled += reason == "cancelled"
         self.rows_ok += reason not in ("error", "cancelled")
+        self.rows_repetitive += bool(row.get("repetitive"))
         tokens = row.get("completion_tokens") or 0
         self.prompt_tokens += row.get("prompt_tokens") or 0
         self.completion_tokens += tokens
@@ -106,6 +108,7 @@ class Progress:
     busy_s: float  # seconds during which at least one worker decoded rows of this job
     tokens_per_s: float | None  # completion tokens over `busy_s`
     seconds_left: float | None  # at the pace so far
+    rows_repetitive: int = 0  # that go round in circles, of those that are ok
 
     @property
     def rows_done(self) -> int:

@@ -245,6 +245,7 @@ class JobFolder:
             rows_ok=ok,
             rows_failed=failed + self.manifest.rows_failed,
             rows_cancelled=figures.rows_cancelled,
+            rows_repetitive=figures.rows_repetitive,
             prompt_tokens=figures.prompt_tokens,
             completion_tokens=figures.completion_tokens,
             num_spec_steps=figures.num_spec_steps,

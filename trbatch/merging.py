@@ -66,7 +66,7 @@ class SamplingMerger:
 
 
 def _canonical(sampling: SamplingParams) -> bytes:
-    values = sampling.to_dict()
+    values = sampling.identity()
     del values["seed"], values["n"]
     return orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
 

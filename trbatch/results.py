@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from trbatch.chunks import ChunkRow
 from trbatch.dataset import collect
 from trbatch.receipt import Receipt
+from trbatch.repetition import is_repetitive
 from trbatch.schema import SCHEMA, schema_table
 
 if TYPE_CHECKING:
-    from trbatch.engine.sequence import Completion
+    from trbatch.engine.sequence import Alternative, Completion, TokenLogprob
 
 __all__ = ["SCHEMA", "Receipt", "collect", "result_row", "schema_table"]
 
@@ -31,7 +32,7 @@ def result_row(
         "sample_index": completion.sample_index,
         "prompt_index": row.prompt_index,
         "text": None if failed else completion.text,
-        "reasoning": None,
+        "reasoning": completion.reasoning,
         "finish_reason": completion.finish_reason,
         "error_code": completion.error_code,
         "error_message": completion.error_message,
@@ -56,9 +57,26 @@ def result_row(
             completion.num_accepted_draft_tokens, completion.num_draft_tokens
         ),
         "acceptance_histogram": list(completion.acceptance_histogram),
+        "repetitive": None if failed else is_repetitive(completion.token_ids),
+        "prompt_token_ids": completion.prompt_token_ids,
+        "token_ids": None if completion.prompt_token_ids is None else completion.token_ids,
         "cumulative_logprob": completion.cumulative_logprob,
+        "logprobs": completion.logprobs and [_logprob(one) for one in completion.logprobs],
+        "prompt_logprobs": (
+            completion.prompt_logprobs and [_logprob(one) for one in completion.prompt_logprobs]
+        ),
         "request_fingerprint": row.fingerprint,
     }
+
+
+def _logprob(one: TokenLogprob | None) -> dict[str, Any] | None:
+    if one is None:
+        return None
+    return _alternative(one) | {"rank": one.rank, "top": [_alternative(other) for other in one.top]}
+
+
+def _alternative(one: TokenLogprob | Alternative) -> dict[str, Any]:
+    return {"token": one.token, "token_id": one.token_id, "logprob": one.logprob}
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

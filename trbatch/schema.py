@@ -6,13 +6,21 @@ import pyarrow as pa
 
 FINISH_REASONS = ("stop", "length", "error", "cancelled")
 
+# A token with its log probability, and the likeliest tokens at its place with theirs.
+_ALTERNATIVE = pa.struct(
+    [("token", pa.string()), ("token_id", pa.int32()), ("logprob", pa.float32())]
+)
+LOGPROBS = pa.list_(
+    pa.struct([*_ALTERNATIVE, ("rank", pa.int32()), ("top", pa.list_(_ALTERNATIVE))])
+)
+
 # name, type, meaning; the passed-through columns of the input come behind `prompt_index`
 _COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("custom_id", pa.string(), "the row's id: its `custom_id`, else its `id`, else its number"),
     ("sample_index", pa.int32(), "which of the row's `n` samples, from 0"),
     ("prompt_index", pa.int64(), "the row's place in the input, from 0"),
     ("text", pa.string(), "the generated text; null for an error row"),
-    ("reasoning", pa.string(), "the reasoning, when the model separates it from the text"),
+    ("reasoning", pa.string(), "what a thinking model wrote between its markers; not in `text`"),
     ("finish_reason", pa.string(), "`stop`, `length`, `error` or `cancelled`"),
     ("error_code", pa.string(), "why there is no text, for programs"),
     ("error_message", pa.string(), "why there is no text, for people"),
@@ -35,7 +43,12 @@ _COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("mean_acceptance_length", pa.float64(), "(completion_tokens - 1) / num_spec_steps"),
     ("draft_acceptance_rate", pa.float64(), "num_accepted_draft_tokens / num_draft_tokens"),
     ("acceptance_histogram", pa.list_(pa.int32()), "[i]: forwards that gave i + 1 tokens"),
-    ("cumulative_logprob", pa.float64(), "sum of the tokens' log probabilities, when asked for"),
+    ("repetitive", pa.bool_(), "whether over 30 % of its 8-token passages stood in it before"),
+    ("prompt_token_ids", pa.list_(pa.int32()), "the prompt's token ids, with --return-token-ids"),
+    ("token_ids", pa.list_(pa.int32()), "the generated token ids, with --return-token-ids"),
+    ("cumulative_logprob", pa.float64(), "sum of the tokens' log probabilities, with --logprobs"),
+    ("logprobs", LOGPROBS, "the generated tokens' log probabilities, with --logprobs"),
+    ("prompt_logprobs", LOGPROBS, "the prompt's, with --prompt-logprobs; the first is null"),
     ("request_fingerprint", pa.string(), "hash of text or messages, model, sampling and seed"),
 )
 
@@ -51,10 +64,23 @@ Key = tuple[str, str, int]
 KEY_COLUMNS = ("custom_id", "request_fingerprint", "sample_index")
 
 
+def conformed(table: pa.Table) -> pa.Table:
+    """Results in the columns of today: those that came later are null in older segments."""
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in SCHEMA
+    ]
+    return pa.table(columns, SCHEMA.names).cast(SCHEMA)
+
+
 def schema_table() -> str:
     """The result columns as a Markdown table: name, type, meaning."""
     lines = ["| column | type | meaning |", "|---|---|---|"]
-    lines += [f"| `{name}` | {kind} | {text} |" for name, kind, text in _COLUMNS]
+    lines += [f"| `{name}` | {_spelled(kind)} | {text} |" for name, kind, text in _COLUMNS]
     position = 2 + LEADING_COLUMNS
     lines.insert(position, "| … | as in the input | the input's other columns |")
     return "\n".join(lines) + "\n"
+
+
+def _spelled(kind: pa.DataType) -> str:
+    return "list of structs" if kind == LOGPROBS else str(kind)

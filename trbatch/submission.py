@@ -130,7 +130,8 @@ def job_id_of(spec: JobSpec, store: Folder) -> str:
                 hint="choose another --name, or leave --resume away to continue the job",
             )
         return job_id
-    default = job_id = default_job_id(spec.input, settings(spec, spec.model))
+    decisive = settings(spec, spec.model) | {"sampling": spec.sampling.identity()}
+    default = job_id = default_job_id(spec.input, decisive)
     number = 1
     while spec.resume == "never" and folder(store.join(job_id)).exists(MANIFEST):
         number += 1

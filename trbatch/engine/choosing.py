@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trbatch.config import SamplingParams
+from trbatch.engine.logprobs import record
 from trbatch.engine.sampling import Choice, choose, uniform
 from trbatch.engine.sequence import Sequence
 from trbatch.errors import RowError
@@ -38,15 +39,25 @@ def choose_tokens(
     processed = _process(sequences, logits, ancestors)
     choices = [_choice(s, len(path)) for s, path in zip(sequences, ancestors, strict=True)]
     try:
-        return choose(processed, choices)
+        chosen = choose(processed, choices)
     except _OF_THE_DEVICE:
         raise
     except Exception:  # noqa: BLE001  one by one it will show whose it was
-        chosen = [
-            _choose_alone(sequence, processed[at : at + 1], choices[at])
-            for at, sequence in enumerate(sequences)
-        ]
-        return torch.cat(chosen)
+        chosen = torch.cat(
+            [
+                _choose_alone(sequence, processed[at : at + 1], choices[at])
+                for at, sequence in enumerate(sequences)
+            ]
+        )
+    record(sequences, logits, chosen, list(map(len, ancestors)))
+    return chosen
+
+
+def takes_likeliest(sequence: Sequence) -> bool:
+    """Whether its next token is the likeliest by raw logits, and nothing else is asked of them."""
+    request = sequence.request
+    plain = request.sampling.greedy and request.sampling.logprobs is None
+    return plain and not request.logits_processors
 
 
 def _process(

@@ -194,7 +194,10 @@ class DeviceStep:
             stops=stops[:MOST_STOPS], pages=[page for _, page in sequence.room.news()],
             task=sequence.task, turn=self._turn_of(sequence), noise=_noise_of(sequence),
         )  # fmt: skip
-        return not request.logits_processors and len(stops) <= MOST_STOPS
+        params = request.sampling
+        tells = params.logprobs is not None or params.prompt_logprobs is not None
+        hosts = bool(request.logits_processors) or tells
+        return not hosts and len(stops) <= MOST_STOPS
 
     def release(self, slot: int) -> None:
         """Nobody has this slot any more; all steps of who had it have been read."""

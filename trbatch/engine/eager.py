@@ -13,7 +13,7 @@ from torch import Tensor
 from trbatch.config import EngineConfig
 from trbatch.engine import drafting, spans, verify
 from trbatch.engine.budget import Budget
-from trbatch.engine.choosing import choose_tokens
+from trbatch.engine.choosing import choose_tokens, takes_likeliest
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.drafting import Draft
 from trbatch.engine.likeliest import Blocks, argmax, blocks_of, topk
@@ -94,7 +94,7 @@ class EagerDecoder:
         """[B, T] the model's own next token at each node; for sampled rows where the walk comes."""
         width = drafted.tokens.shape[1]
         likeliest = drafting.padded(argmax(blocks), drafted.sizes, width, verify.NOT_CHOSEN)
-        plain = [s.request.sampling.greedy and not s.request.logits_processors for s in batch]
+        plain = [takes_likeliest(sequence) for sequence in batch]
         if all(plain):
             return likeliest
         is_plain = torch.tensor(plain, device=logits.device)[:, None]

@@ -33,6 +33,7 @@ from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.prefill import Prefiller
 from trbatch.engine.prefix import Prefixes
+from trbatch.engine.processors import with_processors
 from trbatch.engine.replica import Copies
 from trbatch.engine.scheduler import Scheduler
 from trbatch.engine.sequence import Completion, Figures, Request, Sequence, TaskKey
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TASKS = 8  # matrices in memory
 _NOBODY = MAX_TASKS  # one more, that stays empty
+_TOLD = 512  # prompt tokens that are run at once where the model is to say of each what it thinks
 _ALONE = 32  # one row in so many is drafted without its task's rows, to tell what these bring
 
 
@@ -186,8 +188,11 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. One that cannot run comes back from the next `step` as an error."""
+        tokenizer, vocab = self.loaded.tokenizer, self.loaded.vocab_size
+        stop = StopChecker(tokenizer, request.sampling, self.loaded.eos_token_ids)
         try:
-            ids = encode(self.loaded.tokenizer, request, self.loaded.vocab_size)
+            ids = encode(tokenizer, request, vocab)
+            request = with_processors(request, ids, stop.stop_ids, vocab)
         except EncodingFailed as failed:
             self._refuse(request, failed.error)
             return
@@ -204,9 +209,7 @@ class Engine:
                 tokens=ids,
                 prompt_length=len(ids),
                 max_tokens=min(request.sampling.max_tokens, self.max_model_len - len(ids)),
-                stop=StopChecker(
-                    self.loaded.tokenizer, request.sampling, self.loaded.eos_token_ids
-                ),
+                stop=stop,
                 figures=Figures(added=time.perf_counter()),
             )
         )
@@ -252,7 +255,12 @@ class Engine:
             self._tokens += len(self._prefiller.run(sequences, self._prompt_chunk))
             return
         decoding = len(self._scheduler.running) > len(sequences)
-        if self._device_prefiller.is_worth_it(sequences, decoding=decoding):
+        told = [s for s in sequences if s.wants_prompt_logprobs]
+        sequences = [s for s in sequences if not s.wants_prompt_logprobs]
+        if told:
+            self._drain()  # what is said of each token is for the host, and takes much memory
+            self._tokens += len(self._prefiller.run(told, min(self._prompt_chunk, _TOLD)))
+        if sequences and self._device_prefiller.is_worth_it(sequences, decoding=decoding):
             self._tokens += self._device_prefiller.run(sequences, self._prompt_chunk)
 
     def _decode(self) -> None:

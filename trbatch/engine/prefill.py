@@ -14,6 +14,7 @@ from trbatch.engine import drafting, spans
 from trbatch.engine.budget import Budget
 from trbatch.engine.choosing import choose_tokens
 from trbatch.engine.likeliest import blocks_of, topk
+from trbatch.engine.logprobs import record_prompt
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel
 from trbatch.engine.prefix import Piece, Prefixes
@@ -21,7 +22,6 @@ from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
 
 _SMALL_TREE = 6.0  # tokens a step and sequence
-_WORTH_WAITING = 4  # pages that another is about to fill
 _LESSON = 512  # places that are learned from at once
 
 
@@ -57,13 +57,16 @@ class Prefiller:
         pieces = pieces_of(sequences, most, self._prefixes)
         where = [spans.of_prompt(sequence, count) for sequence, count in pieces]
         tokens = tokens_of(pieces)
-        everywhere = self._learning and self._wants_prompt_candidates()
+        recycling = self._learning and self._wants_prompt_candidates()
+        everywhere = recycling or any(s.wants_prompt_logprobs for s, _ in pieces)
         ends = torch.tensor([count for _, count in pieces]).cumsum(0) - 1
         ends = ends.to(self._model.loaded.device)
         logits = self._model.forward(self._ids(tokens), where, None if everywhere else ends)
         last = logits[ends] if everywhere else logits
         if self._learning:
-            self._learn_prompts(pieces, logits if everywhere else None)
+            self._learn_prompts(pieces, logits if recycling else None)
+        if everywhere:
+            record_prompt(pieces, logits)
         advance(pieces, self._prefixes)
         first = self._first_tokens([sequence for sequence, _ in pieces], last)
         seconds = time.perf_counter() - start
@@ -126,7 +129,7 @@ def pieces_of(sequences: ListLike[Sequence], most: int, prefixes: Prefixes) -> l
     """What is prefilled next: `most` tokens of the prompts that are not in the cache yet.
 
     What others have prefilled is taken first; whoever has much in common with what another is about
-    to prefill waits for it.
+    to prefill waits for it, as the samples of one row do for the first of them.
     """
     pieces: list[Piece] = []
     under_way: set[bytes] = set()
@@ -134,7 +137,7 @@ def pieces_of(sequences: ListLike[Sequence], most: int, prefixes: Prefixes) -> l
         if most == 0:
             break
         prefixes.share(sequence)
-        if prefixes.common(sequence, under_way) >= _WORTH_WAITING:
+        if prefixes.is_worth_waiting(sequence, under_way):
             continue
         left = sequence.goal - sequence.cached
         count = min(most, left)

@@ -5,6 +5,9 @@ whose first pages are known takes them and runs the rest, at least its last toke
 when nobody holds them any more, until they are needed for something else. They are never written
 again: a sequence writes behind what it has, and that is behind the last page that it shares.
 
+A whole prompt that another sequence has run, and that still decodes, needs its last token only:
+what does not fill a page is copied. So the samples of a row run its prompt once.
+
 What prompts teach must not depend on who ran them first: the candidates after each token are kept
 beside its keys and values, and are learned from where the pages are taken.
 """
@@ -25,6 +28,7 @@ from trbatch.engine.sequence import Sequence
 
 Piece = tuple[Sequence, int]  # whose text, and how many of its tokens come next
 _KEY_BYTES = 16
+_WORTH_WAITING = 4  # pages that another is about to fill
 
 
 class Prefixes:
@@ -44,6 +48,7 @@ class Prefixes:
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._recalled: set[int] = set()  # known pages whose candidates are kept
+        self._whole: dict[bytes, Sequence] = {}  # those that have run a whole prompt
         # [slots, k] what the model said after each token that was run as a prompt.
         self.candidates: Tensor | None = None
         if sharing and candidates:
@@ -53,7 +58,11 @@ class Prefixes:
         cache.pool.forget = self._forget
 
     def share(self, sequence: Sequence) -> None:
-        """Give a sequence the pages that come next in its text, as far as they are known."""
+        """Give a sequence what comes next in its text, as far as it is known."""
+        self._share_pages(sequence)
+        self._copy_tail(sequence)
+
+    def _share_pages(self, sequence: Sequence) -> None:
         found: list[int] = []
         begin = sequence.cached // self.page_size
         for index in range(begin, self._last(sequence) if self._at_border(sequence) else 0):
@@ -75,24 +84,50 @@ class Prefixes:
         sequence.cached += self.page_size * len(found)
         self.hit_tokens += self.page_size * len(found)
 
-    def common(self, sequence: Sequence, under_way: Set[bytes]) -> int:
-        """How many of the pages that come next are among those that others are about to fill."""
+    def _copy_tail(self, sequence: Sequence) -> None:
+        """Behind its last whole page, what one with the same prompt has there."""
+        first, end = sequence.cached, sequence.goal - 1
+        if first != self._last(sequence) * self.page_size or not self._is_fresh(sequence):
+            return
+        other = self._whole.get(self._whole_key(sequence))
+        if other is None or not other.decodes or first == end:
+            return
+        source, target = (one.room.slots[first:end] for one in (other, sequence))
+        self._copy_slots(source, target)
+        if sequence.recalled == first and other.recalled >= end:
+            sequence.recalled = end
+        sequence.cached = end
+        self.hit_tokens += end - first
+
+    def is_worth_waiting(self, sequence: Sequence, under_way: Set[bytes]) -> bool:
+        """Whether others are about to fill many of the pages that come next, or run all of it."""
+        if self._is_fresh(sequence) and self._whole_key(sequence) in under_way:
+            return True
         begin = sequence.cached // self.page_size
         end = self._last(sequence) if self._at_border(sequence) else begin
         keys = (self._key(sequence, index) for index in range(begin, end))
-        return sum(1 for _ in takewhile(under_way.__contains__, keys))
+        found = sum(1 for _ in takewhile(under_way.__contains__, keys))
+        return found >= _WORTH_WAITING
 
     def keys_of(self, sequence: Sequence, count: int) -> list[bytes]:
-        """What the pages say that are full when the next `count` tokens have been run."""
+        """What the pages say that are full when the next `count` tokens have been run.
+
+        And what the whole prompt says: others that say the same wait for all of it.
+        """
         if not self._sharing:
             return []
         begin, end = sequence.cached // self.page_size, (sequence.cached + count) // self.page_size
-        return [self._key(sequence, index) for index in range(begin, end)]
+        whole = [self._whole_key(sequence)] if not sequence.generated else []
+        return [*(self._key(sequence, index) for index in range(begin, end)), *whole]
 
     def publish(self, sequence: Sequence, count: int) -> None:
         """Others may have the pages that were filled by the last `count` tokens that were run."""
         if not self._sharing:
             return
+        if sequence.decodes and not sequence.generated:
+            self._whole = {key: one for key, one in self._whole.items() if one.decodes}
+            # The newest, which is likely to decode longest.
+            self._whole[self._whole_key(sequence)] = sequence
         end = sequence.cached // self.page_size
         for index in range((sequence.cached - count) // self.page_size, end):
             key, page = self._key(sequence, index), sequence.room.pages[index]
@@ -130,10 +165,28 @@ class Prefixes:
         for page in list(self._keys):
             self._pool.unknow(page)
             self._forget(page)
+        self._whole.clear()
 
     def _last(self, sequence: Sequence) -> int:
         """Pages that it may share: its last token has to be run."""
-        return (sequence.goal - 1) // self.page_size if self._sharing else 0
+        if not self._sharing or sequence.wants_prompt_logprobs:
+            return 0
+        return (sequence.goal - 1) // self.page_size
+
+    def _is_fresh(self, sequence: Sequence) -> bool:
+        """Whether all that it runs is a prompt that others may have run."""
+        return self._sharing and not sequence.generated and not sequence.wants_prompt_logprobs
+
+    def _whole_key(self, sequence: Sequence) -> bytes:
+        """What its whole prompt says; no page has this key."""
+        if not sequence.prompt_key:
+            pages = sequence.prompt_length // self.page_size
+            digest = hashlib.blake2b(digest_size=_KEY_BYTES, person=b"whole prompt")
+            digest.update(self._key(sequence, pages - 1) if pages else b"")
+            rest = sequence.tokens[pages * self.page_size : sequence.prompt_length]
+            digest.update(array("q", rest).tobytes())
+            sequence.prompt_key = digest.digest()
+        return sequence.prompt_key
 
     def _at_border(self, sequence: Sequence) -> bool:
         return sequence.cached % self.page_size == 0
@@ -151,9 +204,12 @@ class Prefixes:
 
     def _copy(self, source: ListLike[int], target: ListLike[int]) -> None:
         places = (self._cache.room_of(source).slots, self._cache.room_of(target).slots)
-        self._cache.move(*places)
+        self._copy_slots(*places)
+
+    def _copy_slots(self, source: Tensor, target: Tensor) -> None:
+        self._cache.move(source, target)
         if self.candidates is not None:
-            self.candidates[places[1]] = self.candidates[places[0]]
+            self.candidates[target] = self.candidates[source]
 
     def _forget(self, page: int) -> None:
         del self._pages[self._keys.pop(page)]

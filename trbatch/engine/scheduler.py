@@ -95,7 +95,7 @@ class Scheduler:
         """Take a sequence out and put it in front of those that wait."""
         assert sequence.in_flight == 0, "drain first"
         self.retire(sequence)
-        sequence.slot, sequence.room = -1, None
+        sequence.slot = -1
         self._returned.appendleft(sequence)
         self.preemptions += 1
 
@@ -104,6 +104,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
         self._cache.give_back(sequence.room)
+        sequence.room = None
 
     def prefilling(self) -> list[Sequence]:
         """Those whose prompt is not wholly in the cache."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trbatch.config import SamplingParams
 from trbatch.engine.spine import Spine
@@ -47,6 +48,38 @@ class Request:
     logits_processors: tuple[LogitsProcessor, ...] = ()
 
 
+class Likelihood(NamedTuple):
+    """What the model says of a token at its place, and which are the likeliest there."""
+
+    token_id: int
+    logprob: float
+    rank: int  # among all tokens, from 1
+    top: list[tuple[int, float]]  # tokens and their log probabilities, falling
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that the model thinks likely at a place."""
+
+    token: str
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, and how likely the model says it is and its alternatives are.
+
+    By raw logits: before penalties, bias and temperature, whatever the row was sampled with.
+    """
+
+    token: str
+    token_id: int
+    logprob: float
+    rank: int  # among all tokens, from 1
+    top: list[Alternative]  # the likeliest, falling
+
+
 @dataclass(slots=True, kw_only=True)
 class Completion:
     """A finished request with its figures. Times are seconds, lengths are tokens."""
@@ -54,6 +87,7 @@ class Completion:
     key: Hashable
     finish_reason: str  # stop, length, error, cancelled
     text: str = ""
+    reasoning: str | None = None  # what stood between a thinking model's markers
     token_ids: list[int] = field(default_factory=list)  # the stop token, if any, included
     error_code: str | None = None
     error_message: str | None = None
@@ -68,7 +102,16 @@ class Completion:
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)  # [i]: forwards giving i+1 tokens
-    cumulative_logprob: float | None = None
+    prompt_token_ids: list[int] | None = None  # if asked for, with `return_token_ids`
+    logprobs: list[TokenLogprob] | None = None  # of each of `token_ids`, if asked for
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # the first is None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum of the tokens' log probabilities, where they were asked for."""
+        if self.logprobs is None:
+            return None
+        return math.fsum(token.logprob for token in self.logprobs)
 
     @property
     def completion_tokens(self) -> int:
@@ -132,6 +175,10 @@ class Sequence:
     figures: Figures
     spine: Spine = field(default_factory=Spine)
     ranks: list[int] = field(default_factory=list)  # of its last tokens; see `paths.PathCounts`
+    # If asked for: of what came out (behind it, of what is only proposed), of the prompt's tokens
+    # from the second on.
+    logprobs: list[Likelihood] = field(default_factory=list)
+    prompt_logprobs: list[Likelihood] = field(default_factory=list)
     slot: int = -1
     task: int = -1  # index of the matrix that it teaches
     reads: int = -1  # of the one that drafts its tokens: the same, or an empty one to compare with
@@ -143,6 +190,7 @@ class Sequence:
     learned: int = 0  # that rows were written for
     recalled: int = 0  # whose candidates are kept for others with the same beginning
     page_keys: list[bytes] = field(default_factory=list)  # what its first pages say (`prefix`)
+    prompt_key: bytes = b""  # and what its whole prompt says
     lagged: bool = False  # whether its steps are read one late
     in_flight: int = 0  # steps that were started with it and not read yet
     ahead: int = 0  # tokens that these may give, at most
@@ -170,6 +218,12 @@ class Sequence:
         """Whether it can decode: all but its next root is in the cache."""
         return self.cached == self.goal
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether its prompt has to be run by itself, for what the model says of its tokens."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return asked and len(self.prompt_logprobs) < self.prompt_length - 1
+
     def begin_anew(self) -> None:
         """Nothing of it is in the cache any more, or yet."""
         # What it said last is the root of the next tree.
@@ -195,11 +249,16 @@ class Sequence:
 
     def completion(self) -> Completion:
         """The finished request as the caller gets it."""
-        figures, error = self.figures, self.error
+        figures, error, params = self.figures, self.error, self.request.sampling
+        reasoning, text = (
+            (None, "") if error else self.stop.parts(self.tokens[: self.prompt_length])
+        )
+        told = error is None
         return Completion(
             key=self.request.key,
             finish_reason="error" if error else self.finish_reason,
-            text="" if error else self.stop.text(),
+            text=text,
+            reasoning=reasoning,
             token_ids=[] if error else self.tokens[self.prompt_length :],
             error_code=error.code if error else None,
             error_message=error.message if error else None,
@@ -214,4 +273,17 @@ class Sequence:
             num_draft_tokens=figures.drafted,
             num_accepted_draft_tokens=figures.accepted,
             acceptance_histogram=figures.histogram,
+            prompt_token_ids=(
+                self.tokens[: self.prompt_length] if told and params.return_token_ids else None
+            ),
+            logprobs=(
+                self.stop.spelled(self.logprobs[: self.generated])
+                if told and params.logprobs is not None
+                else None
+            ),
+            prompt_logprobs=(
+                [None, *self.stop.spelled(self.prompt_logprobs)]
+                if told and params.prompt_logprobs is not None
+                else None
+            ),
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
 from trbatch.config import SamplingParams, check_chat_template_kwargs
-from trbatch.engine.sequence import Request
+from trbatch.engine.reasoning import split
+from trbatch.engine.sequence import Alternative, Likelihood, Request, TokenLogprob
 from trbatch.errors import RowError, UsageError
 
 # What a chat template can raise of messages and arguments that it does not expect.
@@ -102,6 +105,27 @@ def opening_ids(tokenizer: Any) -> list[int]:
     return [] if first is None else [first]
 
 
+_SPELLED: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()  # of each tokenizer
+
+
+def spelled(tokenizer: Any, found: Sequence[Likelihood]) -> list[TokenLogprob]:
+    """Likelihoods with their tokens as text. One that is part of a character has a \ufffd."""
+    texts = _SPELLED.setdefault(tokenizer, {})
+
+    def text_of(token: int) -> str:
+        if token not in texts:
+            texts[token] = str(tokenizer.decode([token], skip_special_tokens=False))
+        return texts[token]
+
+    return [
+        TokenLogprob(
+            text_of(one.token_id), one.token_id, one.logprob, one.rank,
+            [Alternative(text_of(token), token, logprob) for token, logprob in one.top],
+        )
+        for one in found
+    ]  # fmt: skip
+
+
 class StopChecker:
     """Finds the first token at which a text has to end. Fed one token at a time.
 
@@ -110,7 +134,7 @@ class StopChecker:
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams, eos: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._params = tokenizer, params
         ends = set(params.stop_token_ids)
         self.stop_ids = ends if params.ignore_eos else ends | eos
         self._stops = params.stop
@@ -129,9 +153,11 @@ class StopChecker:
             return False
         before = len(self._text.text)
         self._text.push(token)
+        if len(self._ids) <= self._params.min_tokens:
+            return False
         # A stop string may lie across the border of what was there before.
-        reach = max(0, before - max(len(stop) for stop in self._stops) + 1)
-        found = [at for stop in self._stops if (at := self._text.text.find(stop, reach)) >= 0]
+        reaches = ((stop, max(0, before - len(stop) + 1)) for stop in self._stops)
+        found = [at for stop, reach in reaches if (at := self._text.text.find(stop, reach)) >= 0]
         self._cut = min(found, default=None)
         return self._cut is not None
 
@@ -141,6 +167,18 @@ class StopChecker:
             return self._text.text[: self._cut]
         ids = self._ids[:-1] if self._ended_by_id else self._ids
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def parts(self, prompt: Sequence[int]) -> tuple[str | None, str]:
+        """Reasoning, if there is any, and the text without it.
+
+        Args:
+            prompt: the tokens before.
+        """
+        return split(self._tokenizer, self._params, prompt, self._ids, self.text())
+
+    def spelled(self, found: Sequence[Likelihood]) -> list[TokenLogprob]:
+        """Likelihoods with their tokens as text."""
+        return spelled(self._tokenizer, found)
 
 
 class _GrowingText:
