@@ -133,7 +133,7 @@ def _receipt(job: JobFolder, target: str, index: Index, joiner: Joiner, tally: _
         duplicates=index.rows - len(index),
         repeated=len(tally.keys.repeated()),
     )
-    busy_s = covered_seconds(span for _, span in job.ledger.footers())
+    busy_s = covered_seconds(footer.span for footer in job.ledger.footers())
     stats = {
         "receipt": receipt.to_dict(),
         "rows_outdated": len(index) - joiner.used,
