@@ -50,7 +50,7 @@ def test_the_estimate_holds_to_the_very_end(
         durations = [lengths(draw) for _ in range(rows)]
         ends = ends_of(durations, slots)
         now = ends[int(done * rows)]
-        seen = [d for d in durations[: int(done * rows)]]
+        seen = durations[: int(done * rows)]
         pace = Pace(int(done * rows) / now, sum(seen) / len(seen), max(seen))
         ratios.append(pace.seconds_for(rows - int(done * rows)) / (ends[-1] - now))
     typical = sorted(ratios)[len(ratios) // 2]

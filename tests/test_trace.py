@@ -11,7 +11,6 @@ import pytest
 from echo_worker import EchoEngine
 from job_tools import decode
 from tiny import loaded, request
-from workers import submit, work
 
 from trbatch import segments
 from trbatch.compaction import compact
@@ -20,6 +19,7 @@ from trbatch.engine.engine import Engine
 from trbatch.job import JobFolder
 from trbatch.results import SCHEMA
 from trbatch.trace import Trace, joined, step_kind
+from workers import submit, work
 
 
 class Counting(EchoEngine):

@@ -24,6 +24,7 @@ from trbatch.cli_output import (
     print_status,
     print_summary,
 )
+from trbatch.cli_reports import REPORT_COMMANDS
 from trbatch.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
@@ -277,7 +278,7 @@ def server_status(as_json: bool) -> None:
     print_server(server.status(), as_json=as_json)
 
 
-for job_command in JOB_COMMANDS:
+for job_command in (*JOB_COMMANDS, *REPORT_COMMANDS):
     commands.add_command(job_command)
 commands.add_command(bench_group)
 commands.add_command(matrix_group)

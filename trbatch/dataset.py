@@ -53,7 +53,7 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
             sink.write(group)
             tally.count(group, errors)
         sink.close()
-    receipt = _receipt(job, place, index, joiner, tally)
+    receipt = receipt_of(job, place, index, joiner, tally.figures, tally.keys)
     job.folder.write("stats.json", orjson.dumps(receipt.stats, option=orjson.OPT_INDENT_2))
     job.mark(complete=receipt.complete and not joiner.ended)
     return receipt
@@ -119,8 +119,16 @@ def _metadata(job: JobFolder) -> dict[str, str]:
     }
 
 
-def _receipt(job: JobFolder, target: str, index: Index, joiner: Joiner, tally: _Tally) -> Receipt:
-    figures = tally.figures
+def receipt_of(
+    job: JobFolder, target: str, index: Index, joiner: Joiner, figures: Figures, keys: RepeatCheck
+) -> Receipt:
+    """The receipt of the rows that `joiner` gave.
+
+    Args:
+        target: where the dataset lies.
+        figures: sums over these rows.
+        keys: sample and id of each.
+    """
     receipt = Receipt(
         job=job.id,
         output=target,
@@ -131,7 +139,7 @@ def _receipt(job: JobFolder, target: str, index: Index, joiner: Joiner, tally: _
         rows_expired=joiner.expired,
         rows_missing=joiner.missing,
         duplicates=index.rows - len(index),
-        repeated=len(tally.keys.repeated()),
+        repeated=len(keys.repeated()),
     )
     busy_s = covered_seconds(footer.span for footer in job.ledger.footers())
     stats = {
