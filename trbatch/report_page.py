@@ -18,6 +18,8 @@ from trbatch.report_html import Child, Markup, joined, number, table, tag
 from trbatch.reporting import Report, settings_of
 
 SHOWN_CATEGORIES = 25
+LONGEST_NAME = 80  # characters of a row's id, below of an error code
+LONGEST_CODE = 40
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -72,7 +74,9 @@ def _head(report: Report) -> Markup:
     if not receipt.complete:
         kind, words = "bad", f"Not complete: {receipt.rows_missing:,} rows missing"
     elif receipt.rows_failed or receipt.rows_cancelled:
-        kind, words = "warn", "Complete, not every row has a text"
+        counts = {"failed": receipt.rows_failed, "cancelled": receipt.rows_cancelled}
+        told = ", ".join(f"{rows:,} {what}" for what, rows in counts.items() if rows)
+        kind, words = "warn", f"Complete: {told} of {receipt.rows_in:,} rows"
     else:
         kind, words = "good", "Complete"
     return tag(
@@ -149,16 +153,16 @@ def _workers(report: Report) -> Child:
     )
 
 
-_FIGURE_HEAD = ("rows", "failed", "tokens", "acceptance", "speed-up")
+_FIGURE_HEAD = ("rows", "speed-up", "acceptance", "tokens", "failed")
 
 
 def _figure_cells(figures: Figures, most: float) -> tuple[Child, ...]:
     return (
         number(figures.rows),
-        number(figures.rows_failed),
-        number(figures.completion_tokens),
-        number(figures.mean_acceptance_length, 2),
         _meter(figures.speedup, most),
+        number(figures.mean_acceptance_length, 2),
+        number(figures.completion_tokens),
+        number(figures.rows_failed),
     )
 
 
@@ -176,7 +180,7 @@ def _meter(speedup: float | None, most: float) -> Child:
 
 
 def _slowest(report: Report) -> Child:
-    head = ["row", "seconds", "tokens", "of prompt", "acceptance", "speed-up"]
+    head = ["row", "seconds", "tokens", "speed-up", "acceptance", "of prompt"]
     if report.category:
         head.insert(1, report.category)
     rows = []
@@ -185,9 +189,9 @@ def _slowest(report: Report) -> Child:
             _row_name(row),
             number(row["seconds"], 2),
             number(row["completion_tokens"]),
-            number(row["prompt_tokens"]),
-            number(row["mean_acceptance_length"], 2),
             number(row["speedup"], 2, "×"),
+            number(row["mean_acceptance_length"], 2),
+            number(row["prompt_tokens"]),
         ]
         if report.category:
             cells.insert(1, row["category"])
@@ -197,10 +201,10 @@ def _slowest(report: Report) -> Child:
 
 
 def _failed(report: Report) -> Child:
-    counts = [(code or "unknown", number(rows)) for code, rows in report.rows.errors.items()]
+    counts = [(_code(code), number(rows)) for code, rows in report.rows.errors.items()]
     failed = report.receipt.rows_failed
     rows = [
-        (_row_name(row), row["error_code"] or "unknown", row["error_message"])
+        (_row_name(row), _code(row["error_code"]), row["error_message"])
         for row in report.rows.failures
     ]
     more = "" if failed <= len(rows) else f"The first {len(rows)} of {failed:,}"
@@ -221,9 +225,18 @@ def _failed(report: Report) -> Child:
     )
 
 
+def _code(code: str | None) -> Markup:
+    return tag("span", _short(code or "unknown", LONGEST_CODE), class_="code")
+
+
 def _row_name(row: dict[str, object]) -> Child:
     sample = row["sample_index"]
-    return tag("span", str(row["custom_id"]), f" #{sample}" if sample else None, class_="mono")
+    name = _short(str(row["custom_id"]), LONGEST_NAME)
+    return tag("span", name, f" #{sample}" if sample else None, class_="mono")
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _receipt(report: Report) -> Child:

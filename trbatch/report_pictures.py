@@ -16,7 +16,6 @@ from trbatch.reporting import Report
 LONGEST_BAR = 16  # tokens of a forward that have a bar of their own
 # Tokens of a forward that share a colour: from, to.
 _PARTS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, LONGEST_STEP - 1), (LONGEST_STEP, 0))
-_LIGHT = 0.55  # of the share of a cell, above which its text must be light
 
 
 def throughput(report: Report) -> Markup:
@@ -183,9 +182,8 @@ def _cell(count: int, total: int) -> Markup:
     share = count / total
     if not count:
         return tag("td", class_="cell", style="--share:0")
-    kind = "cell strong" if share > _LIGHT else "cell"
     text = f"{100 * share:.0f}%" if share >= 0.005 else "<1%"
-    return tag("td", text, class_=kind, style=f"--share:{share:.3f}", title=f"{count:,} steps")
+    return tag("td", text, class_="cell", style=f"--share:{share:.3f}", title=f"{count:,} steps")
 
 
 def _power(size: int) -> int:

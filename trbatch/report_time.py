@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from trbatch.trace import Span, joined
 
-SHORT_PAUSE_S = 5.0  # shorter ones, or shorter than this share of the work, are part of it
-SHORT_PAUSE = 0.02
+SHORT_PAUSE_S = 10.0  # shorter ones, or shorter than this share of the work, are part of it
+SHORT_PAUSE = 0.01
 _WIDTHS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
 
 

@@ -24,7 +24,7 @@ from trbatch.storage import writing
 from trbatch.trace import Trace
 
 CATEGORY = "category"  # the column of the input that rows are grouped by
-LONGEST_CATEGORY = 120  # characters
+LONGEST_CATEGORY = 80  # characters
 PAGE = "report.html"  # in the job folder, unless another place is named
 
 
