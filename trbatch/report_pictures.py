@@ -200,7 +200,7 @@ def _matrix_words(report: Report) -> str:
     if saved is None:
         return ""
     facts = saved.facts
-    words = f" The task's matrix, saved {describe_age(saved.age_s)}, has {facts.rows:,} tokens"
+    words = f" The task's matrix, saved {describe_age(saved.age_s)} ago, has {facts.rows:,} tokens"
     words += f" and {facts.pairs:,} pairs"
     with_it, without = facts.with_it.mean_length, facts.without_it.mean_length
     if with_it and without:
