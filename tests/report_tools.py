@@ -17,6 +17,7 @@ from job_tools import Result, result, write_lines
 from trbatch.config import JobSpec
 from trbatch.engine.sequence import Completion
 from trbatch.job import JobFolder
+from trbatch.results import result_row
 from trbatch.segments import SegmentWriter
 
 BEGAN = 1_790_000_000.0  # Unix seconds
@@ -126,8 +127,6 @@ class _Clock:
             num_accepted_draft_tokens=tokens - 1 - forwards, acceptance_histogram=histogram,
         )  # fmt: skip
         made = result(self._job, row, sample)
-        from trbatch.results import result_row
-
         own = result_row(completion, row, model="org/model-7b", task="t", worker=worker, attempts=1)
         return made | own | known
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from echo_worker import EchoEngine
-from job_tools import decode
+from job_tools import decode, result
 from tiny import loaded, request
 
 from trbatch import segments
@@ -17,7 +17,7 @@ from trbatch.compaction import compact
 from trbatch.config import EngineConfig, JobSpec
 from trbatch.engine.engine import Engine
 from trbatch.job import JobFolder
-from trbatch.results import SCHEMA
+from trbatch.results import SCHEMA, collect
 from trbatch.trace import Trace, joined, step_kind
 from workers import submit, work
 
@@ -80,7 +80,7 @@ def test_compaction_keeps_workers_times_and_steps(
     job = JobFolder.submit(spec)
     for worker in ("a", "b"):
         for chunk in (0, 1) if worker == "a" else (2,):
-            rows = [row_of(job, row, sample) for row, sample in job.missing(chunk)]
+            rows = [result(job, row, sample) for row, sample in job.missing(chunk)]
             job.publish(worker, rows, steps={(4, 8): 5, (1, 2): 1})
     before = job.ledger.trace()
     assert before.steps == {(4, 8): 15, (1, 2): 3}
@@ -91,12 +91,6 @@ def test_compaction_keeps_workers_times_and_steps(
     monkeypatch.setattr("trbatch.compaction.SEGMENT_ROWS", 3)
     compact(JobFolder.open(job.path))
     assert JobFolder.open(job.path).ledger.trace() == before
-
-
-def row_of(job: JobFolder, row: Any, sample: int) -> dict[str, Any]:
-    from job_tools import result
-
-    return result(job, row, sample)
 
 
 def test_a_segment_of_an_earlier_version_still_counts(
@@ -113,15 +107,9 @@ def test_a_segment_of_an_earlier_version_still_counts(
     again = JobFolder.open(job.path)
     assert set(again.ledger.trace().spans) == {"old-one", "old one"}
     assert again.progress().complete
-    found = pq.read_table(again_collected(again, tmp_path))
+    found = pq.read_table(collect(again, str(tmp_path / "out.parquet")).output)
     assert [name for name in found.column_names if name in SCHEMA.names] == SCHEMA.names
     assert found.num_rows == 10
-
-
-def again_collected(job: JobFolder, tmp_path: Path) -> str:
-    from trbatch.results import collect
-
-    return collect(job, str(tmp_path / "out.parquet")).output
 
 
 def test_traces_add_up_and_survive_their_footer() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from trbatch import matrices, passthrough
 from trbatch.dataset import receipt_of
 from trbatch.errors import TrbatchError, UsageError
@@ -18,7 +20,7 @@ from trbatch.manifest import Manifest
 from trbatch.masking import mask_text
 from trbatch.matrices import SavedMatrix
 from trbatch.receipt import Receipt
-from trbatch.report_figures import COLUMNS, RowCount, RowFigures
+from trbatch.report_figures import COLUMNS, NO_CATEGORY, RowCount, RowFigures
 from trbatch.report_time import Clock
 from trbatch.storage import writing
 from trbatch.trace import Trace
@@ -184,8 +186,6 @@ def _text(value: Any) -> str:
 
 
 def _category(value: Any) -> str:
-    from trbatch.report_figures import NO_CATEGORY
-
     return NO_CATEGORY if value is None else str(value)[:LONGEST_CATEGORY]
 
 
@@ -209,8 +209,6 @@ def _matrix(job: JobFolder, facts: Mapping[str, list[str]]) -> SavedMatrix | Non
 
 def _collected(job: JobFolder) -> str:
     """Where the dataset lies by the job's last `collect`."""
-    import orjson
-
     try:
         found: str = orjson.loads(job.folder.read("stats.json"))["receipt"]["output"]
     except (FileNotFoundError, orjson.JSONDecodeError, KeyError):

@@ -32,14 +32,14 @@ from trbatch.job import JobFolder
 from trbatch.masking import printable
 from trbatch.naming import MATRICES
 from trbatch.progress import describe, duration
-from trbatch.storage import folder
+from trbatch.storage import LocalFolder, folder
 from trbatch.submission import MANIFEST, MARKS
 from trbatch.team import Share
 
 LOOK_S = 1.0  # between looks at the jobs
 EVERY_S = 30.0  # between lines
 BAR = 10  # characters
-MOST_FOLDERS = 1000  # of a store that are looked at
+MOST_OBJECTS = 200  # jobs of an object store that are looked at: each look is a request or three
 NO_WORKER = "no worker holds its model; start one with: trbatch worker"
 
 
@@ -93,13 +93,15 @@ def jobs_in(store: str, redis_url: str, *, unfinished: bool, most: int = 0) -> l
 
     Args:
         unfinished: only those that no `collect` has found complete and that have not ended.
-        most: so many; 0: all. Of a store with more than a thousand, those of the last names.
+        most: so many; 0: all. Of an object store with more than 200 jobs, those of the last names.
 
     Raises:
         Unreachable: the storage or the queue fails.
     """
     place = folder(store or default_store())
-    names = [name for name in place.folders("") if name != MATRICES][-MOST_FOLDERS:]
+    names = [name for name in place.folders("") if name != MATRICES]
+    if not isinstance(place, LocalFolder):
+        names = names[-MOST_OBJECTS:]
     dated = []
     for name in names:
         inner = folder(place.join(name))
