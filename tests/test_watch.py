@@ -177,6 +177,14 @@ def test_it_waits_for_all_jobs_and_outlives_a_queue_that_is_away() -> None:
     assert view.ended == ["completed", "cancelled"]
 
 
+def test_a_job_has_failed_when_it_was_seen_so_twice() -> None:
+    failed, done = status(state="failed"), status(state="completed", rows_failed=0)
+    taken_up: Any = Scripted("a", [failed, status(), done])
+    assert watch([taken_up], Recorded(), look_s=0.0) == 0
+    given_up: Any = Scripted("a", [status(), failed, failed])
+    assert watch([given_up], Recorded(), look_s=0.0) == 4
+
+
 def test_lines_come_now_and_then_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     clock = iter([0.0, 0.0, 10.0, 31.0, 31.0, 32.0])
     lines = watching._Lines(30.0, now=lambda: next(clock))

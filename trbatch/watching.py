@@ -56,17 +56,21 @@ class View(Protocol):
 def watch(jobs: Sequence[Job], view: View, *, look_s: float = LOOK_S) -> int:
     """Show jobs until all have ended. Returns the exit code of the one that ended worst."""
     found: dict[str, JobStatus] = {}
+    left = {job.path: job for job in jobs}
     while True:
         trouble = ""
-        for job in jobs:
-            if job.path in found and found[job.path].finished:
-                continue
+        for path, job in list(left.items()):
+            before = found.get(path)
             try:
-                found[job.path] = job.status()
+                found[path] = status = job.status()
             except Unreachable as error:
                 trouble = error.message
+                continue
+            # A chunk may be in no list for a moment: a job has failed once it was seen so twice.
+            if status.finished and (status.state != "failed" or (before and before.finished)):
+                del left[path]
         statuses = list(found.values())
-        if len(found) == len(jobs) and all(status.finished for status in statuses):
+        if not left:
             view.last(statuses)
             return max((exit_code(status) for status in statuses), key=_badness, default=EXIT_OK)
         view.show(statuses, trouble)
