@@ -215,7 +215,7 @@ def test_watching_a_real_job_in_lines_and_in_json(home: Path, tmp_path: Path) ->
 
 
 def test_on_a_terminal_it_is_live_and_ends_with_the_jobs(home: Path, tmp_path: Path) -> None:
-    job = submit(tmp_path, rows=40)
+    job = submit(tmp_path, rows=24)
     mine, theirs = pty.openpty()
     os.set_blocking(mine, False)
     shown = b""
