@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ from report_tools import HOSTILE, Page, make_job
 from trbatch import api, cli
 from trbatch.config import JobSpec
 from trbatch.errors import UsageError
+from trbatch.figures import Figures
 from trbatch.job import JobFolder
 from trbatch.report_figures import RowCount, bars_of
 from trbatch.report_html import brief, tag, visible
@@ -367,6 +369,17 @@ def test_many_categories_are_counted_together(monkeypatch: pytest.MonkeyPatch) -
     assert {name: one.rows for name, one in found.items()} == {
         "c0": 1, "c1": 1, "c2": 1, "(others)": 7,
     }  # fmt: skip
+
+
+def test_of_many_categories_the_largest_are_shown(report: Report) -> None:
+    categories = {
+        f"c{i}": Figures(rows_ok=i + 1, compared_decode_s=1.0, baseline_decode_s=40.0 - i)
+        for i in range(30)
+    }
+    rows = dataclasses.replace(report.rows, categories=categories)
+    lines = Page(page(dataclasses.replace(report, rows=rows))).tables["categories"][1:]
+    assert [line[0] for line in lines] == [*(f"c{i}" for i in range(5, 30)), "5 more"]
+    assert lines[-1][1:3] == [str(1 + 2 + 3 + 4 + 5), "38.00×"]
 
 
 def test_a_few_odd_rows_do_not_flatten_the_speedups() -> None:

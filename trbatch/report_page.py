@@ -13,11 +13,12 @@ from importlib.resources import files
 import trbatch
 from trbatch import report_pictures as pictures
 from trbatch.figures import Figures
+from trbatch.masking import mask_text
 from trbatch.progress import duration
 from trbatch.report_html import Child, Markup, joined, number, table, tag
 from trbatch.reporting import Report, settings_of
 
-SHOWN_CATEGORIES = 25
+SHOWN_CATEGORIES = 25  # those with the most rows
 LONGEST_NAME = 80  # characters of a row's id, below of an error code
 LONGEST_CODE = 40
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -83,7 +84,10 @@ def _head(report: Report) -> Markup:
         "header",
         tag("p", "trbatch report", class_="kicker"),
         tag("h1", manifest.id),
-        tag("p", f"{manifest.model} · task {manifest.task} · submitted {_time(manifest.created)}"),
+        tag(
+            "p",
+            f"{mask_text(manifest.model)} · task {manifest.task} · submitted {_time(manifest.created)}",
+        ),
         tag("span", words, class_=f"pill {kind}"),
     )
 
@@ -113,10 +117,9 @@ def _tiles(report: Report) -> Markup:
         ),
     ]
     if cost is not None:
-        note = (
-            f"{cost.total:,.2f} in all: {cost.gpu_hours:,.3f} GPU hours at {cost.gpu_hour_price:g}"
-        )
-        shown.append(("Cost of a million tokens", number(cost.per_million_tokens, 2), note))
+        hours = f"{cost.gpu_hours:,.3f} GPU hours at {cost.gpu_hour_price:g}"
+        note = f"{_money(cost.total)} in all: {hours}"
+        shown.append(("Cost of a million tokens", _money(cost.per_million_tokens), note))
     return tag(
         "dl",
         [
@@ -127,10 +130,15 @@ def _tiles(report: Report) -> Markup:
     )
 
 
+def _money(value: float | None) -> str:
+    return number(value, 2 if value is None or value >= 0.1 else 4)
+
+
 def _categories(report: Report) -> Child:
-    found = sorted(report.rows.categories.items(), key=lambda pair: -(pair[1].speedup or 0.0))
-    left = found[SHOWN_CATEGORIES:]
-    rows = [(name, *_figure_cells(one, _most(report))) for name, one in found[:SHOWN_CATEGORIES]]
+    found = sorted(report.rows.categories.items(), key=lambda pair: -pair[1].rows)
+    shown, left = found[:SHOWN_CATEGORIES], found[SHOWN_CATEGORIES:]
+    shown.sort(key=lambda pair: -(pair[1].speedup or 0.0))
+    rows = [(name, *_figure_cells(one, _most(report))) for name, one in shown]
     if left:
         rest = Figures()
         for _, figures in left:
@@ -241,7 +249,11 @@ def _short(text: str, most: int) -> str:
 
 def _receipt(report: Report) -> Child:
     receipt = report.receipt
-    where = f"Dataset: {receipt.output}" if receipt.output else "The dataset is not collected yet."
+    where = (
+        f"Dataset: {mask_text(receipt.output)}"
+        if receipt.output
+        else "The dataset is not collected yet."
+    )
     kind = "good" if receipt.complete else "bad"
     return joined(
         tag("h2", "Receipt"),
