@@ -86,7 +86,8 @@ def _head(report: Report) -> Markup:
         tag("h1", manifest.id),
         tag(
             "p",
-            f"{mask_text(manifest.model)} · task {manifest.task} · submitted {_time(manifest.created)}",
+            f"{mask_text(manifest.model)} · task {manifest.task} · "
+            f"submitted {_time(manifest.created)}",
         ),
         tag("span", words, class_=f"pill {kind}"),
     )
