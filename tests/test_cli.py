@@ -78,7 +78,7 @@ def parsed(command: click.Command, arguments: list[str]) -> dict[str, Any]:
 def test_the_commands_are_those_of_the_design() -> None:
     names = {" ".join(path) for path in COMMANDS if path}
     plain = "run submit worker status wait collect resume".split()
-    plain += "cancel pause continue retry prune".split()
+    plain += "cancel pause continue retry prune watch report".split()
     grouped = ["server", *(f"server {verb}" for verb in ("start", "stop", "status"))]
     grouped += ["bench", "bench acceptance", "bench speed", "matrix"]
     grouped += [f"matrix {verb}" for verb in ("list", "show", "export", "import", "reset")]

@@ -26,6 +26,8 @@ from trbatch.job import JobFolder
 from trbatch.job_status import JobStatus, job_failure, job_status
 from trbatch.moments import seconds_of
 from trbatch.pruning import Pruned
+from trbatch.reporting import CATEGORY, make_report, write_report
+from trbatch.reporting import Report as JobReport
 from trbatch.results import Receipt
 from trbatch.results import collect as collect_results
 
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
     from trbatch.flight import FlightRecord
 
 __all__ = [
+    "CATEGORY",
     "Job",
+    "JobReport",
     "JobStatus",
     "Pruned",
     "cancel",
@@ -43,6 +47,7 @@ __all__ = [
     "job_failure",
     "pause",
     "prune",
+    "report",
     "resume",
     "retry",
     "status",
@@ -210,6 +215,23 @@ class Job:
             receipt = pushing.write_card(self.folder, receipt)
         return pushing.push(self.folder, receipt, push) if push else receipt
 
+    def report(
+        self,
+        output: str | Path = "",
+        *,
+        gpu_hour_price: float | None = None,
+        category: str = CATEGORY,
+    ) -> JobReport:
+        """Write a page of pictures and figures about the job, which may still be running.
+
+        Args:
+            output: an HTML file; "" puts it into the job folder.
+            gpu_hour_price: of one worker for an hour, in any currency; adds what tokens cost.
+            category: the input's column to group rows by, if it has one of this name.
+        """
+        made = make_report(self.folder, gpu_hour_price=gpu_hour_price, category=category)
+        return write_report(self.folder, made, str(output))
+
 
 def submit(input: str | Path | JobSpec, *, redis_url: str = "", **settings: Any) -> Job:
     """Check the input, make or continue its job folder, and enqueue what is missing.
@@ -275,6 +297,20 @@ def collect(
 ) -> Receipt:
     """Write a job's dataset. See `Job.collect`."""
     return _opened(job, store, redis_url).collect(output, format=format)
+
+
+def report(
+    job: str | Path | Job,
+    output: str | Path = "",
+    *,
+    gpu_hour_price: float | None = None,
+    category: str = CATEGORY,
+    store: str | Path = "",
+    redis_url: str = "",
+) -> JobReport:
+    """Write a page about a job. See `Job.report`."""
+    opened = _opened(job, store, redis_url)
+    return opened.report(output, gpu_hour_price=gpu_hour_price, category=category)
 
 
 def resume(

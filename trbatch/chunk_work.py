@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -108,6 +109,7 @@ class ChunkWork:
             task=manifest.task,
             worker=worker,
             attempts=self.lease.attempt,
+            finished_at=time.time(),
         )
 
     def _request(self, place: int) -> Request:

@@ -24,6 +24,7 @@ from trbatch.cli_output import (
     print_status,
     print_summary,
 )
+from trbatch.cli_reports import REPORT_COMMANDS
 from trbatch.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
@@ -31,6 +32,7 @@ from trbatch.errors import (
     Expired,
     JobFailed,
     TrbatchError,
+    Unreachable,
 )
 from trbatch.figures import Progress
 from trbatch.hooks import on_complete
@@ -38,7 +40,9 @@ from trbatch.logs import log_to_stderr
 from trbatch.outputs import check_output
 from trbatch.progress import Reporter, reporter
 from trbatch.results import Receipt
+from trbatch.watching import jobs_in
 
+NEWEST = 10  # jobs that `status` lists
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
@@ -199,10 +203,11 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
 def status_command(job: str | None, out: str, redis_url: str, as_json: bool) -> None:
     """How far JOB is, or what the queue holds.
 
-    Without JOB it lists the chunks that wait, by model, and the workers that live.
+    Without JOB it lists the chunks that wait, by model, the workers that live, and the newest jobs
+    of the store. `trbatch watch` shows the same live.
     """
     if job is None:
-        print_queue(redis_url, as_json=as_json)
+        print_queue(redis_url, _newest_jobs(out, redis_url), as_json=as_json)
         return
     print_status(api.status(job, store=out, redis_url=redis_url), as_json=as_json)
 
@@ -294,10 +299,19 @@ def server_status(as_json: bool) -> None:
     print_server(server.status(), as_json=as_json)
 
 
-for job_command in JOB_COMMANDS:
+for job_command in (*JOB_COMMANDS, *REPORT_COMMANDS):
     commands.add_command(job_command)
 commands.add_command(bench_group)
 commands.add_command(matrix_group)
+
+
+def _newest_jobs(store: str, redis_url: str) -> list[api.JobStatus]:
+    try:
+        newest = jobs_in(store, redis_url, unfinished=False, most=NEWEST)
+        return [job.status() for job in newest]
+    except Unreachable as error:  # of the storage: the queue can be shown all the same
+        click.echo(f"warning: jobs are not listed: {error.message}", err=True)
+        return []
 
 
 def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Receipt:

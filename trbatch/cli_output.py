@@ -19,12 +19,14 @@ from trbatch.connection import mask_url
 from trbatch.errors import TrbatchError
 from trbatch.figures import Progress
 from trbatch.job_status import JobStatus
+from trbatch.masking import printable
 from trbatch.moments import written
 from trbatch.progress import describe, duration
 from trbatch.pruning import Pruned
 from trbatch.queue import JobQueue
 from trbatch.results import Receipt
 from trbatch.server import ServerStatus
+from trbatch.team import Share
 
 logger = logging.getLogger("trbatch")
 
@@ -77,7 +79,7 @@ def print_summary(receipt: Receipt, progress: Progress, *, as_json: bool) -> Non
 
 
 def print_status(status: JobStatus, *, as_json: bool) -> None:
-    """How far a job is."""
+    """How far a job is, and who decodes it."""
     if as_json:
         print_json(status.to_dict())
         return
@@ -88,6 +90,8 @@ def print_status(status: JobStatus, *, as_json: bool) -> None:
         "job": status.id,
         "state": words,
         "progress": describe(status),
+        "speed-up": _number(status.progress.speedup, ".2f", "x over plain decoding"),
+        "decoding": duration(status.progress.busy_s),
         "chunks": f"{chunks.queued} queued, {chunks.started} running, {chunks.failed} failed",
         "priority": f"{status.priority}{behind}",
         "workers": str(status.workers),
@@ -110,6 +114,25 @@ def print_status(status: JobStatus, *, as_json: bool) -> None:
     for number, reason in status.failures.items():
         pairs[f"failed: chunk {number}"] = reason
     print_pairs(pairs)
+    if status.team:
+        click.echo()
+        print_rows(map(_share_record, status.team), "nobody")
+
+
+def _share_record(share: Share) -> dict[str, str]:
+    """A worker's part of a job as a line of a table."""
+    silent = share.last_rows_s
+    return {
+        "worker": printable(share.worker) or "(several)",
+        "state": printable(share.state) or "-",
+        "chunks": str(share.chunks),
+        "rows": f"{share.rows:,}",
+        "failed": f"{share.rows_failed:,}",
+        "tokens/s": _number(share.tokens_per_s, ",.0f"),
+        "acceptance": _number(share.mean_acceptance_length, ".2f"),
+        "speed-up": _number(share.speedup, ".2f", "x"),
+        "last rows": "-" if silent is None else f"{duration(silent)} ago",
+    }
 
 
 def print_pruned(done: Iterable[Pruned], *, dry_run: bool, as_json: bool) -> None:
@@ -125,14 +148,16 @@ def print_pruned(done: Iterable[Pruned], *, dry_run: bool, as_json: bool) -> Non
     click.echo(f"{freed / 2**20:,.1f} MiB {'would go, at most' if dry_run else 'freed'}")
 
 
-def print_queue(redis_url: str, *, as_json: bool) -> None:
-    """Which models' chunks wait, and which workers live."""
+def print_queue(redis_url: str, statuses: Iterable[JobStatus] = (), *, as_json: bool) -> None:
+    """Which models' chunks wait, which workers live, and how far these jobs are."""
+    found = list(statuses)
     with JobQueue.connect(redis_url) as jobs:
         queues = [dataclasses.asdict(queue) for queue in jobs.queues()]
         workers = [dataclasses.asdict(worker) for worker in jobs.workers()]
         url = mask_url(jobs.url)
     if as_json:
-        print_json({"redis_url": url, "queues": queues, "workers": workers})
+        jobs_found = [status.to_dict() for status in found]
+        print_json({"redis_url": url, "queues": queues, "workers": workers, "jobs": jobs_found})
         return
     for queue in queues:
         queue["model"] = "@".join(part for part in queue["model"].values() if part)
@@ -143,6 +168,25 @@ def print_queue(redis_url: str, *, as_json: bool) -> None:
         [{k: worker[k] for k in ("name", "state", "model", "chunks")} for worker in workers],
         "no worker lives; start one with: trbatch worker",
     )
+    if found:
+        click.echo()
+        print_rows(map(_job_record, found), "")
+
+
+def _job_record(status: JobStatus) -> dict[str, str]:
+    """A job as a line of a table."""
+    progress = status.progress
+    left = None if status.finished else progress.seconds_left
+    return {
+        "job": status.id,
+        "state": f"{status.state}, paused" if status.paused else status.state,
+        "rows": f"{progress.rows_done:,}/{progress.rows:,}",
+        "failed": f"{progress.rows_failed:,}",
+        "tokens/s": _number(progress.tokens_per_s, ",.0f"),
+        "acceptance": _number(progress.mean_acceptance_length, ".2f"),
+        "speed-up": _number(progress.speedup, ".2f", "x"),
+        "left": "-" if left is None else duration(left),
+    }
 
 
 def print_server(status: ServerStatus, *, as_json: bool) -> None:

@@ -22,6 +22,7 @@ from trbatch.joining import Index, Joiner
 from trbatch.retries import FOLDER as RETRIES
 from trbatch.schema import SCHEMA
 from trbatch.segments import FOLDER, footer, published, segment_name
+from trbatch.trace import Trace
 
 SEGMENT_ROWS = 65_536  # about; whoever reads one holds it in memory
 
@@ -48,7 +49,8 @@ def compact(job: JobFolder) -> int:
     asked = job.folder.names(RETRIES)
     index = Index.of(job)
     joiner = Joiner(job, index, passthrough.Schema({}))
-    spans = [span for _, span in job.ledger.footers()]
+    spans = [footer.span for footer in job.ledger.footers()]
+    trace = job.ledger.trace()  # of all, for the first of the new ones
     end = max(end for _, end in spans)
     busy = (end - covered_seconds(spans), end)
     facts = {key: ", ".join(values) for key, values in job.ledger.facts().items()}
@@ -56,7 +58,8 @@ def compact(job: JobFolder) -> int:
     made: dict[str, int] = {}  # rows of each new segment
     for number, tables in enumerate(_portions(joiner)):
         name = segment_name("compact", token, written + number)
-        metadata = footer(_figures(tables), busy if number == 0 else (end, end), facts)
+        span = busy if number == 0 else (end, end)
+        metadata = footer(_figures(tables), span, facts, Trace() if number else trace)
         made[name] = _write(job, name, pa.concat_tables(tables), metadata)
     if joiner.missing:
         _remove(job, FOLDER, list(made))

@@ -62,7 +62,7 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
             tally.count(group, errors)
         sink.close()
     failed = failed if failed and exists(failed) else ""
-    receipt = _receipt(job, place, failed, index, joiner, tally)
+    receipt = receipt_of(job, place, index, joiner, tally.figures, tally.keys, errors=failed)
     job.folder.write("stats.json", orjson.dumps(receipt.stats, option=orjson.OPT_INDENT_2))
     job.mark(complete=receipt.complete and not joiner.ended)
     return receipt
@@ -129,10 +129,24 @@ def _metadata(job: JobFolder) -> dict[str, str]:
     }
 
 
-def _receipt(
-    job: JobFolder, target: str, errors: str, index: Index, joiner: Joiner, tally: _Tally
+def receipt_of(
+    job: JobFolder,
+    target: str,
+    index: Index,
+    joiner: Joiner,
+    figures: Figures,
+    keys: RepeatCheck,
+    *,
+    errors: str = "",
 ) -> Receipt:
-    figures = tally.figures
+    """The receipt of the rows that `joiner` gave.
+
+    Args:
+        target: where the dataset lies.
+        errors: where rows without a text lie, if they do not lie there.
+        figures: sums over these rows.
+        keys: sample and id of each.
+    """
     receipt = Receipt(
         job=job.id,
         output=target,
@@ -144,9 +158,9 @@ def _receipt(
         rows_expired=joiner.expired,
         rows_missing=joiner.missing,
         duplicates=index.rows - len(index),
-        repeated=len(tally.keys.repeated()),
+        repeated=len(keys.repeated()),
     )
-    busy_s = covered_seconds(span for _, span in job.ledger.footers())
+    busy_s = covered_seconds(footer.span for footer in job.ledger.footers())
     stats = {
         "receipt": receipt.to_dict(),
         "rows_outdated": len(index) - joiner.used,

@@ -11,8 +11,9 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import TrbatchError
 from trbatch.flight import FlightRecord
 from trbatch.queue import ModelKey
+from trbatch.trace import Steps
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -127,6 +129,7 @@ class Finished:
     """Requests came to their end in one step."""
 
     completions: list[Completion]
+    steps: Steps = field(default_factory=dict)  # that the engine made since the last of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,7 @@ class EngineThread:
         self._engine: Engine | None = None
         self._flight = flight or FlightRecord.create()
         self._held: dict[Hashable, Request] = {}  # added and not answered, in this order
+        self._told: Counter[tuple[int, int]] = Counter()  # steps of the engine; see `trace.Steps`
         self._stopping = False
         self._saved_at = time.monotonic()
         self._looked_at = 0.0
@@ -281,11 +285,18 @@ class EngineThread:
         if completions:
             self._flight.pulse.finished(len(completions))
             self._let_go(completion.key for completion in completions)
-            self.events.put(Finished(completions))
+            self.events.put(Finished(completions, self._new_steps()))
         if not self._busy() or time.monotonic() - self._looked_at > STATS_S:
             self.stats, self._looked_at = self._engine.stats(), time.monotonic()
         if time.monotonic() - self._saved_at > self._save_s:
             self._save()
+
+    def _new_steps(self) -> Steps:
+        """The engine's steps by their kind since the last call."""
+        assert self._engine is not None, "only an engine finishes requests"
+        made = Counter(self._engine.stats().get("steps", {}))
+        told, self._told = self._told, made
+        return made - told
 
     def _busy(self) -> bool:
         return self._engine is not None and self._engine.unfinished > 0
@@ -294,6 +305,7 @@ class EngineThread:
         self._save()
         self._engine = None
         self._held.clear()
+        self._told.clear()
         gc.collect()  # the old weights must be gone before the new ones come
         begin = time.monotonic()
         try:

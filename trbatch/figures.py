@@ -107,7 +107,7 @@ class Progress:
     speedup: float | None
     busy_s: float  # seconds during which at least one worker decoded rows of this job
     tokens_per_s: float | None  # completion tokens over `busy_s`
-    seconds_left: float | None  # at the pace so far
+    seconds_left: float | None  # at the pace of late, with the tail; see `pace`
     rows_repetitive: int = 0  # that go round in circles, of those that are ok
 
     @property

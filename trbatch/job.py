@@ -32,11 +32,13 @@ from trbatch.errors import InputError
 from trbatch.figures import Figures, Progress, covered_seconds
 from trbatch.manifest import Manifest
 from trbatch.naming import MATRICES
+from trbatch.pace import recent_pace
 from trbatch.schema import Key
 from trbatch.segments import Ledger, SegmentWriter
 from trbatch.shaping import CHAT_ARGUMENTS
 from trbatch.storage import LocalFolder, folder
 from trbatch.submission import MANIFEST, MARKS, submit
+from trbatch.trace import Steps
 
 __all__ = ["ChunkRow", "JobFolder", "Key"]
 
@@ -208,6 +210,7 @@ class JobFolder:
         results: Sequence[Mapping[str, Any]],
         *,
         facts: Mapping[str, str] | None = None,
+        steps: Steps | None = None,
     ) -> str:
         """Write finished rows as one segment; they are safe when this returns.
 
@@ -215,11 +218,12 @@ class JobFolder:
             worker: who decoded them; part of the segment's name.
             results: result rows as `results.result_row` makes them, at least one.
             facts: what the dataset's metadata should say of the engine, e.g. its dtype.
+            steps: that the engine made since the segment before; see `trace.Steps`.
 
         Returns:
             the segment's file name.
         """
-        return self._segments.publish(worker, results, facts or {})
+        return self._segments.publish(worker, results, facts or {}, steps)
 
     def progress(self, *, exact: bool = False) -> Progress:
         """How far the job is. Reads only footers that it has not read yet.
@@ -230,16 +234,15 @@ class JobFolder:
         """
         footers = self.ledger.footers()
         figures = Figures()
-        for one, _ in footers:
-            figures.add(one)
+        for footer in footers:
+            figures.add(footer.figures)
         ok, failed = figures.rows_ok, figures.rows_failed
         asked = sum(self.manifest.chunk_samples)
         self.ledger.retries.refresh()
         if ok + failed >= asked or self.manifest.generation or self.ledger.retries:
             ok, failed = self.outcomes() if exact or self._count_is_due() else self._counted[1]
-        busy = covered_seconds(span for _, span in footers)
-        left = asked - ok - failed
-        paced = busy > 0 and ok + failed > 0
+        busy = covered_seconds(footer.span for footer in footers)
+        pace = recent_pace(footers)
         return Progress(
             rows=self.manifest.samples,
             rows_ok=ok,
@@ -254,7 +257,7 @@ class JobFolder:
             speedup=figures.speedup,
             busy_s=busy,
             tokens_per_s=figures.completion_tokens / busy if busy > 0 else None,
-            seconds_left=left * busy / (ok + failed) if paced else None,
+            seconds_left=None if pace is None else pace.seconds_for(asked - ok - failed),
         )
 
     def mark(self, *, complete: bool) -> None:

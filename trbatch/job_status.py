@@ -13,8 +13,9 @@ from trbatch.errors import Cancelled, Expired, JobFailed, TrbatchError
 from trbatch.figures import Progress
 from trbatch.job import JobFolder
 from trbatch.moments import written
-from trbatch.queue import Counts, JobQueue, ModelKey
+from trbatch.queue import Counts, JobQueue, ModelKey, WorkerInfo
 from trbatch.queue_control import ChunkLease, ahead, leases
+from trbatch.team import Share, team_of
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 
@@ -38,6 +39,7 @@ class JobStatus:
     deadline: float | None = None  # Unix seconds
     errors: Mapping[str, int] = field(default_factory=dict)  # failed rows by error code
     leases: Sequence[ChunkLease] = ()  # chunks in workers' hands
+    team: Sequence[Share] = ()  # who decodes it and who has
 
     @property
     def finished(self) -> bool:
@@ -53,6 +55,7 @@ class JobStatus:
             "failures": {str(chunk): reason for chunk, reason in self.failures.items()},
             "errors": dict(self.errors),
             "leases": [dataclasses.asdict(lease) for lease in self.leases],
+            "team": [dataclasses.asdict(share) for share in self.team],
         }
 
 
@@ -61,7 +64,7 @@ class _Seen:
     """What the queue says of a job."""
 
     chunks: Counts = field(default_factory=Counts)
-    workers: int = 0
+    workers: Sequence[WorkerInfo] | None = None  # None: it was not asked
     failures: Mapping[int, str] = field(default_factory=dict)
     leases: Sequence[ChunkLease] = ()
     ahead: int = 0
@@ -89,7 +92,7 @@ def job_status(job: JobFolder, redis_url: str) -> JobStatus:
         task=job.manifest.task,
         progress=_with_the_end(progress, state),
         chunks=seen.chunks,
-        workers=seen.workers,
+        workers=len(seen.workers or ()),
         failures=seen.failures,
         paused=control.hold == "paused" and state != "completed",
         priority=control.priority,
@@ -97,6 +100,7 @@ def job_status(job: JobFolder, redis_url: str) -> JobStatus:
         deadline=control.deadline,
         errors=_errors(job, progress, state),
         leases=seen.leases,
+        team=team_of(job.ledger.footers(), seen.workers),
     )
 
 
@@ -125,7 +129,7 @@ def _look(job: JobFolder, redis_url: str, control: Control) -> _Seen:
         model = str(ModelKey(job.manifest.model, job.manifest.revision))
         return _Seen(
             chunks=counts,
-            workers=sum(worker.model == model for worker in jobs.workers()),
+            workers=[worker for worker in jobs.workers() if worker.model == model],
             failures=jobs.failures(job.id) if counts.failed else {},
             leases=leases(jobs, job) if counts.started else (),
             ahead=ahead(jobs, job, control.priority) if counts.queued else 0,

@@ -18,7 +18,7 @@ from trbatch import chunks, passthrough
 from trbatch.control import DEADLINE, RowEnd
 from trbatch.job import JobFolder
 from trbatch.keymap import KeyMap
-from trbatch.schema import SCHEMA, Key, conformed
+from trbatch.schema import SCHEMA, Key, in_schema
 from trbatch.segments import consistently, read_outcomes, reading
 from trbatch.sinks import Group
 
@@ -170,7 +170,7 @@ class Joiner:
             name = self._index.names[number]
             with reading(self._job.folder, name) as file:
                 segment = pq.ParquetFile(file).read(use_threads=False)
-            pieces.append(conformed(segment.take(pa.array([row for row, _ in pairs]))))
+            pieces.append(in_schema(segment.take(pa.array([row for row, _ in pairs]))))
             order += [position for _, position in pairs]
         results = pa.concat_tables(pieces).take(pc.array_sort_indices(pa.array(order, pa.int64())))
         # A row may have moved in the input since it was decoded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from trbatch.backoff import Backoff
 from trbatch.engine.sequence import Completion
 from trbatch.errors import Unreachable
+from trbatch.trace import Steps
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -26,6 +28,7 @@ class Segments(Protocol):
         results: Sequence[Mapping[str, Any]],
         *,
         facts: Mapping[str, str] | None = None,
+        steps: Steps | None = None,
     ) -> str:
         """Write the rows as one immutable segment."""
         ...
@@ -38,6 +41,7 @@ class _Waiting:
     folder: Segments
     rows: list[dict[str, Any]]
     owners: list[Hashable]  # of each row: whom to tell
+    steps: Counter[tuple[int, int]]  # of the engine, since the segment before
     tries: Backoff = field(default_factory=Backoff)
 
 
@@ -56,14 +60,27 @@ class Publisher:
         self._every_s = every_s
         self._published = published
         self._waiting: dict[str, _Waiting] = {}
+        self._steps: dict[str, Counter[tuple[int, int]]] = {}  # that no row has followed yet
         self._last = time.monotonic()
         self.failures = 0  # tries to publish that failed, since the start
 
     def add(self, path: str, folder: Segments, row: dict[str, Any], owner: Hashable) -> None:
         """Keep a finished row of the job at `path`."""
-        waiting = self._waiting.setdefault(path, _Waiting(folder, [], []))
+        waiting = self._waiting.setdefault(path, _Waiting(folder, [], [], Counter()))
         waiting.rows.append(row)
         waiting.owners.append(owner)
+        if path in self._steps:
+            waiting.steps.update(self._steps.pop(path))
+
+    def count_steps(self, paths: Iterable[str], steps: Steps) -> None:
+        """Note steps that the engine made with rows of the jobs at these paths, for each of them.
+
+        Steps of a job that no row follows are forgotten with it.
+        """
+        busy = set(paths)
+        self._steps = {path: found for path, found in self._steps.items() if path in busy}
+        for path in busy:
+            self._steps.setdefault(path, Counter()).update(steps)
 
     @property
     def rows(self) -> int:
@@ -90,7 +107,9 @@ class Publisher:
             waiting = self._waiting[path]
             self._last = time.monotonic()
             try:
-                waiting.folder.publish(self._worker, waiting.rows, facts=self.facts)
+                waiting.folder.publish(
+                    self._worker, waiting.rows, facts=self.facts, steps=waiting.steps
+                )
             except (OSError, Unreachable) as error:
                 self._failed(path, waiting, error)
                 continue

@@ -17,7 +17,14 @@ __all__ = ["SCHEMA", "Receipt", "collect", "result_row", "schema_table"]
 
 
 def result_row(
-    completion: Completion, row: ChunkRow, *, model: str, task: str, worker: str, attempts: int
+    completion: Completion,
+    row: ChunkRow,
+    *,
+    model: str,
+    task: str,
+    worker: str,
+    attempts: int,
+    finished_at: float | None = None,
 ) -> dict[str, Any]:
     """The result row of a completion, one value a column of `SCHEMA`; None where undefined.
 
@@ -43,6 +50,7 @@ def result_row(
         "model": model,
         "task": task,
         "worker": worker,
+        "finished_at": finished_at,
         "queued_s": completion.queued_s,
         "prefill_s": completion.prefill_s,
         "decode_s": completion.decode_s,

@@ -31,6 +31,7 @@ _COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("model", pa.string(), "the model that wrote the text"),
     ("task", pa.string(), "whose shared matrix the drafts came from"),
     ("worker", pa.string(), "the worker that decoded the row"),
+    ("finished_at", pa.float64(), "when the row was done, Unix time in seconds"),
     ("queued_s", pa.float64(), "seconds in the engine before the first prefill step"),
     ("prefill_s", pa.float64(), "seconds of prefill"),
     ("decode_s", pa.float64(), "seconds of the decode steps that the row took part in"),
@@ -64,13 +65,14 @@ Key = tuple[str, str, int]
 KEY_COLUMNS = ("custom_id", "request_fingerprint", "sample_index")
 
 
-def conformed(table: pa.Table) -> pa.Table:
-    """Results in the columns of today: those that came later are null in older segments."""
+def in_schema(table: pa.Table) -> pa.Table:
+    """Result rows with the columns of `SCHEMA`: what an earlier version did not write is null."""
+    present = set(table.column_names)
     columns = [
-        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        table.column(field.name) if field.name in present else pa.nulls(table.num_rows, field.type)
         for field in SCHEMA
     ]
-    return pa.table(columns, SCHEMA.names).cast(SCHEMA)
+    return pa.table(columns, names=SCHEMA.names).cast(SCHEMA)
 
 
 def schema_table() -> str:

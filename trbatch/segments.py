@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import orjson
 import pyarrow as pa
@@ -26,6 +26,7 @@ from trbatch.naming import slug
 from trbatch.retries import Retries
 from trbatch.schema import KEY_COLUMNS, SCHEMA, Key
 from trbatch.storage import Folder
+from trbatch.trace import Steps, Trace
 
 FOLDER = "segments"
 T = TypeVar("T")
@@ -33,6 +34,7 @@ T = TypeVar("T")
 _FIGURES = b"trbatch.figures"
 _SPAN = b"trbatch.span"
 _FACTS = b"trbatch.facts"
+_TRACE = b"trbatch.trace"
 _NOT_DONE = frozenset({"cancelled", ""})
 
 
@@ -46,15 +48,22 @@ class SegmentWriter:
         self._last = 0  # microseconds
 
     def publish(
-        self, worker: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]
+        self,
+        worker: str,
+        rows: Sequence[Mapping[str, Any]],
+        facts: Mapping[str, str],
+        steps: Steps | None = None,
     ) -> str:
-        """Write one segment. Returns its file name."""
+        """Write one segment. Returns its file name. `steps`: of the engine since the last one."""
         assert rows, "a segment holds at least one row"
         unknown = set().union(*rows) - set(SCHEMA.names)
         assert not unknown, f"no such result columns: {sorted(unknown)}"
         ended = max(int(self._now() * 1e6), self._last + 1)
-        span = (self._started(rows, ended), ended / 1e6)
-        metadata = footer(Figures.of(rows), span, facts)
+        longest = max((r.get("prefill_s") or 0.0) + (r.get("decode_s") or 0.0) for r in rows)
+        # The work on these rows began so long ago, but not before the segment before.
+        span = (max(ended / 1e6 - longest, self._last / 1e6), ended / 1e6)
+        trace = Trace.of(worker, span, steps or {}, longest)
+        metadata = footer(Figures.of(rows), span, facts, trace)
         table = pa.Table.from_pylist(list(rows), SCHEMA).replace_schema_metadata(metadata)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
@@ -63,14 +72,9 @@ class SegmentWriter:
         self._last = ended
         return name
 
-    def _started(self, rows: Sequence[Mapping[str, Any]], ended: int) -> float:
-        """When the work on these rows began, but not before the segment before."""
-        longest = max((r.get("prefill_s") or 0.0) + (r.get("decode_s") or 0.0) for r in rows)
-        return max(ended / 1e6 - longest, self._last / 1e6)
-
 
 def footer(
-    figures: Figures, span: tuple[float, float], facts: Mapping[str, str]
+    figures: Figures, span: tuple[float, float], facts: Mapping[str, str], trace: Trace
 ) -> dict[bytes, bytes]:
     """What a segment's file says of itself.
 
@@ -78,11 +82,13 @@ def footer(
         figures: sums over its rows.
         span: when the work on them began and ended, Unix seconds.
         facts: of the engine, e.g. its dtype.
+        trace: which workers, when, and in what steps.
     """
     return {
         _FIGURES: orjson.dumps(figures.to_dict()),
         _SPAN: orjson.dumps(span),
         _FACTS: orjson.dumps(dict(facts)),
+        _TRACE: trace.to_json(),
     }
 
 
@@ -132,6 +138,15 @@ def reading(job: Folder, name: str) -> Iterator[BinaryIO]:
         ) from error
 
 
+class Footer(NamedTuple):
+    """What one segment says of itself."""
+
+    figures: Figures
+    span: tuple[float, float]  # when the work on its rows began and ended, Unix seconds
+    worker: str  # "" if several
+    longest_s: float  # prefill and decoding of the row that took longest
+
+
 class Ledger:
     """What the segments of a job hold; each segment is read once, however often one asks.
 
@@ -143,7 +158,7 @@ class Ledger:
         self._job = job
         self._outcomes = KeyMap()  # 0: succeeded, 1: failed
         self._read: set[str] = set()
-        self._footers: dict[str, tuple[Figures, tuple[float, float]]] = {}
+        self._footers: dict[str, Footer] = {}
         self._failures: dict[str, Counter[str]] = {}
         self.retries = Retries(job)
 
@@ -182,17 +197,27 @@ class Ledger:
         """Rows that are done, outdated ones included, by the last `refresh`."""
         return len(self._outcomes)
 
-    def footers(self) -> list[tuple[Figures, tuple[float, float]]]:
-        """Of each segment: the sums over its rows, and when the work on them began and ended."""
+    def footers(self) -> list[Footer]:
+        """Of each segment what it says of itself, oldest first."""
         return [footer for _, footer in consistently(self.names, self._named_footers)]
 
-    def _named_footers(
-        self, names: list[str]
-    ) -> list[tuple[str, tuple[Figures, tuple[float, float]]]]:
+    def trace(self) -> Trace:
+        """Which workers worked on the rows, when, and in what steps; reads every footer anew."""
+
+        def read(names: list[str]) -> Trace:
+            trace = Trace()
+            for name in names:
+                with reading(self._job, name) as file:
+                    trace.add(_trace_in(name, pq.read_metadata(file).metadata))
+            return trace
+
+        return consistently(self.names, read)
+
+    def _named_footers(self, names: list[str]) -> list[tuple[str, Footer]]:
         for name in names:
             if name not in self._footers:
                 with reading(self._job, name) as file:
-                    self._footers[name] = _read_footer(file)
+                    self._footers[name] = _read_footer(name, file)
         return [(name, self._footers[name]) for name in names]
 
     def failures(self) -> dict[str, Counter[str]]:
@@ -205,8 +230,8 @@ class Ledger:
 
     def _failures_in(self, names: list[str]) -> dict[str, Counter[str]]:
         found = {}
-        for name, (figures, _) in self._named_footers(names):
-            if not figures.rows_failed:
+        for name, footer in self._named_footers(names):
+            if not footer.figures.rows_failed:
                 continue
             if name not in self._failures:
                 with reading(self._job, name) as file:
@@ -249,7 +274,19 @@ def _failed_codes(file: BinaryIO) -> list[str]:
     return [code or "" for reason, code in pairs if reason == "error"]
 
 
-def _read_footer(file: BinaryIO) -> tuple[Figures, tuple[float, float]]:
+def _read_footer(name: str, file: BinaryIO) -> Footer:
     metadata = pq.read_metadata(file).metadata
     start, end = orjson.loads(metadata[_SPAN])
-    return Figures(**orjson.loads(metadata[_FIGURES])), (start, end)
+    trace = _trace_in(name, metadata)
+    worker = next(iter(trace.spans)) if len(trace.spans) == 1 else ""
+    return Footer(
+        Figures(**orjson.loads(metadata[_FIGURES])), (start, end), worker, trace.longest_s
+    )
+
+
+def _trace_in(name: str, metadata: Mapping[bytes, bytes]) -> Trace:
+    """The trace of a segment; of one without, which an earlier version wrote, only when."""
+    if _TRACE in metadata:
+        return Trace.from_json(metadata[_TRACE])
+    start, end = orjson.loads(metadata[_SPAN])
+    return Trace.of(name.rsplit("-", 2)[0], (start, end), {}, 0.0)

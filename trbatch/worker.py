@@ -344,7 +344,9 @@ class BatchWorker:
 
     def _heed(self, event: Event) -> None:
         match event:
-            case Finished(completions):
+            case Finished(completions, steps):
+                paths = [work.lease.folder for work in self.chunks.values()]
+                self._publisher.count_steps(paths, steps)
                 for completion in completions:
                     self._row_done(completion)
             case Changes() | Whole():

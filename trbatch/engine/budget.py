@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 
 from trbatch.engine.costs import TIMED_SIZES, CostTable
 from trbatch.engine.curve import STEP_SIZES, Curve
+from trbatch.trace import step_kind
 
 # Steps between plain ones, which keep the baseline honest: the less drafting gains, the less one
 # costs and the more depends on it. (gain below which, steps)
@@ -49,9 +51,17 @@ class Budget:
         self._gain = 1.0  # expected of the last drafts over plain decoding, smoothed
         self._steps = self._misses = self._pause = 0
         self.usual_size = float(most)  # tokens a step and sequence, of the last 30 steps or so
-        self.chosen: dict[int, int] = {}  # tokens a sequence, rounded -> steps
+        self.steps: Counter[tuple[int, int]] = Counter()  # that were made; see `trace.Steps`
         self._curve = Curve()
         self._size = 0  # of the last step that was chosen whole
+
+    @property
+    def chosen(self) -> dict[int, int]:
+        """Steps by the tokens of each of their sequences, rounded."""
+        found: Counter[int] = Counter()
+        for (_, size), count in self.steps.items():
+            found[size] += count
+        return dict(found)
 
     def wants_draft(self) -> bool:
         """Whether this step should look for drafts at all."""
@@ -125,8 +135,7 @@ class Budget:
         """Learn from a step that was made: its tokens in all and its time."""
         size = tokens / batch
         self.usual_size += _SIZE_STEP * (size - self.usual_size)
-        rounded = round(size)
-        self.chosen[rounded] = self.chosen.get(rounded, 0) + 1
+        self.steps[step_kind(batch, size)] += 1
         kind = _kind(batch, size)
         found = math.log(seconds / self._costs.seconds(batch, size, context))
         if self._pace is None:

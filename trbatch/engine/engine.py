@@ -362,6 +362,7 @@ class Engine:
             "prefix_hit_tokens": self._prefixes.hit_tokens,
             "preemptions": self._scheduler.preemptions,
             "tree_sizes": dict(sorted(self.budget.chosen.items())),
+            "steps": dict(self.budget.steps),
             "kv_pages": self._cache.pool.pages,
             "kv_pages_used": self._cache.pool.pages - self._cache.pool.free,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
