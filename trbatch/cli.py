@@ -36,6 +36,7 @@ from trbatch.figures import Progress
 from trbatch.hooks import on_complete
 from trbatch.logs import log_to_stderr
 from trbatch.outputs import check_output
+from trbatch.profiles import NONE
 from trbatch.progress import Reporter, reporter
 from trbatch.results import Receipt
 
@@ -105,7 +106,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     log_to_stderr("WARNING", settings["log_format"])
     spec = options.job_spec(input, settings)
     engine = options.engine_config(settings)  # wrong values are told before anything is enqueued
-    check_output(settings["output"], os.path.abspath(input), settings["format"])
+    check_output(spec.output, os.path.abspath(spec.input), settings["format"])
     job = api.submit(spec, redis_url=settings["redis_url"])
     manifest = job.folder.manifest
     worker = dataclasses.asdict(engine) | {
@@ -115,6 +116,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
         "gpu": settings["gpu"],
         "burst": True,
         "log_format": settings["log_format"],
+        "profile": NONE,  # the engine's options are all of this command's
     }
     arguments = options.arguments_for(worker_command, worker)
     try:
@@ -141,8 +143,9 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
 def submit_command(input: str, **settings: Any) -> None:
     """Check INPUT and enqueue it. Prints the job's id alone on stdout.
 
-    INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages'. The same
-    command again continues the same job: of an input that has grown, only the new rows are decoded.
+    INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages', or a job
+    spec: a .toml file with a job's settings, over which flags win. The same command again continues
+    the same job: of an input that has grown, only the new rows are decoded.
     """
     log_to_stderr("WARNING", settings["log_format"])
     job = api.submit(options.job_spec(input, settings), redis_url=settings["redis_url"])
@@ -152,6 +155,7 @@ def submit_command(input: str, **settings: Any) -> None:
 
 
 @commands.command("worker", **options.example("trbatch worker --gpu 0"))
+@options.profile_option
 @options.model_options
 @options.engine_options
 @options.worker_options
