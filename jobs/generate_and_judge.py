@@ -2,10 +2,10 @@
 
     python jobs/generate_and_judge.py prompts.jsonl judged.parquet --judge-model org/bigger
 
-Every row of the input is in the dataset once: the answer's columns, and behind them `verdict` (what
-the judge said) and `score` (the number in it, from 1 to 5; absent where there is none). Rows without
-an answer are not judged. The same command again continues both jobs. Workers must run already (see
-`workers/`); one without --model changes the model between the stages by itself.
+Every row of the input is in the dataset once: the answer's columns, and behind them `verdict`
+(what the judge said) and `score` (the number in it, from 1 to 5; absent where there is none). Rows
+without an answer are not judged. The same command again continues both jobs. Workers must run
+already (see `workers/`); one without --model changes the model between the stages by itself.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def score_of(verdict: str | None) -> int | None:
 
 def judged(answers: pa.Table, verdicts: pa.Table) -> pa.Table:
     """The answers with what the judge said of each, in their order."""
-    said = dict(
-        zip(verdicts["custom_id"].to_pylist(), verdicts["text"].to_pylist(), strict=True)
-    )
+    said = dict(zip(verdicts["custom_id"].to_pylist(), verdicts["text"].to_pylist(), strict=True))
     keys = zip(*(answers[name].to_pylist() for name in KEY), strict=True)
     texts = [said.get(f"{custom_id}/{sample}") for custom_id, sample in keys]
     scores = [score_of(text) for text in texts]

@@ -190,7 +190,6 @@ worker_options = grouped(
 )
 
 
-
 def _apply_profile(context: click.Context, option: click.Parameter, given: str) -> str:
     """Make what the profile and trbatch.toml say the defaults of the command's other options.
 

@@ -45,7 +45,9 @@ def find(profile: str) -> Path:
     if "/" in profile or profile.endswith(".toml"):
         return Path(profile).expanduser()
     close = difflib.get_close_matches(profile, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}; or give a path"
+    hint = (
+        f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}; or give a path"
+    )
     raise UsageError(f"there is no profile {profile!r}", hint=hint)
 
 
