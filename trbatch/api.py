@@ -172,7 +172,7 @@ class Job:
             How many rows are to be decoded again.
 
         Raises:
-            UsageError: the job is held, or chunks of it are running now.
+            UsageError: the job is paused, cancelled or past its deadline.
         """
         return control_verbs.retry(self.folder, self.redis_url, codes)
 
