@@ -12,11 +12,12 @@ import redis
 from echo_worker import EchoEngine
 
 from trbatch import api, holds
+from trbatch.chunk_lease import Lease
 from trbatch.control import CONTROL, Control
 from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import Cancelled, Expired, JobFailed, UsageError
 from trbatch.job import JobFolder
-from trbatch.lease import Lease, LeaseWorker
+from trbatch.lease import LeaseWorker
 from trbatch.queue import JobQueue
 from trbatch.queue_control import leases
 from workers import submit, wait_for, work, working

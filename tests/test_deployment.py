@@ -22,7 +22,7 @@ import yaml
 
 from trbatch import cli, gpus, supervisor
 from trbatch.config import WorkerConfig
-from trbatch.queue import ModelKey
+from trbatch.queue_names import ModelKey
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from trbatch.chunk_lease import BadChunk, Lease
 from trbatch.chunks import ChunkRow
 from trbatch.confinement import Confinement
 from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import TrbatchError, UsageError
 from trbatch.job import JobFolder
-from trbatch.lease import BadChunk, Lease
-from trbatch.queue import ModelKey
+from trbatch.queue_names import ModelKey
 from trbatch.results import result_row
 from trbatch.suspects import ALONE, Suspects
 

@@ -21,7 +21,7 @@ from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import TrbatchError
 from trbatch.flight import FlightRecord
-from trbatch.queue import ModelKey
+from trbatch.queue_names import ModelKey
 
 logger = logging.getLogger("trbatch.worker")
 

@@ -13,8 +13,9 @@ from trbatch.errors import Cancelled, Expired, JobFailed, TrbatchError
 from trbatch.figures import Progress
 from trbatch.job import JobFolder
 from trbatch.moments import written
-from trbatch.queue import Counts, JobQueue, ModelKey
+from trbatch.queue import Counts, JobQueue
 from trbatch.queue_control import ChunkLease, ahead, leases
+from trbatch.queue_names import ModelKey
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 

@@ -19,6 +19,7 @@ from trbatch import server
 from trbatch.aftermath import settle_broken
 from trbatch.backoff import Backoff
 from trbatch.chunk_job import ChunkQueue
+from trbatch.chunk_lease import BadChunk, Lease
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
 from trbatch.confinement import Confinement
@@ -40,11 +41,12 @@ from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, Wor
 from trbatch.flight import FlightRecord
 from trbatch.holds import Holds, asked_again, requeue_if_wanted
 from trbatch.job import JobFolder
-from trbatch.lease import BadChunk, Lease, LeaseWorker
+from trbatch.lease import LeaseWorker
 from trbatch.metrics import Metrics, Moment, metrics_on
 from trbatch.naming import worker_name
 from trbatch.publishing import Publisher
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 from trbatch.recovery import Witness
 from trbatch.sharing import Sharing
 from trbatch.stopping import Stops, signals_to
