@@ -282,7 +282,7 @@ class LeaseWorker(SimpleWorker):
         self.fail(lease, BadChunk("stopped on request"))
         self._stopped_job_id = None
 
-    def handlepayload_of(self, message: dict[Any, Any]) -> None:
+    def handle_payload(self, message: dict[Any, Any]) -> None:
         """Take a command from rq's channel; called in rq's own thread, so only put aside."""
         try:
             command = parse_payload(message)
