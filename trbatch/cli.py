@@ -97,7 +97,7 @@ def main() -> None:
 @options.json_option
 @click.pass_context
 def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
-    """Submit INPUT, decode it here, and collect it.
+    """Submit INPUT, decode it here, and collect it. INPUT is what `trbatch submit` takes.
 
     A job that was cancelled meanwhile, or was not done by its --deadline, is collected as well.
     """
