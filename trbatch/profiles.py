@@ -72,8 +72,9 @@ def settings(
     if project.is_file():
         file = TomlFile.read(project)
         own = _checked(file, {**defaults, "profile": ""}, WORKER)
-        if named := own.pop("profile", None):
-            found |= _profile(str(named[1]), defaults)
+        named = str(own.pop("profile", (file, ""))[1])
+        if named not in ("", NONE):
+            found |= _profile(named, defaults)
         found |= own
     return found | (_profile(profile, defaults) if profile else {})
 
