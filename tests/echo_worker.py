@@ -20,7 +20,7 @@ from typing import Any
 from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import WorkerError
-from trbatch.queue import ModelKey
+from trbatch.queue_names import ModelKey
 
 
 class EchoEngine:

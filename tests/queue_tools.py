@@ -13,8 +13,10 @@ import redis
 
 from trbatch import lease as lease_module
 from trbatch.chunk_job import ChunkQueue
-from trbatch.lease import Lease, LeaseWorker
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.chunk_lease import Lease
+from trbatch.lease import LeaseWorker
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 
 MODEL = ModelKey("maker/model")
 

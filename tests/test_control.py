@@ -12,11 +12,12 @@ import redis
 from echo_worker import EchoEngine
 
 from trbatch import api, holds
+from trbatch.chunk_lease import Lease
 from trbatch.control import CONTROL, Control
 from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import Cancelled, Expired, JobFailed, UsageError
 from trbatch.job import JobFolder
-from trbatch.lease import Lease, LeaseWorker
+from trbatch.lease import LeaseWorker
 from trbatch.queue import JobQueue
 from trbatch.queue_control import leases
 from workers import submit, wait_for, work, working
@@ -368,25 +369,63 @@ def test_a_row_that_fails_again_has_failed_again(tmp_path: Path) -> None:
         assert status.errors == {"poison": 2, "flaky": 2}
 
 
-def test_a_retry_that_a_running_chunk_would_not_see_is_refused(tmp_path: Path) -> None:
+def test_rows_of_a_running_chunk_are_retried_when_it_is_through(tmp_path: Path) -> None:
     rows = [*BAD, *({"prompt": f"later {i}"} for i in range(40))]
     job = submit(tmp_path, rows, chunk_size=50)
-    with working(Moody(0.1)):
+    engine = Moody(0.1)
+    with working(engine):
         wait_for(lambda: job.status().progress.rows_failed)
-        with pytest.raises(UsageError, match="chunks of job job are running"):
-            job.retry()
+        assert job.status().chunks.started == 1
+        engine.willing = True
+        assert job.retry(["flaky"]) == 2
+        states = set()
+        wait_for(lambda: states.add(state := job.status().state) or state == "completed")
+        assert states <= {"in_progress", "completed"}, "never failed in between"
+    assert job.status().errors == {"poison": 2}
+    receipt = job.collect()
+    assert (receipt.rows_ok, receipt.rows_failed, receipt.duplicates) == (42, 2, 0)
+
+
+def test_a_retry_between_the_end_of_a_chunk_and_its_letting_go_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(tmp_path, BAD)
+    engine = Moody()
+    finish = LeaseWorker.finish
+    retried: list[int] = []
+
+    def finish_late(leases: LeaseWorker, *arguments: Any) -> bool:
+        if not retried:  # the chunk still counts as running
+            engine.willing = True
+            retried.append(job.retry())
+        return finish(leases, *arguments)
+
+    monkeypatch.setattr(LeaseWorker, "finish", finish_late)
+    work(engine)
+    assert retried == [4]
+    receipt = job.collect()
+    assert (receipt.rows_ok, receipt.rows_failed, receipt.complete) == (4, 0, True)
+
+
+def test_a_retry_of_a_held_job_is_refused(tmp_path: Path) -> None:
+    job = submit(tmp_path, BAD)
     job.pause()
     with pytest.raises(UsageError, match="paused"):
         job.retry()
 
 
-def test_a_folder_that_was_open_before_sees_the_retry(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["missing", "progress", "failures"])
+def test_a_folder_that_was_open_before_sees_the_retry(tmp_path: Path, first: str) -> None:
     job = submit(tmp_path, BAD)
     work(Moody())
     watcher = JobFolder.open(job.path)
     assert watcher.missing(0) == []
     assert watcher.progress().complete
     job.retry(["poison"])
+    if first == "progress":
+        assert watcher.progress().rows_done == 2
+    elif first == "failures":
+        assert sum(sum(codes.values()) for codes in watcher.ledger.failures().values()) == 2
     assert [row.custom_id for row, _ in watcher.missing(0)] == ["b0", "b2"]
     assert watcher.progress().rows_done == 2
 

@@ -30,10 +30,11 @@ from worker_tools import Background, Loaded, expected, make_job, rows_of, texts_
 
 from trbatch import cli, server
 from trbatch.chunk_job import LARGEST, ChunkJob, inflated
+from trbatch.chunk_lease import BadChunk
 from trbatch.confinement import Confinement
 from trbatch.job import JobFolder
-from trbatch.lease import BadChunk
-from trbatch.queue import FUNCTION, MODELS_KEY, JobQueue, ModelKey
+from trbatch.queue import FUNCTION, MODELS_KEY, JobQueue
+from trbatch.queue_names import ModelKey
 
 MODEL = ModelKey("maker/echo")
 

@@ -12,7 +12,8 @@ from rq.serializers import JSONSerializer
 
 from trbatch import lease as lease_module
 from trbatch.lease import LeaseWorker
-from trbatch.queue import RETRIES, JobQueue, chunk_id
+from trbatch.queue import RETRIES, JobQueue
+from trbatch.queue_names import chunk_id
 
 
 def test_a_failing_chunk_comes_back_until_its_retries_are_used_up(

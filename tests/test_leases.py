@@ -18,9 +18,11 @@ from trbatch import flight as flight_module
 from trbatch import lease as lease_module
 from trbatch import recovery
 from trbatch.chunk_job import ChunkQueue
+from trbatch.chunk_lease import Lease
 from trbatch.flight import FlightRecord
-from trbatch.lease import Lease, LeaseWorker
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.lease import LeaseWorker
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 from trbatch.suspects import Suspects
 
 

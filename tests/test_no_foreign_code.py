@@ -15,7 +15,7 @@ import torch
 from trbatch import models, worker
 from trbatch.config import JobSpec, WorkerConfig
 from trbatch.errors import ModelError
-from trbatch.queue import ModelKey
+from trbatch.queue_names import ModelKey
 
 PACKAGE = Path(models.__file__).parent
 # Modules and functions that turn data into code, and the option that lets a shell do it.

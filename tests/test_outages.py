@@ -17,7 +17,8 @@ from trbatch import server
 from trbatch.errors import Unreachable
 from trbatch.job import JobFolder
 from trbatch.lease import LeaseWorker
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 from trbatch.results import collect
 from trbatch.worker import BatchWorker
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import importlib.util
 import json
 import re
@@ -96,8 +95,11 @@ def test_every_dependency_is_pinned_for_demo_and_ci() -> None:
 
 
 def test_only_trbatch_is_packaged() -> None:
-    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["trbatch"]}
-    for folder in ("jobs", "workers", "tests"):
+    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"] == {
+        "packages": ["trbatch"],
+        "force-include": {"workers/profiles": "trbatch/worker_profiles"},
+    }
+    for folder in ("jobs", "workers", "tests", "docker"):
         assert not (ROOT / folder / "__init__.py").exists()
 
 
@@ -155,21 +157,6 @@ def test_the_nightly_script_tells_what_went_wrong_and_how_to_cure_it(
 ) -> None:
     assert nightly().main([str(tmp_path / "missing.jsonl"), "out.parquet"]) == 2
     assert "missing.jsonl" in capsys.readouterr().err
-
-
-def test_the_systemd_unit_runs_a_command_that_the_command_line_understands() -> None:
-    unit = configparser.ConfigParser(interpolation=None, strict=True)
-    unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(ROOT / "workers" / "trbatch-worker@.service")
-    service = unit["Service"]
-    program, name, *arguments = service["ExecStart"].replace("%i", "0").split()
-    assert (Path(program).name, name) == ("trbatch", "worker")
-    above = click.Context(cli.commands, **cli.commands.context_settings)
-    context = cli.worker_command.make_context("worker", arguments, parent=above)
-    assert context.params["gpu"] == "0"
-    assert service["SuccessExitStatus"] == str(cli.TERMINATED)
-    assert service["KillSignal"] == "SIGTERM"
-    assert set(unit.sections()) == {"Unit", "Service", "Install"}
 
 
 def test_make_has_the_targets_and_ci_calls_them() -> None:

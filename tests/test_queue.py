@@ -12,7 +12,8 @@ from rq.serializers import JSONSerializer
 
 from trbatch.chunk_job import ChunkJob
 from trbatch.lease import LeaseWorker
-from trbatch.queue import FUNCTION, RETRIES, JobQueue, ModelKey, chunk_id
+from trbatch.queue import FUNCTION, RETRIES, JobQueue
+from trbatch.queue_names import ModelKey, chunk_id
 
 
 def test_chunks_come_out_in_order_and_end_as_finished(jobs: JobQueue, worker: LeaseWorker) -> None:

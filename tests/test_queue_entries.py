@@ -14,8 +14,10 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
 from trbatch.chunk_job import ChunkJob
-from trbatch.lease import BadChunk, LeaseWorker
-from trbatch.queue import FUNCTION, JobQueue, chunk_id
+from trbatch.chunk_lease import BadChunk
+from trbatch.lease import LeaseWorker
+from trbatch.queue import FUNCTION, JobQueue
+from trbatch.queue_names import chunk_id
 
 
 def push(jobs: JobQueue, job: ChunkJob) -> None:

@@ -16,7 +16,8 @@ from supervised import MODEL, Supervised, rows_of, submit, supervised, wait_for
 from trbatch import recovery
 from trbatch.chunk_job import ChunkQueue
 from trbatch.job import JobFolder
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 from trbatch.results import collect
 
 

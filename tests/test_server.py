@@ -20,7 +20,7 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
-from trbatch import cli, server, server_place
+from trbatch import cli, server, server_place, server_process
 from trbatch.errors import Unreachable, UsageError
 
 
@@ -45,7 +45,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 def wait_until_gone(pid: int) -> None:
     deadline = time.monotonic() + 10
-    while server._alive(pid):
+    while server_process.alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -244,7 +244,7 @@ def test_a_folder_of_somebody_else_is_refused(home: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "ANSWER_LIMIT_S", 0.2)
+    monkeypatch.setattr(server_process, "ANSWER_LIMIT_S", 0.2)
     monkeypatch.setattr(server, "START_LIMIT_S", 0.5)
 
 
@@ -268,7 +268,7 @@ def test_a_server_that_hangs_gets_no_second_one_beside_it(home: Path, impatient:
 def test_a_server_that_comes_back_while_one_waits_is_used(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "ANSWER_LIMIT_S", 0.2)
+    monkeypatch.setattr(server_process, "ANSWER_LIMIT_S", 0.2)
     status = server.start()
     with stopped(status.pid):
         threading.Timer(0.6, os.kill, (status.pid, signal.SIGCONT)).start()
@@ -281,7 +281,7 @@ def test_stop_ends_a_server_that_hangs(home: Path, impatient: None) -> None:
         connection.set("key", "value")
     with stopped(status.pid):
         assert server.stop()
-        assert not server._alive(status.pid)
+        assert not server_process.alive(status.pid)
     assert server.status().state == "not running"
     with client(server.ensure()) as connection:
         assert connection.get("key") == b"value"
@@ -302,7 +302,7 @@ def test_stop_kills_a_server_that_heeds_no_request(
         while server.status().answering:
             pass
         assert server.stop()
-    assert not server._alive(status.pid)
+    assert not server_process.alive(status.pid)
     assert "does not heed SIGTERM and is killed" in caplog.text
     assert server.status().state == "not running"
     with client(server.ensure()) as connection:
@@ -315,7 +315,7 @@ def test_a_server_whose_socket_was_removed_gets_no_second_one(home: Path, impati
     with pytest.raises(Unreachable, match="does not answer"):
         server.start()
     assert server.stop()
-    assert not server._alive(status.pid)
+    assert not server_process.alive(status.pid)
 
 
 def test_a_number_that_another_process_has_by_now_is_nobody(home: Path) -> None:
@@ -349,17 +349,17 @@ def test_a_server_that_loads_its_log_is_waited_for(
     slow.write_text(f'#!/bin/sh\nexec "{server_place.server_binary()}" "$@" {options}\n')
     slow.chmod(0o755)
     monkeypatch.setenv("TRBATCH_SERVER", str(slow))
-    answers: set[server._Answer] = set()
+    answers: set[server_process.Answer] = set()
     found: list[server.ServerStatus] = []
     starters = [threading.Thread(target=lambda: found.append(server.start())) for _ in range(2)]
     for starter in starters:
         starter.start()
     while not found:
-        answers.add(server._answer(status.url))
+        answers.add(server_process.answer_of(status.url))
         time.sleep(0.01)
     for starter in starters:
         starter.join()
-    assert server._Answer.BUSY in answers, "else this test shows nothing"
+    assert server_process.Answer.BUSY in answers, "else this test shows nothing"
     assert len({one.pid for one in found}) == 1
     with client(server.ensure()) as connection:
         assert connection.dbsize() == 40

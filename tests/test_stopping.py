@@ -11,30 +11,9 @@ import pytest
 
 from trbatch import gpus
 from trbatch.errors import UsageError
-from trbatch.stopping import Stops, next_time
+from trbatch.stopping import Stops
 
 NOW = datetime.datetime(2026, 11, 22, 23, 30)
-
-
-@pytest.mark.parametrize(
-    ("text", "when"),
-    [
-        ("07:00", "2026-11-23T07:00"),
-        ("7:00", "2026-11-23T07:00"),
-        ("23:45", "2026-11-22T23:45"),
-        ("23:30", "2026-11-23T23:30"),
-        ("00:00", "2026-11-23T00:00"),
-        ("2026-11-20T07:00:30", "2026-11-20T07:00:30"),
-    ],
-)
-def test_an_hour_is_the_next_one_on_the_clock(text: str, when: str) -> None:
-    assert next_time(text, NOW) == datetime.datetime.fromisoformat(when)
-
-
-@pytest.mark.parametrize("text", ["seven", "24:01", "7", "07:60", "2026-13-01T00:00", "-1:00"])
-def test_what_is_no_hour_is_told_what_one_looks_like(text: str) -> None:
-    with pytest.raises(UsageError, match="07:00"):
-        next_time(text, NOW)
 
 
 class Clock:

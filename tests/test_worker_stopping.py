@@ -22,7 +22,8 @@ from worker_tools import (
 )
 
 from trbatch.job import JobFolder
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 from trbatch.worker import BatchWorker, run_worker
 
 

@@ -11,7 +11,7 @@ import time
 
 from trbatch.config import WorkerConfig
 from trbatch.engine_thread import Engine
-from trbatch.queue import ModelKey
+from trbatch.queue_names import ModelKey
 
 
 def load_tiny(config: WorkerConfig, model: ModelKey) -> Engine:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from trbatch.config import JobSpec, WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.job import JobFolder
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 from trbatch.worker import BatchWorker
 
 MODEL = "maker/echo"

@@ -23,6 +23,7 @@ from trbatch.config import (
 from trbatch.dataset import output_of
 from trbatch.errors import TimedOut
 from trbatch.job import JobFolder
+from trbatch.job_files import is_job_file, read_job_file
 from trbatch.job_status import JobStatus, job_failure, job_status
 from trbatch.moments import seconds_of
 from trbatch.pruning import Pruned
@@ -181,7 +182,7 @@ class Job:
             How many rows are to be decoded again.
 
         Raises:
-            UsageError: the job is held, or chunks of it are running now.
+            UsageError: the job is paused, cancelled or past its deadline.
         """
         return control_verbs.retry(self.folder, self.redis_url, codes)
 
@@ -237,7 +238,8 @@ def submit(input: str | Path | JobSpec, *, redis_url: str = "", **settings: Any)
     """Check the input, make or continue its job folder, and enqueue what is missing.
 
     Args:
-        input: the prompts' file, or a complete `JobSpec`.
+        input: the prompts' file, a job spec (`.toml`, over which settings win), or a complete
+            `JobSpec`.
         redis_url: the queue; "" takes `TRBATCH_REDIS_URL`, `REDIS_URL`, the embedded server.
         settings: fields of `JobSpec`; fields of `SamplingParams` may stand beside them.
 
@@ -260,7 +262,12 @@ def job_spec(input: str | Path | JobSpec, settings: Mapping[str, Any]) -> JobSpe
 
     `seed` is the job's; a row's own seed goes into the row or into `sampling`.
     """
-    given = _own_values(input) if isinstance(input, JobSpec) else {"input": str(input)}
+    if isinstance(input, JobSpec):
+        given = _own_values(input)
+    elif is_job_file(str(input)):
+        given = read_job_file(input)
+    else:
+        given = {"input": str(input)}
     refuse_unknown(settings, [*_JOB_FIELDS, *SAMPLING_FIELDS])
     values = given | {name: value for name, value in settings.items() if name in _JOB_FIELDS}
     beside = {name: value for name, value in settings.items() if name not in _JOB_FIELDS}

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from trbatch.chunk_lease import BadChunk, Lease
 from trbatch.chunks import ChunkRow
 from trbatch.confinement import Confinement
 from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import TrbatchError, UsageError
 from trbatch.job import JobFolder
-from trbatch.lease import BadChunk, Lease
 from trbatch.naming import row_place
-from trbatch.queue import ModelKey
+from trbatch.queue_names import ModelKey
 from trbatch.results import result_row
 from trbatch.suspects import ALONE, Suspects
 
@@ -37,6 +37,7 @@ class ChunkWork:
     unpublished: int = 0
     failed_rows: int = 0
     held: bool = False  # nothing was decoded because people have stopped the job
+    retries: int = 0  # requests to retry that were known when it was begun
     _waiting: deque[int] = field(default_factory=deque)  # of the wave that was begun
 
     @classmethod
@@ -57,7 +58,10 @@ class ChunkWork:
             return cls(lease, folder, [], held=True)
         rows = folder.missing(lease.chunk, None)
         waves, poison = _waves(rows, lease.suspects)
-        return cls(lease, folder, rows, set(range(len(rows))), waves=waves, poison=poison)
+        return cls(
+            lease, folder, rows, set(range(len(rows))),
+            waves=waves, poison=poison, retries=len(folder.ledger.retries),
+        )  # fmt: skip
 
     @property
     def quarantined(self) -> bool:
@@ -78,6 +82,16 @@ class ChunkWork:
     def held_up(self) -> bool:
         """Whether its next rows wait for the publication of those before."""
         return bool(self.waves and self.unpublished and not self.given and not self._waiting)
+
+    def asked_again(self) -> bool:
+        """Whether failed rows of it are to be retried of which nobody knew when it was begun.
+
+        Raises:
+            TrbatchError: the job folder cannot be read.
+        """
+        retries = self.folder.ledger.retries
+        retries.refresh()
+        return len(retries) > self.retries and bool(self.folder.missing(self.lease.chunk))
 
     def requests(self, most: int) -> tuple[list[Request], list[Completion]]:
         """The next rows as the engine's requests; and those that cannot be one, as errors."""

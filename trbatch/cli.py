@@ -38,6 +38,7 @@ from trbatch.figures import Progress
 from trbatch.hooks import on_complete
 from trbatch.logs import log_to_stderr
 from trbatch.outputs import check_output
+from trbatch.profiles import NONE
 from trbatch.progress import Reporter, reporter
 from trbatch.results import Receipt
 from trbatch.watching import jobs_in
@@ -101,7 +102,7 @@ def main() -> None:
 @options.json_option
 @click.pass_context
 def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
-    """Submit INPUT, decode it here, and collect it.
+    """Submit INPUT, decode it here, and collect it. INPUT is what `trbatch submit` takes.
 
     A job that was cancelled meanwhile, or was not done by its --deadline, is collected as well.
     """
@@ -110,7 +111,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     log_to_stderr("WARNING", settings["log_format"])
     spec = options.job_spec(input, settings)
     engine = options.engine_config(settings)  # wrong values are told before anything is enqueued
-    check_output(settings["output"], os.path.abspath(input), settings["format"])
+    check_output(spec.output, os.path.abspath(spec.input), settings["format"])
     job = api.submit(spec, redis_url=settings["redis_url"])
     manifest = job.folder.manifest
     worker = dataclasses.asdict(engine) | {
@@ -120,6 +121,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
         "gpu": settings["gpu"],
         "burst": True,
         "log_format": settings["log_format"],
+        "profile": NONE,  # the engine's options are all of this command's
     }
     arguments = options.arguments_for(worker_command, worker)
     try:
@@ -150,8 +152,9 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
 def submit_command(context: click.Context, /, input: str, **settings: Any) -> None:
     """Check INPUT and enqueue it. Prints the job's id alone on stdout.
 
-    INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages'. The same
-    command again continues the same job: of an input that has grown, only the new rows are decoded.
+    INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages', or a job
+    spec: a .toml file with a job's settings, over which flags win. The same command again continues
+    the same job: of an input that has grown, only the new rows are decoded.
     """
     log_to_stderr("WARNING", settings["log_format"])
     spec = options.job_spec(input, settings)
@@ -170,6 +173,7 @@ def submit_command(context: click.Context, /, input: str, **settings: Any) -> No
 
 
 @commands.command("worker", **options.example("trbatch worker --gpu 0"))
+@options.profile_option
 @options.model_options
 @options.engine_options
 @options.worker_options

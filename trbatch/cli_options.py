@@ -10,7 +10,7 @@ from typing import Any
 import click
 import orjson
 
-from trbatch import gpus
+from trbatch import api, gpus, profiles
 from trbatch.config import (
     PRIORITIES,
     EngineConfig,
@@ -20,8 +20,9 @@ from trbatch.config import (
     check_chat_template_kwargs,
 )
 from trbatch.errors import UsageError
+from trbatch.job_files import is_job_file
 from trbatch.logs import FORMATS
-from trbatch.stopping import next_time
+from trbatch.moments import moment_of
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +249,7 @@ engine_options = grouped(
     _setting(EngineConfig, "max_num_seqs", "Rows decoded together; 0: by the machine."),
     _setting(EngineConfig, "max_model_len", "Most tokens of prompt and output; 0: the model's."),
     _setting(EngineConfig, "gpu_memory_utilization", "Share of the GPU's memory to use."),
+    _setting(EngineConfig, "prefill_chunk", "Prompt tokens run at once; 0: by the machine."),
     _setting(
         EngineConfig,
         "speculate",
@@ -287,9 +289,52 @@ worker_options = grouped(
     _setting(WorkerConfig, "publish_s", "Seconds between segments.", "--publish-seconds"),
     _setting(WorkerConfig, "chunks_in_flight", "Most chunks at once; 0: by the batch."),
     _setting(WorkerConfig, "grace_s", "Seconds to finish when asked to stop.", "--grace"),
-    _setting(WorkerConfig, "until", "Stop at this hour, e.g. 07:00, in local time."),
+    _setting(WorkerConfig, "until", "Stop then: 07:00 (local time), 2026-11-22T07:00, or 8h."),
     _setting(WorkerConfig, "metrics_port", "Serve metrics to Prometheus at this port; 0: none."),
     _setting(WorkerConfig, "metrics_host", "Address to serve them at; 0.0.0.0: to every host."),
+)
+
+
+def _apply_profile(context: click.Context, option: click.Parameter, given: str) -> str:
+    """Make what the profile and trbatch.toml say the defaults of the command's other options.
+
+    Raises:
+        UsageError: either says what cannot be; file and line are named.
+    """
+    if context.resilient_parsing:
+        return given
+    options = {_key(one): one for one in context.command.params if isinstance(one, click.Option)}
+    del options["profile"]
+    defaults = {key: one.default for key, one in options.items()}
+    found: dict[str, Any] = {}
+    for key, (file, value) in profiles.settings(given, defaults).items():
+        name = str(options[key].name)
+        try:
+            found[name] = options[key].type_cast_value(context, value)
+            for config in (EngineConfig, WorkerConfig):
+                config.from_dict(picked(config, {name: found[name]}))
+        except UsageError as error:
+            raise file.wrong(key, error.message, hint=error.hint) from error
+        except click.BadParameter as error:
+            raise file.wrong(key, f"{key}: {error.message}") from error
+    context.default_map = {**(context.default_map or {}), **found}
+    return given
+
+
+def _key(option: click.Option) -> str:
+    """What an option is called in a file: its flag's name with `_` for `-`."""
+    return max(option.opts, key=len).lstrip("-").replace("-", "_")
+
+
+profile_option = click.option(
+    "profile",
+    "--profile",
+    default="",
+    is_eager=True,  # it has to be read before what it is a default of
+    callback=_apply_profile,
+    metavar="NAME|FILE",
+    help=f"Settings for a kind of machine: {', '.join(profiles.shipped())}, or a .toml file. Flags "
+    "win over it, and it over [worker] in trbatch.toml; 'none' ignores both.",
 )
 
 log_format_option = click.option(
@@ -357,7 +402,14 @@ json_option = click.option("as_json", "--json", is_flag=True, help="Print JSON o
 
 
 def job_spec(input: str, settings: Mapping[str, Any]) -> JobSpec:
-    """The job of the parsed options of `model_options`, `sampling_options` and `job_options`."""
+    """The job of the parsed options of `model_options`, `sampling_options` and `job_options`.
+
+    Of a job spec (`.toml`) only those options count that were given: they win over the spec.
+    """
+    if is_job_file(input):
+        settings = _given(settings)
+        sampling = {k: v for k, v in picked(SamplingParams, settings).items() if k != "seed"}
+        return api.job_spec(input, sampling | picked(JobSpec, settings))
     fields = picked(JobSpec, settings)
     sampling = picked(SamplingParams, settings)
     sampling.pop("seed", None)  # --seed is the job's
@@ -388,8 +440,7 @@ def worker_config(settings: Mapping[str, Any]) -> WorkerConfig:
     Raises:
         UsageError: a value is wrong.
     """
-    if settings.get("until"):
-        next_time(settings["until"])
+    _until(settings)
     return WorkerConfig.from_dict(
         picked(WorkerConfig, settings) | {"engine": engine_config(settings)}
     )
@@ -399,12 +450,32 @@ def for_children(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A worker's settings as the processes that decode get them.
 
     Not the GPU, which each is told apart, and not the queue's URL: arguments are for all to see. An
-    hour becomes a time, which stays the same for a process that is started after it.
+    hour becomes a time, which stays the same for a process that is started after it. What a profile
+    says is among the settings: nobody reads it again.
     """
-    until = settings["until"]
-    when = next_time(until).isoformat() if until else ""
     left = {name: value for name, value in settings.items() if name not in ("gpu", "redis_url")}
-    return left | {"until": when}
+    return left | {"until": _until(settings), "profile": profiles.NONE}
+
+
+def _until(settings: Mapping[str, Any]) -> str:
+    """The point in time at which a worker stops, the same whenever it is read again; "": never."""
+    if not (until := settings.get("until")):
+        return ""
+    try:
+        return moment_of(until).isoformat()
+    except UsageError as error:
+        raise UsageError(f"--until: {error.message}", hint=error.hint) from error
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the current command's settings that are no defaults."""
+    context = click.get_current_context()
+    found = {}
+    for name, value in settings.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source < click.core.ParameterSource.DEFAULT_MAP:
+            found[name] = value
+    return found
 
 
 def arguments_for(command: click.Command, settings: Mapping[str, Any]) -> list[str]:

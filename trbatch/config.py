@@ -275,7 +275,7 @@ class WorkerConfig(_Config):
     publish_s: float = 2.0  # seconds between segments
     chunks_in_flight: int = 0  # 0: enough that the batch never drains at a chunk's end
     grace_s: float = 60.0  # seconds to finish what was taken when asked to stop
-    until: str = ""  # stop at this hour, local time; "": no hour
+    until: str = ""  # stop then; a span or a point in time, see `moments.moment_of`; "": never
     roots: tuple[str, ...] = ()  # job folders must lie below one of these; (): anywhere
     trust_remote_code: bool = False
     metrics_port: int = 0  # for Prometheus; 0: none
@@ -307,9 +307,10 @@ def default_model(folder: Path | None = None) -> str:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not valid TOML: {error}") from error
+    known = ("model", "worker")  # the latter is `profiles`'
     for key in settings:
-        if key != "model":
-            raise UsageError(f"{file}: unknown setting {key!r}", hint=_nearest(key, ["model"]))
+        if key not in known:
+            raise UsageError(f"{file}: unknown setting {key!r}", hint=_nearest(key, known))
     return str(settings.get("model", DEFAULT_MODEL))
 
 

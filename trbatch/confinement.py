@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from trbatch.chunk_lease import BadChunk
 from trbatch.config import default_store
-from trbatch.lease import BadChunk
 from trbatch.masking import printable
 from trbatch.naming import is_local_path
 

@@ -12,7 +12,7 @@ from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.moments import written
 from trbatch.queue import JobQueue
-from trbatch.queue_control import leases, withdraw
+from trbatch.queue_control import withdraw
 
 
 def enqueue(job: JobFolder, redis_url: str) -> int:
@@ -71,20 +71,16 @@ def resume(job: JobFolder, redis_url: str, deadline: str) -> int:
 def retry(job: JobFolder, redis_url: str, codes: Iterable[str]) -> int:
     """Decode failed rows of some error codes, or of all, again. Returns how many.
 
+    Those of a chunk that a worker has in hand it takes on once it is through with the others.
+
     Raises:
-        UsageError: the job is held, or workers are at it now: they would not see the request.
+        UsageError: the job is held.
     """
     if job.control().stopped:
         raise UsageError(
             f"job {job.id} is paused, cancelled or past its deadline",
             hint=f"first: trbatch resume {job.path}",
         )
-    with JobQueue.connect(redis_url) as jobs:
-        if running := len(leases(jobs, job)):
-            raise UsageError(
-                f"{running} chunks of job {job.id} are running",
-                hint="wait until it has ended, or pause it, before failed rows are retried",
-            )
     wanted = set(codes)
     failures = job.ledger.failures()
     meant = [name for name, found in failures.items() if not wanted or wanted & found.keys()]

@@ -22,7 +22,7 @@ from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import TrbatchError
 from trbatch.flight import FlightRecord
-from trbatch.queue import ModelKey
+from trbatch.queue_names import ModelKey
 from trbatch.trace import Steps
 
 logger = logging.getLogger("trbatch.worker")

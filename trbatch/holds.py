@@ -1,4 +1,4 @@
-"""Which jobs in a worker's hands were paused, cancelled or not done by their deadline."""
+"""What people want of the jobs in a worker's hands: paused, cancelled, past a deadline, retried."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable
 
+from trbatch.chunk_work import ChunkWork
 from trbatch.errors import TrbatchError
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue
@@ -30,10 +31,10 @@ class Holds:
         return {folder for folder in set(folders) if _held(folder)}
 
 
-def requeue_if_resumed(jobs: JobQueue, folder: JobFolder, chunk: int) -> None:
-    """Enqueue a chunk that we have just let go of if its job has been resumed meanwhile.
+def requeue_if_wanted(jobs: JobQueue, folder: JobFolder, chunk: int) -> None:
+    """Enqueue a chunk that we have just let go of, unless its job is held.
 
-    Who resumed it found the chunk in our hands and left it to us.
+    Who resumed the job, or retries its rows, found the chunk in our hands and left it to us.
     """
     try:
         control = folder.control()
@@ -41,6 +42,15 @@ def requeue_if_resumed(jobs: JobQueue, folder: JobFolder, chunk: int) -> None:
             jobs.enqueue(folder, [chunk], control.priority)
     except TrbatchError as error:
         logger.warning("%s: cannot see whether the job goes on: %s", folder.id, error)
+
+
+def asked_again(work: ChunkWork) -> bool:
+    """Whether a chunk that is through is wanted again: somebody retries rows that have failed."""
+    try:
+        return not work.held and work.asked_again()
+    except TrbatchError as error:
+        logger.warning("%s: cannot see whether rows are retried: %s", work.folder.id, error)
+        return False
 
 
 def _held(folder: JobFolder) -> bool:

@@ -13,8 +13,9 @@ from trbatch.errors import Cancelled, Expired, JobFailed, TrbatchError
 from trbatch.figures import Progress
 from trbatch.job import JobFolder
 from trbatch.moments import written
-from trbatch.queue import Counts, JobQueue, ModelKey, WorkerInfo
+from trbatch.queue import Counts, JobQueue, WorkerInfo
 from trbatch.queue_control import ChunkLease, ahead, leases
+from trbatch.queue_names import ModelKey
 from trbatch.team import Share, team_of
 
 ENDED = ("completed", "failed", "cancelled", "expired")

@@ -11,7 +11,6 @@ import logging
 import queue
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import redis
@@ -27,9 +26,10 @@ from rq.worker.base import WorkerStatus
 
 from trbatch import recovery
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
-from trbatch.errors import TrbatchError
+from trbatch.chunk_lease import BadChunk, Lease, payload_of
 from trbatch.flight import FlightRecord
-from trbatch.queue import FUNCTION, PREFIX, RETRIES
+from trbatch.queue import RETRIES
+from trbatch.queue_names import PREFIX
 from trbatch.suspects import Suspects
 
 logger = logging.getLogger("trbatch.worker")
@@ -37,29 +37,6 @@ logger = logging.getLogger("trbatch.worker")
 BEAT_S = 3.0  # between renewals
 LEASE_S = 15  # a dead worker's chunks come back after this; no step may hold the GIL as long
 WORKER_TTL_S = 60
-
-
-class BadChunk(TrbatchError):
-    """A queue entry that is no chunk of ours, or one that this worker must not open."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Lease:
-    """A chunk that this worker may work on until the lease is lost."""
-
-    job: Job
-    queue: ChunkQueue
-    execution: Execution
-    folder: str  # of the job
-    chunk: int
-    generation: int
-    attempt: int  # from 1
-    suspects: Suspects = field(default_factory=Suspects)  # rows that may have killed a worker
-
-    @property
-    def id(self) -> str:
-        """Unique among all leases ever given."""
-        return str(self.execution.id)
 
 
 class LeaseWorker(SimpleWorker):
@@ -189,7 +166,7 @@ class LeaseWorker(SimpleWorker):
         execution = self.prepare_execution(job)
         try:
             self.prepare_job_execution(job, remove_from_intermediate_queue=True)
-            folder, chunk, generation = _payload(job)
+            folder, chunk, generation = payload_of(job)
         except (DeserializationError, BadChunk) as error:
             logger.error("queue %s: %s", queue.name, error or "an entry that cannot be read")
             self._fail(job, queue, execution, error, final=True)
@@ -396,17 +373,3 @@ class LeaseWorker(SimpleWorker):
             return job.get_status(refresh=True)
         except InvalidJobOperation:  # deleted between the pop and now
             return None
-
-
-def _payload(job: Job) -> tuple[str, int, int]:
-    """Job folder, chunk and generation out of a queue entry.
-
-    Raises:
-        BadChunk: it is not one that `JobQueue.enqueue` made.
-    """
-    if job.func_name != FUNCTION or job.instance or job.kwargs:
-        raise BadChunk(f"{job.id} is not a chunk: it asks for {job.func_name!r}")
-    match job.args:
-        case [str(folder), int(chunk), int(generation)] if chunk >= 0 and folder:
-            return folder, chunk, generation
-    raise BadChunk(f"{job.id} is not a chunk: its arguments are {str(job.args)[:200]}")

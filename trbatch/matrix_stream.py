@@ -20,7 +20,8 @@ from redis.retry import Retry
 
 from trbatch.engine.sequence import TaskKey
 from trbatch.matrices import before
-from trbatch.queue import JobQueue, matrix_key
+from trbatch.queue import JobQueue
+from trbatch.queue_names import matrix_key
 
 BEGIN = "0-0"  # before the first entry
 ENTRIES_A_SNAPSHOT = 32

@@ -1,4 +1,4 @@
-"""The queue: which chunks wait, run and failed. The only owner of Redis names and of rq.
+"""The queue: which chunks wait, run and failed. The only owner of rq; `queue_names` has the names.
 
 A queued chunk is one rq job: a constant function name and JSON `[job folder, chunk, generation]`.
 There is one rq queue per model and priority, so that a worker is only handed chunks of the model it
@@ -8,14 +8,11 @@ What a chunk holds, and which of its rows are done, is written in the job folder
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Self
 
 import redis
 from rq import Queue, Retry
@@ -30,10 +27,9 @@ from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.config import PRIORITIES
 from trbatch.connection import Breaks, Patience, connect, mask_url, reaching
 from trbatch.errors import UsageError
-from trbatch.naming import model_name
+from trbatch.queue_names import PREFIX, Folder, ModelKey, chunk_id, index_key, priority_of
 from trbatch.untrusted import answers_of, entry_of, failure_of, number_of, text_of
 
-PREFIX = "trbatch:"  # of every key that rq does not make itself
 MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
 FUNCTION = "trbatch.decode_chunk"  # what every rq job says; compared with, never imported
 RETRIES = 3  # of a chunk, a crash of its worker included
@@ -43,55 +39,6 @@ FAILURE_TTL_S = 30 * 24 * 3600
 MINIMUM_SERVER = (6, 2, 0)
 _STATUSES = {status.value.encode(): status for status in JobStatus}
 WAITING = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.DEFERRED})
-
-
-class Folder(Protocol):
-    """What the queue reads of a `job.JobFolder`."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def path(self) -> str | os.PathLike[str]: ...
-
-    @property
-    def manifest(self) -> Any: ...  # with `model`, `revision` and `generation`
-
-
-@dataclass(frozen=True, slots=True)
-class ModelKey:
-    """A model as the queue tells models apart: a hub name or an absolute path, and a revision."""
-
-    name: str
-    revision: str = ""
-
-    @classmethod
-    def of(cls, name: str, revision: str = "") -> Self:
-        """The key of a model by the name that a user gave; a job's own name is final already.
-
-        Raises:
-            UsageError: it can only be a local model, and there is none.
-        """
-        return cls(model_name(name), revision)
-
-    @property
-    def queue_name(self) -> str:
-        """The rq queue of this model: a readable part and a hash that keeps names apart."""
-        return self.queue_of("normal")
-
-    @property
-    def queue_names(self) -> tuple[str, ...]:
-        """The rq queues of this model, the most urgent first."""
-        return tuple(self.queue_of(priority) for priority in PRIORITIES)
-
-    def queue_of(self, priority: str) -> str:
-        """The rq queue of this model's chunks of a priority."""
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", Path(self.name).name).strip("-").lower()[:40]
-        name = f"trbatch-{slug}-{_digest(self.name, self.revision)}"
-        return name if priority == "normal" else f"{name}-{priority}"
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,18 +313,6 @@ def _connection(url: str, breaks: Breaks, *, attempts: int) -> redis.Redis:
     return connect(url, socket_timeout=10.0, retry=Patience(url, breaks, attempts))
 
 
-def chunk_id(job: Folder, chunk: int) -> str:
-    """The rq job of a chunk: the same chunk of the same job folder always has the same."""
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", job.id)[:60]
-    return f"{slug}-{_digest(os.fspath(job.path))}-{job.manifest.generation}-{chunk}"
-
-
-def priority_of(queue_name: str) -> str:
-    """The priority of the chunks in an rq queue of ours."""
-    last = queue_name.rpartition("-")[2]
-    return last if last in PRIORITIES else "normal"
-
-
 def _job_data(job: Folder, chunk: int, rq_id: str) -> EnqueueData:
     return Queue.prepare_data(
         FUNCTION,
@@ -423,17 +358,3 @@ def _model(name: bytes, value: bytes) -> ModelKey | None:
         return None
     found = ModelKey(model, revision)
     return found if name in (one.encode() for one in found.queue_names) else None
-
-
-def matrix_key(model: str, task: str) -> str:
-    """The stream through which workers share the matrix of a task and a model's fingerprint."""
-    return f"{PREFIX}matrix:{_digest(model, task)}"
-
-
-def index_key(job_id: str) -> str:
-    """The set of the rq jobs of one job's chunks."""
-    return f"{PREFIX}chunks:{job_id}"
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.blake2b("\0".join(texts).encode(), digest_size=6).hexdigest()

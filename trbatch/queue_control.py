@@ -11,7 +11,8 @@ from rq.job import JobStatus
 
 from trbatch.chunk_job import ChunkJob
 from trbatch.connection import reaching
-from trbatch.queue import BATCH, RETRIES, Folder, JobQueue, ModelKey, chunk_id, index_key
+from trbatch.queue import BATCH, RETRIES, JobQueue
+from trbatch.queue_names import Folder, ModelKey, chunk_id, index_key
 
 # Takes a chunk out of the queue unless a worker has popped it: the whole or nothing of it.
 # KEYS: the rq job, the index of the job's chunks, the queues; ARGV: the rq job's id.

@@ -31,13 +31,12 @@ class Retries:
         """Requests that the last `refresh` saw."""
         return len(self._read)
 
-    def refresh(self) -> bool:
-        """Read what has come since. Returns whether anything has."""
-        fresh = [name for name in self._job.names(FOLDER) if name not in self._read]
-        for name in fresh:
-            self._count(name)
-            self._read.add(name)
-        return bool(fresh)
+    def refresh(self) -> None:
+        """Read what has come since."""
+        for name in self._job.names(FOLDER):
+            if name not in self._read:
+                self._count(name)
+                self._read.add(name)
 
     def void(self, segment: str, code: str | None) -> bool:
         """Whether a failure of this code in this segment does not count any more."""

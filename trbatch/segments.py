@@ -161,6 +161,7 @@ class Ledger:
         self._footers: dict[str, Footer] = {}
         self._failures: dict[str, Counter[str]] = {}
         self.retries = Retries(job)
+        self._heeded = 0  # how many requests to retry the outcomes know of
 
     def names(self) -> list[str]:
         """The segments that there are now, oldest first."""
@@ -168,8 +169,10 @@ class Ledger:
 
     def refresh(self) -> list[str]:
         """Read the outcomes of new segments. Returns the segments that there are now."""
-        if self.retries.refresh():
+        self.retries.refresh()
+        if len(self.retries) != self._heeded:  # others may have read them before
             self._outcomes, self._read = KeyMap(), set()
+            self._heeded = len(self.retries)
         return consistently(self.names, self._read_new)
 
     def _read_new(self, names: list[str]) -> list[str]:

@@ -8,7 +8,6 @@ synced every second. Knows nothing of jobs; `trbatch.queue` owns every key in it
 from __future__ import annotations
 
 import contextlib
-import enum
 import fcntl
 import logging
 import os
@@ -20,19 +19,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import redis
 
 from trbatch.errors import Unreachable
 from trbatch.server_place import own_folder, server_binary, server_folder, socket_path
+from trbatch.server_process import (
+    Answer,
+    alive,
+    answer_of,
+    answers,
+    client_of,
+    live_pid,
+    pid_of,
+    url_of,
+)
 
 logger = logging.getLogger("trbatch.server")
 
 START_LIMIT_S = 60.0  # a large append-only file takes seconds to load
 STOP_LIMIT_S = 20.0
 KILL_LIMIT_S = 5.0
-ANSWER_LIMIT_S = 5.0
 POLL_S = 0.02
 AOF_NAMES = ("appendonlydir", "appendonly.aof")  # a folder since Redis 7, before that one file
 
@@ -60,14 +67,6 @@ class ServerStatus:
         return "running" if self.answering else "not answering"
 
 
-class _Answer(enum.Enum):
-    """What a ping comes to."""
-
-    READY = enum.auto()  # served, or refused: with a full disk, say
-    BUSY = enum.auto()  # somebody is there who does not answer, or still loads the log
-    NOBODY = enum.auto()
-
-
 def ensure() -> str:
     """The URL of the embedded server, which is started if it does not run.
 
@@ -75,13 +74,13 @@ def ensure() -> str:
         Unreachable: it does not start, or runs and does not answer; says why.
         UsageError: there is no server binary for this machine.
     """
-    url = _url()
-    return url if _answers(url) else start().url
+    url = url_of()
+    return url if answers(url) else start().url
 
 
 def own_url() -> str:
     """The URL of this user's embedded server on this host, whether it runs or not."""
-    return _url()
+    return url_of()
 
 
 def start() -> ServerStatus:
@@ -116,11 +115,11 @@ def stop() -> bool:
     """
     folder = server_folder()
     with _locked(folder):
-        url, pid = _url(folder), _live_pid(folder)
-        answer = _answer(url)
-        if answer is _Answer.NOBODY and not pid:
+        url, pid = url_of(folder), live_pid(folder)
+        answer = answer_of(url)
+        if answer is Answer.NOBODY and not pid:
             return False
-        if answer is not _Answer.READY or not _shut_down(url):
+        if answer is not Answer.READY or not _shut_down(url):
             _signal(pid)
         if not _gone_within(STOP_LIMIT_S, url, pid) and not _killed(folder, url):
             raise Unreachable(
@@ -132,7 +131,7 @@ def stop() -> bool:
 
 def _gone_within(limit_s: float, url: str, pid: int) -> bool:
     deadline = time.monotonic() + limit_s
-    while _alive(pid) or _answer(url) is not _Answer.NOBODY:
+    while alive(pid) or answer_of(url) is not Answer.NOBODY:
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_S)
@@ -141,7 +140,7 @@ def _gone_within(limit_s: float, url: str, pid: int) -> bool:
 
 def _killed(folder: Path, url: str) -> bool:
     """End a server that hangs for good. False if it is not known which process it is."""
-    pid = _live_pid(folder)  # looked up again: its number may be another process's by now
+    pid = live_pid(folder)  # looked up again: its number may be another process's by now
     if not pid:
         return False
     logger.warning("the queue server (process %d) does not heed SIGTERM and is killed", pid)
@@ -153,15 +152,15 @@ def _killed(folder: Path, url: str) -> bool:
 def status() -> ServerStatus:
     """What the embedded server is doing now. Starts nothing."""
     folder = server_folder()
-    url, pid = _url(folder), _live_pid(folder)
+    url, pid = url_of(folder), live_pid(folder)
     aside = tuple(sorted(folder.glob("appendonly*.unreadable-*")))
-    answer = _answer(url)
+    answer = answer_of(url)
     info: dict[str, Any] = {}
-    if answer is _Answer.READY:
-        with _client(url) as client, contextlib.suppress(redis.RedisError):
+    if answer is Answer.READY:
+        with client_of(url) as client, contextlib.suppress(redis.RedisError):
             info = client.info()
     if not info:
-        runs = bool(pid) or answer is not _Answer.NOBODY
+        runs = bool(pid) or answer is not Answer.NOBODY
         return ServerStatus(running=runs, url=url, folder=folder, pid=pid, set_aside=aside)
     return ServerStatus(
         running=True,
@@ -231,10 +230,10 @@ def _exec(binary: Path, arguments: list[str], folder: Path) -> None:
 def _await_answer(folder: Path, log: Path, begin: int) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     born = time.monotonic() + 2.0  # by when the detached process has written its id
-    while not _answers(_url(folder)):
+    while not answers(url_of(folder)):
         now = time.monotonic()
-        pid = _pid(folder)
-        if (now > born or pid) and not _alive(pid):
+        pid = pid_of(folder)
+        if (now > born or pid) and not alive(pid):
             raise _start_failure(log, begin)
         if now > deadline:
             raise _silent(folder, pid)
@@ -282,10 +281,10 @@ def _runs(folder: Path, deadline: float) -> bool:
     Raises:
         Unreachable: it does not answer until the deadline.
     """
-    url = _url(folder)
-    while (answer := _answer(url)) is not _Answer.READY:
-        pid = _live_pid(folder)
-        if answer is _Answer.NOBODY and not pid:
+    url = url_of(folder)
+    while (answer := answer_of(url)) is not Answer.READY:
+        pid = live_pid(folder)
+        if answer is Answer.NOBODY and not pid:
             return False
         if time.monotonic() > deadline:
             raise _silent(folder, pid)
@@ -303,7 +302,7 @@ def _silent(folder: Path, pid: int) -> Unreachable:
 
 def _shut_down(url: str) -> bool:
     """Whether the server has heard that it is to end."""
-    with _client(url) as client:
+    with client_of(url) as client:
         try:
             client.shutdown(nosave=True)  # no snapshot; the log is synced on the way out
         except redis.ConnectionError:
@@ -337,72 +336,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _url(folder: Path | None = None) -> str:
-    return "unix://" + quote(str(socket_path(folder or server_folder())))
-
-
-def _client(url: str) -> redis.Redis:
-    return redis.Redis.from_url(url, socket_timeout=ANSWER_LIMIT_S, retry=None)
-
-
-def _answers(url: str) -> bool:
-    return _answer(url) is _Answer.READY
-
-
-def _answer(url: str) -> _Answer:
-    with _client(url) as client:
-        try:
-            client.ping()
-        except (redis.TimeoutError, redis.exceptions.BusyLoadingError):
-            return _Answer.BUSY
-        except (redis.ResponseError, redis.AuthenticationError):
-            return _Answer.READY
-        except redis.ConnectionError:
-            return _Answer.NOBODY
-    return _Answer.READY
-
-
-def _pid(folder: Path) -> int:
-    try:
-        return int((folder / "server.pid").read_text())
-    except (FileNotFoundError, ValueError):  # not started, or stopped, or just being written
-        return 0
-
-
-def _live_pid(folder: Path) -> int:
-    """The process of this folder's server, 0 if it does not live.
-
-    After a crash its number may be another process's by now: ours works in the folder.
-    """
-    pid = _pid(folder)
-    if not _alive(pid):
-        return 0
-    try:
-        return pid if os.path.samefile(f"/proc/{pid}/cwd", folder) else 0
-    except OSError:
-        if Path("/proc/self").exists():
-            return 0
-    command = ["ps", "-o", "command=", "-p", str(pid)]
-    words = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return pid if str(folder) in words or str(socket_path(folder)) in words else 0
-
-
-def _alive(pid: int) -> bool:
-    if not pid:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:  # gone since, or a system without /proc
-        return not Path("/proc/self").exists()
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import signal
 import threading
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from trbatch.errors import UsageError
+from trbatch.moments import moment_of
 
 SAME_SIGNAL_S = 0.5  # a terminal and a parent may both pass on the same Ctrl-C
 
@@ -24,7 +23,7 @@ class Stops:
 
     Args:
         grace_s: seconds after the first request.
-        until: an hour like `07:00`, or a day and an hour, at which to stop as if asked; "": none.
+        until: when to stop as if asked, in the words of `moments.moment_of`; "": never.
     """
 
     def __init__(self, grace_s: float, until: str = "") -> None:
@@ -33,7 +32,7 @@ class Stops:
         self.asked_at = 0.0  # monotonic
         self._grace_s = grace_s
         self._deadline = float("inf")  # monotonic
-        self._until = next_time(until).timestamp() if until else float("inf")
+        self._until = moment_of(until).timestamp() if until else float("inf")
 
     def ask(self, number: int) -> None:
         """Somebody asked, by this signal. May be called in a signal's handler."""
@@ -59,28 +58,6 @@ class Stops:
         self.count += 1
         if self.count == 1:
             self._deadline = now + self._grace_s
-
-
-def next_time(text: str, now: datetime.datetime | None = None) -> datetime.datetime:
-    """The next time that the clock on the wall shows this hour; with a day, that time itself.
-
-    Raises:
-        UsageError: it is neither `HH:MM` nor an ISO day and hour.
-    """
-    now = now or datetime.datetime.now()
-    try:
-        if "T" in text or " " in text:
-            return datetime.datetime.fromisoformat(text)
-        if ":" not in text:
-            raise ValueError
-        hour = datetime.time.fromisoformat(text.zfill(5))
-    except ValueError:
-        raise UsageError(
-            f"--until must be an hour like 07:00, not {text!r}",
-            hint="or a day and an hour, e.g. 2026-11-23T07:00; both in local time",
-        ) from None
-    today = datetime.datetime.combine(now.date(), hour)
-    return today if today > now else today + datetime.timedelta(days=1)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping
 
 from trbatch import logs
+from trbatch.chunk_lease import Lease
 from trbatch.engine.sequence import Completion
-from trbatch.lease import Lease
 from trbatch.metrics import Metrics, Moment
 from trbatch.publishing import Report
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 
 logger = logging.getLogger("trbatch.worker")
 

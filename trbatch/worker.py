@@ -19,6 +19,7 @@ from trbatch import server
 from trbatch.aftermath import settle_broken
 from trbatch.backoff import Backoff
 from trbatch.chunk_job import ChunkQueue
+from trbatch.chunk_lease import BadChunk, Lease
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
 from trbatch.confinement import Confinement
@@ -38,13 +39,14 @@ from trbatch.engine_thread import (
 )
 from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
 from trbatch.flight import FlightRecord
-from trbatch.holds import Holds, requeue_if_resumed
+from trbatch.holds import Holds, asked_again, requeue_if_wanted
 from trbatch.job import JobFolder
-from trbatch.lease import BadChunk, Lease, LeaseWorker
+from trbatch.lease import LeaseWorker
 from trbatch.metrics import Metrics, Moment, metrics_on
 from trbatch.naming import worker_name
 from trbatch.publishing import Publisher
-from trbatch.queue import JobQueue, ModelKey
+from trbatch.queue import JobQueue
+from trbatch.queue_names import ModelKey
 from trbatch.recovery import Witness
 from trbatch.sharing import Sharing
 from trbatch.stopping import Stops, signals_to
@@ -210,7 +212,7 @@ class BatchWorker:
             logger.info("chunk %d of %s: the job is held", work.lease.chunk, work.folder.id)
             self._leases.finish(work.lease, {"rows": len(work.rows) - len(work.owed)})
             self._abandon(work.lease)
-            requeue_if_resumed(self.jobs, work.folder, work.lease.chunk)
+            requeue_if_wanted(self.jobs, work.folder, work.lease.chunk)
 
     def _abandon(self, lease: Lease) -> None:
         """Let go of a chunk that is no longer ours; finished rows are published all the same."""
@@ -386,10 +388,13 @@ class BatchWorker:
         for work in [work for work in self.chunks.values() if work.done]:
             del self.chunks[work.lease.id]
             result = {"rows": len(work.rows), "failed": work.failed_rows}
-            if not self._leases.finish(work.lease, result):
+            # A chunk with suspects is given to nobody with them: they came to their end.
+            if not work.quarantined and asked_again(work):
+                self._leases.hand_back(work.lease, front=False)
+            elif not self._leases.finish(work.lease, result):
                 self._tell.lease_lost(work.lease)
-            elif work.held:
-                requeue_if_resumed(self.jobs, work.folder, work.lease.chunk)
+            elif work.held or asked_again(work):
+                requeue_if_wanted(self.jobs, work.folder, work.lease.chunk)
             else:
                 self._tell.chunk_done(work.lease, result)
             if all(other.folder is not work.folder for other in self.chunks.values()):
