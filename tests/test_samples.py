@@ -108,8 +108,11 @@ def test_a_sample_that_ran_one_token_has_learned_the_whole_prompt() -> None:
         for request in requests(prompt):
             one.add(request)
         one._admit()
+        calls = 0
         while waiting := one._scheduler.prefilling():
             one._prefiller.run(waiting, 512)
+            calls += 1
+        assert calls == (2 if sharing else 1)  # the first of them, then all others
         running.append((one._matrix, one._scheduler.running))
     (mine, ours), (others, theirs) = running
     assert len(ours) == len(theirs) == SAMPLES
