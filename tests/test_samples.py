@@ -51,9 +51,11 @@ def requests(prompts: list[list[int]], *, max_tokens: int = 4) -> list[Request]:
 def test_four_samples_of_a_hundred_prompts_take_one_prefill_each(on_device: bool) -> None:
     one = engine(on_device=on_device, max_num_seqs=32, max_model_len=128, speculate=False)
     done = tiny.decode(one, requests(PROMPTS))
-    # Each prompt was run once, and its last token by each further sample, for its logits.
+    # Each prompt was run once, and its last token by each further sample, for its logits. Whoever
+    # comes when all others of its row have ended runs what does not fill a page, too.
     hits = one.stats()["prefix_hit_tokens"]
-    assert hits == (SAMPLES - 1) * sum(len(ids) - 1 for ids in PROMPTS)
+    again = (SAMPLES - 1) * sum(len(ids) - 1 for ids in PROMPTS)
+    assert again - PAGE < hits <= again
     rows = [
         {tuple(done[row * SAMPLES + sample].token_ids) for sample in range(SAMPLES)}
         for row in range(len(PROMPTS))
@@ -108,8 +110,11 @@ def test_a_sample_that_ran_one_token_has_learned_the_whole_prompt() -> None:
         for request in requests(prompt):
             one.add(request)
         one._admit()
+        calls = 0
         while waiting := one._scheduler.prefilling():
             one._prefiller.run(waiting, 512)
+            calls += 1
+        assert calls == (2 if sharing else 1)  # the first of them, then all others
         running.append((one._matrix, one._scheduler.running))
     (mine, ours), (others, theirs) = running
     assert len(ours) == len(theirs) == SAMPLES

@@ -101,7 +101,8 @@ class Prefixes:
 
     def is_worth_waiting(self, sequence: Sequence, under_way: Set[bytes]) -> bool:
         """Whether others are about to fill many of the pages that come next, or run all of it."""
-        if self._is_fresh(sequence) and self._whole_key(sequence) in under_way:
+        left = sequence.goal - sequence.cached
+        if left > 1 and self._is_fresh(sequence) and self._whole_key(sequence) in under_way:
             return True
         begin = sequence.cached // self.page_size
         end = self._last(sequence) if self._at_border(sequence) else begin
