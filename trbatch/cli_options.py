@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trbatch import gpus
+from trbatch import gpus, structured
 from trbatch.config import PRIORITIES, EngineConfig, JobSpec, SamplingParams, WorkerConfig
 from trbatch.errors import UsageError
 from trbatch.logs import FORMATS
@@ -83,6 +83,11 @@ sampling_options = grouped(
     ),
     _setting(SamplingParams, "ignore_eos", "Go on after the model's own end."),
     _setting(SamplingParams, "n", "Samples a row."),
+    click.option("--json-schema", default="", metavar="FILE", help="Every text is JSON of this."),
+    click.option("--regex", default="", help="Every text matches this regular expression, whole."),
+    click.option(
+        "choices", "--choice", multiple=True, help="Every text is one of these; may be repeated."
+    ),
 )
 
 store_option = _setting(
@@ -236,6 +241,9 @@ def job_spec(input: str, settings: Mapping[str, Any]) -> JobSpec:
     fields = picked(JobSpec, settings)
     sampling = picked(SamplingParams, settings)
     sampling.pop("seed", None)  # --seed is the job's
+    sampling["structured"] = structured.from_options(
+        settings["json_schema"], settings["regex"], settings["choices"]
+    )
     return JobSpec.from_dict(fields | {"input": input, "sampling": SamplingParams(**sampling)})
 
 

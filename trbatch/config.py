@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from trbatch import structured
 from trbatch.errors import UsageError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -66,8 +67,11 @@ class SamplingParams(_Config):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1  # samples a row
+    # What the text has to be: {"json": schema}, {"regex": …} or {"choice": […]}; see `structured`.
+    structured: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "structured", structured.normalised(self.structured))
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
@@ -88,6 +92,8 @@ class SamplingParams(_Config):
             _integer("seed", self.seed, 0, 2**63 - 1)
         if not isinstance(self.ignore_eos, bool):
             raise UsageError(f"ignore_eos must be true or false, not {self.ignore_eos!r}")
+        if self.structured and self.ignore_eos:
+            raise UsageError("structured and ignore_eos contradict each other; drop one of them")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError("stop must be a non-empty text or a list of them")
         for token in self.stop_token_ids:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trbatch import structured
 from trbatch.config import SAMPLING_FIELDS
+from trbatch.errors import UsageError
 from trbatch.merging import BadRow, is_absent
 
 CHAT_URL = "/v1/chat/completions"
@@ -43,7 +45,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
 }
 
 
@@ -78,6 +79,12 @@ def take_body(fields: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 
 def _sampling(body: dict[str, Any]) -> dict[str, Any]:
     sampling: dict[str, Any] = {}
+    try:
+        form = structured.take_from_body(body)
+    except UsageError as error:
+        raise BadRow("invalid_sampling", error.message) from error
+    if form is not None:
+        sampling["structured"] = form
     for name, value in body.items():
         if is_absent(value) or name in _IGNORED:
             continue

@@ -27,6 +27,7 @@ from trbatch.engine.device_prefill import DevicePrefiller
 from trbatch.engine.device_step import DeviceStep, Operations, operations_for
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.eager import EagerDecoder
+from trbatch.engine.grammar import GrammarFailed, Grammars
 from trbatch.engine.lagged import LaggedDecoder
 from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
@@ -111,6 +112,7 @@ class Engine:
             places=MAX_TASKS, model=loaded.fingerprint, model_name=loaded.name,
         )  # fmt: skip
         self.copies = Copies(self._matrix, self._tasks)
+        self._grammars = Grammars(loaded)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
         recycling = self._most > 1
@@ -188,7 +190,8 @@ class Engine:
         """Queue a request. One that cannot run comes back from the next `step` as an error."""
         try:
             ids = encode(self.loaded.tokenizer, request, self.loaded.vocab_size)
-        except EncodingFailed as failed:
+            request = self._grammars.constrained(request, len(ids))
+        except (EncodingFailed, GrammarFailed) as failed:
             self._refuse(request, failed.error)
             return
         if len(ids) >= self.max_model_len:
@@ -353,6 +356,9 @@ class Engine:
             "busy_s": self._busy_s,
             "prefix_hit_tokens": self._prefixes.hit_tokens,
             "preemptions": self._scheduler.preemptions,
+            "grammar_masks": self._grammars.masks,
+            "grammar_mask_s": self._grammars.seconds,
+            "grammar_compile_s": self._grammars.compile_seconds,
             "tree_sizes": dict(sorted(self.budget.chosen.items())),
             "kv_pages": self._cache.pool.pages,
             "kv_pages_used": self._cache.pool.pages - self._cache.pool.free,
@@ -399,4 +405,5 @@ class Engine:
         self._scheduler.retire(sequence)
         alone = sequence.reads != sequence.task
         self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)
-        self._finished.append(sequence.completion())
+        completion = self._grammars.checked(sequence.completion(), sequence.request)
+        self._finished.append(completion)
