@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pyarrow.parquet as pq
 import pytest
 import tiny
+from job_tools import write_lines
 from schemas import SCHEMAS, prompt
 
-from trbatch.config import DEFAULT_MODEL, EngineConfig
+from trbatch import api
+from trbatch.config import DEFAULT_MODEL, EngineConfig, WorkerConfig
 from trbatch.engine.engine import Engine
 from trbatch.engine.model import LoadedModel
 from trbatch.engine.sequence import Completion
@@ -20,6 +23,8 @@ from trbatch.models import load_model
 
 NAMES = list(SCHEMAS)
 LONGEST = 96
+# As other tests have it, so that its step costs are known.
+ENGINE = EngineConfig(device="cpu", max_num_seqs=3, max_model_len=256, tree_size=6)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +66,40 @@ def tokens(done: dict[Any, Completion]) -> list[list[int]]:
     return [done[i].token_ids for i in range(len(done))]
 
 
-def test_a_few_rows_validate_and_speculation_says_the_same(real: LoadedModel) -> None:
-    rows = [row for row in requests(20, max_tokens=40) if row.key in (2, 8, 12, 16)]
-    drafted = decode(real, rows, tree_size=6)
-    assert validated(drafted) >= 3
-    plain = decode(real, rows, speculate=False)
-    assert {i: one.token_ids for i, one in drafted.items()} == {
-        i: one.token_ids for i, one in plain.items()
-    }
-    assert acceptance(drafted) > 1.5, "what the schema forces is accepted"
+def test_rows_of_a_job_come_out_in_their_forms(
+    small_model: Path, redis_url: str, tmp_path: Path
+) -> None:
+    """Through the queue into Parquet; a row's own form over the job's, in three spellings."""
+    grade, score = "a grade", "a score"
+    asked = [{"role": "user", "content": prompt(grade)}]
+    schema = {"name": "score", "schema": SCHEMAS[score]}
+    rows: list[dict[str, Any]] = [
+        {"id": "job's", "prompt": "Is water wet? Answer:"},
+        {"id": "own", "messages": asked, "structured": {"json": SCHEMAS[grade]}},
+        {"custom_id": "openai", "url": "/v1/completions", "body": {
+            "prompt": prompt(score),
+            "response_format": {"type": "json_schema", "json_schema": schema},
+        }},
+        {"id": "bad", "prompt": "x", "structured": {"json": {"type": "objekt"}}},
+        {"id": "free", "prompt": "Once upon a time", "structured": {}},
+    ]  # fmt: skip
+    job = api.submit(
+        write_lines(tmp_path / "in.jsonl", *rows), out=str(tmp_path / "store"), max_tokens=12,
+        structured={"choice": ["yes", "no"]},
+    )  # fmt: skip
+    assert api.work(WorkerConfig(burst=True, publish_s=0.1, engine=ENGINE)) == 0
+    job.wait(60)
+    receipt = job.collect(tmp_path / "out.parquet")
+    assert receipt.exit_code == 3, "one row is an error row"
+    found = {row["custom_id"]: row for row in pq.read_table(receipt.output).to_pylist()}
+    assert found["job's"]["text"] in ("yes", "no")
+    for name, kind in (("own", grade), ("openai", score)):
+        assert found[name]["finish_reason"] == "stop"
+        jsonschema.validate(json.loads(found[name]["text"]), SCHEMAS[kind])
+    assert found["free"]["text"] not in ("yes", "no")
+    assert found["bad"]["error_message"].endswith(
+        "in.jsonl:4: structured.json: Invalid type: objekt"
+    )
 
 
 @pytest.mark.long

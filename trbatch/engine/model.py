@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trbatch.engine import quantised
 from trbatch.engine.attention import ATTENTION, Plan, ShapeProbe, Span, StepPlan, active
 from trbatch.engine.fuse import fuse as fuse_network
 from trbatch.engine.kv_cache import KVCache
@@ -107,6 +108,7 @@ def load_pretrained(
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, **options)
             refuse_unsupported(config)
+            quantised.prepare(config)
             kind = pick_dtype(dtype, place, config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=kind, use_safetensors=True,
