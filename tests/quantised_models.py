@@ -38,7 +38,7 @@ def save(folder: Path, model: nn.Module, weights: dict[str, Tensor], how: dict[s
 
 def plain(folder: Path, model: nn.Module, how: dict[str, Any] | None = None) -> Path:
     """The model as it is; `how`: what its config says of quantisation, true or not."""
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
     return save(folder, model, weights, how or {})
 
 

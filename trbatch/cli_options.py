@@ -8,8 +8,15 @@ from typing import Any
 
 import click
 
-from trbatch import gpus, structured
-from trbatch.config import PRIORITIES, EngineConfig, JobSpec, SamplingParams, WorkerConfig
+from trbatch import adapters, gpus, structured
+from trbatch.config import (
+    PRIORITIES,
+    EngineConfig,
+    JobSpec,
+    SamplingParams,
+    WorkerConfig,
+    default_model,
+)
 from trbatch.errors import UsageError
 from trbatch.logs import FORMATS
 from trbatch.stopping import next_time
@@ -56,6 +63,12 @@ def picked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in names}
 
 
+_ADAPTER = click.option(
+    "--adapter",
+    default="",
+    help="A LoRA adapter's folder or hub name, merged into the model when it is loaded.",
+)
+
 model_options = grouped(
     _setting(
         JobSpec,
@@ -63,6 +76,7 @@ model_options = grouped(
         "Hub name, model folder or GGUF file. Without it: TRBATCH_MODEL, trbatch.toml, or a small "
         "model for trying out.",
     ),
+    _ADAPTER,
     _setting(JobSpec, "revision", "Branch, tag or commit of a hub name."),
     _setting(JobSpec, "trust_remote_code", "Run Python code that comes with the model."),
 )
@@ -166,6 +180,7 @@ engine_options = grouped(
 
 bench_model_options: Decorator = grouped(
     _setting(JobSpec, "model", "Hub name, model folder or GGUF file."),
+    _ADAPTER,
     _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
     _setting(
         EngineConfig,
@@ -236,9 +251,17 @@ on_complete_option = click.option(
 json_option = click.option("as_json", "--json", is_flag=True, help="Print JSON on stdout.")
 
 
+def with_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with --adapter as part of the model's name."""
+    left = {name: value for name, value in settings.items() if name != "adapter"}
+    if adapter := settings.get("adapter"):
+        left["model"] = adapters.joined(settings["model"] or default_model(), adapter)
+    return left
+
+
 def job_spec(input: str, settings: Mapping[str, Any]) -> JobSpec:
     """The job of the parsed options of `model_options`, `sampling_options` and `job_options`."""
-    fields = picked(JobSpec, settings)
+    fields = picked(JobSpec, with_adapter(settings))
     sampling = picked(SamplingParams, settings)
     sampling.pop("seed", None)  # --seed is the job's
     sampling["structured"] = structured.from_options(
@@ -270,7 +293,7 @@ def worker_config(settings: Mapping[str, Any]) -> WorkerConfig:
     if settings.get("until"):
         next_time(settings["until"])
     return WorkerConfig.from_dict(
-        picked(WorkerConfig, settings) | {"engine": engine_config(settings)}
+        picked(WorkerConfig, with_adapter(settings)) | {"engine": engine_config(settings)}
     )
 
 
