@@ -59,9 +59,10 @@ def adapter_folder(name: str) -> Path:
     """
     folder = Path(os.path.expanduser(name))
     if not (folder / CONFIG).is_file():
-        from huggingface_hub import snapshot_download
+        from transformers.utils.hub import cached_file
 
-        folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        cached_file(name, WEIGHTS)
+        folder = Path(str(cached_file(name, CONFIG))).parent
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise ModelError(

@@ -259,7 +259,7 @@ def in_short(said: str) -> str:
     """What llguidance says, without the place in a grammar that the user has not written."""
     lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no reason was given"]
     why = next((line for line in lines if line.startswith("error: ")), lines[0])
-    why = why.removeprefix("error: ")
+    why = why.removeprefix("error: ").partition(" Enable 'coerce_one_of'")[0]
     if why.startswith("at ") and ": " in why:
         why = why.partition(": ")[2]
     return why[:300]
@@ -267,9 +267,9 @@ def in_short(said: str) -> str:
 
 def _cure(said: str) -> str | None:
     if "oneOf" in said:
-        return "use anyOf"
+        return "use anyOf, or make the alternatives exclude each other, e.g. by a const"
     if "Unimplemented keys" in said:
-        return "leave these keywords out; see docs/structured.md for those that can be kept to"
+        return "leave these keywords out; docs/structured.md says which can be kept to"
     return None
 
 
