@@ -144,6 +144,8 @@ def test_names_of_adapters_are_made_absolute_or_refused(
         model_name(f"{base} + /nowhere")
     with pytest.raises(UsageError, match="no adapter at"):
         model_name(f"{base} + {base}")
+    with pytest.raises(UsageError, match="no adapter at one/adapter_config"):
+        model_name(f"{base} + one/{adapters.CONFIG}")
 
 
 def test_weights_that_can_run_code_are_not_read(base: Path, lora: Path, tmp_path: Path) -> None:

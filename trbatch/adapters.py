@@ -43,7 +43,7 @@ def adapter_name(given: str) -> str:
     path = Path(os.path.expanduser(given))
     if (path / CONFIG).is_file():
         return str(path.absolute())
-    if path.is_dir() or given.startswith(("/", "./", "../", "~")):
+    if path.exists() or given.startswith(("/", "./", "../", "~")):
         raise UsageError(
             f"there is no adapter at {path}",
             hint=f"give a folder that holds {CONFIG} and {WEIGHTS}, or a hub name",

@@ -35,6 +35,7 @@ def merge(network: nn.Module, folder: Path) -> nn.Module:
     _refuse(network, folder, settings)
     if importlib.util.find_spec("peft") is None:
         raise WorkerError("an adapter needs the package peft", hint="pip install 'trbatch[lora]'")
+    quantised.quiet_bitsandbytes()  # peft imports it
     from peft import PeftModel
 
     try:

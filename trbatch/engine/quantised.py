@@ -13,6 +13,7 @@ a hub to run it. What keeps to this:
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ def prepare(config: Any) -> None:
     if not kind:
         return
     if kind == "bitsandbytes":
+        quiet_bitsandbytes()
         _refuse_eight_bits(how)
     elif kind not in _DENSE:
         why = _REASONS.get(kind, "nobody has tried its layers with this engine")
@@ -61,6 +63,11 @@ def prepare(config: Any) -> None:
         raise WorkerError(f"weights quantised by {kind!r} need the package {kind}", hint=_EXTRA)
     if kind in _DENSE:
         config.quantization_config = {**how, "dequantize": True}
+
+
+def quiet_bitsandbytes() -> None:
+    """It warns of kernels in a hub that it would rather have, and does without them."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _refuse_eight_bits(how: Mapping[str, Any]) -> None:
