@@ -101,7 +101,7 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
     """Mean acceptance length: (tokens - 1) / decode forwards, by tree size and category."""
     from trbatch.engine.bench_acceptance import acceptance
 
-    print_table(acceptance(**settings, progress=_note), as_json=as_json)
+    print_table(acceptance(**options.with_adapter(settings), progress=_note), as_json=as_json)
 
 
 @bench_group.command(
@@ -152,7 +152,9 @@ def bench_speed(as_json: bool, method: str, **settings: Any) -> None:
     """Tokens/s of transformers' generate, our plain decoding and our Token Recycling."""
     from trbatch.engine.bench_method import measure_speed
 
-    print_table(measure_speed(method, **settings, progress=_note), as_json=as_json)
+    print_table(
+        measure_speed(method, **options.with_adapter(settings), progress=_note), as_json=as_json
+    )
 
 
 def _note(text: str) -> None:

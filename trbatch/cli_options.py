@@ -10,7 +10,7 @@ from typing import Any
 import click
 import orjson
 
-from trbatch import api, gpus, profiles
+from trbatch import adapters, api, gpus, profiles, structured
 from trbatch.config import (
     PRIORITIES,
     EngineConfig,
@@ -18,6 +18,7 @@ from trbatch.config import (
     SamplingParams,
     WorkerConfig,
     check_chat_template_kwargs,
+    default_model,
 )
 from trbatch.errors import UsageError
 from trbatch.job_files import is_job_file
@@ -80,6 +81,12 @@ def _bias(context: click.Context, option: click.Parameter, given: Sequence[str])
     return bias
 
 
+_ADAPTER = click.option(
+    "--adapter",
+    default="",
+    help="A LoRA adapter's folder or hub name, merged into the model when it is loaded.",
+)
+
 model_options = grouped(
     _setting(
         JobSpec,
@@ -87,6 +94,7 @@ model_options = grouped(
         "Hub name, model folder or GGUF file. Without it: TRBATCH_MODEL, trbatch.toml, or a small "
         "model for trying out.",
     ),
+    _ADAPTER,
     _setting(JobSpec, "revision", "Branch, tag or commit of a hub name."),
     _setting(JobSpec, "trust_remote_code", "Run Python code that comes with the model."),
 )
@@ -141,6 +149,11 @@ sampling_options = grouped(
         "What a thinking model's reasoning begins with; it goes into a column of its own.",
     ),
     _setting(SamplingParams, "reasoning_end", "What it ends with; '': leave it in the text."),
+    click.option("--json-schema", default="", metavar="FILE", help="Every text is JSON of this."),
+    click.option("--regex", default="", help="Every text matches this regular expression, whole."),
+    click.option(
+        "choices", "--choice", multiple=True, help="Every text is one of these; may be repeated."
+    ),
 )
 
 
@@ -268,6 +281,7 @@ engine_options = grouped(
 
 bench_model_options: Decorator = grouped(
     _setting(JobSpec, "model", "Hub name, model folder or GGUF file."),
+    _ADAPTER,
     _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
     _setting(
         EngineConfig,
@@ -401,18 +415,38 @@ dry_run_option = click.option(
 json_option = click.option("as_json", "--json", is_flag=True, help="Print JSON on stdout.")
 
 
+def with_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with --adapter as part of the model's name."""
+    left = {name: value for name, value in settings.items() if name != "adapter"}
+    if adapter := settings.get("adapter"):
+        left["model"] = adapters.joined(settings["model"] or default_model(), adapter)
+    return left
+
+
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `SamplingParams` that options set; --seed is the job's."""
+    found = {k: v for k, v in picked(SamplingParams, settings).items() if k != "seed"}
+    form = structured.from_options(
+        settings.get("json_schema", ""), settings.get("regex", ""), settings.get("choices", ())
+    )
+    return found | ({"structured": form} if form else {})
+
+
 def job_spec(input: str, settings: Mapping[str, Any]) -> JobSpec:
     """The job of the parsed options of `model_options`, `sampling_options` and `job_options`.
 
     Of a job spec (`.toml`) only those options count that were given: they win over the spec.
     """
     if is_job_file(input):
-        settings = _given(settings)
-        sampling = {k: v for k, v in picked(SamplingParams, settings).items() if k != "seed"}
-        return api.job_spec(input, sampling | picked(JobSpec, settings))
-    fields = picked(JobSpec, settings)
-    sampling = picked(SamplingParams, settings)
-    sampling.pop("seed", None)  # --seed is the job's
+        given = _given(settings)
+        if given.get("adapter") and not given.get("model"):
+            raise UsageError(
+                f"--adapter cannot be added to the model of {input}",
+                hint="give --model as well, or write 'BASE + ADAPTER' as the model there",
+            )
+        return api.job_spec(input, _sampling(given) | picked(JobSpec, with_adapter(given)))
+    fields = picked(JobSpec, with_adapter(settings))
+    sampling = _sampling(settings)
     params = SamplingParams(**sampling)
     if params.n > 1 and params.greedy:
         many = f"--n {params.n} without --temperature gives each row {params.n} equal samples"
@@ -442,7 +476,7 @@ def worker_config(settings: Mapping[str, Any]) -> WorkerConfig:
     """
     _until(settings)
     return WorkerConfig.from_dict(
-        picked(WorkerConfig, settings) | {"engine": engine_config(settings)}
+        picked(WorkerConfig, with_adapter(settings)) | {"engine": engine_config(settings)}
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from trbatch import structured
 from trbatch.errors import UsageError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -81,8 +82,11 @@ class SamplingParams(_Config):
     return_token_ids: bool = False
     reasoning_start: str = "<think>"  # what stands around the reasoning of models that think
     reasoning_end: str = "</think>"  # "": nothing is split off
+    # What the text has to be: {"json": schema}, {"regex": …} or {"choice": […]}; see `structured`.
+    structured: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "structured", structured.normalised(self.structured))
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
@@ -105,6 +109,8 @@ class SamplingParams(_Config):
         for name in ("ignore_eos", "return_token_ids"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.structured and self.ignore_eos:
+            raise UsageError("structured and ignore_eos contradict each other; drop one of them")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError("stop must be a non-empty text or a list of them")
         for token in self.stop_token_ids:

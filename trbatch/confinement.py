@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from trbatch import adapters
 from trbatch.chunk_lease import BadChunk
 from trbatch.config import default_store
 from trbatch.masking import printable
@@ -39,12 +40,13 @@ class Confinement:
             raise BadChunk(self._refusal(f"the job folder {folder}"))
 
     def check_model(self, model: str) -> None:
-        """Let a model pass: a hub name, or a path below a root.
+        """Let a model pass: a hub name, or a path below a root, and so its adapter, if any.
 
         Raises:
             BadChunk: it is a path that does not lie below a root.
         """
-        if _is_local(model) and not self._allows(model):
+        parts = [part for part in adapters.split(model) if part]
+        if any(_is_local(part) and not self._allows(part) for part in parts):
             raise BadChunk(self._refusal(f"the model {model}") + ", or with --model for it alone")
 
     def _allows(self, place: str) -> bool:

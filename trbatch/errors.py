@@ -2,6 +2,7 @@
 
     TrbatchError              1   anything below, or a mistake of ours
     ├── UsageError            2   an option, a setting or a combination of them is wrong
+    │   └── MissingExtra      2   a package is not installed that what was asked for needs
     ├── InputError            2   a file cannot be read or a whole input is unusable
     ├── ModelError            4   a model cannot be found, loaded or run by this engine
     │   └── WorkerError       4   not here and now: device, memory, network or an option
@@ -43,6 +44,10 @@ class UsageError(TrbatchError):
     """An option, a setting or a combination of them is wrong."""
 
     exit_code = 2
+
+
+class MissingExtra(UsageError):
+    """What was asked for needs a package that is not installed; the hint names the extra."""
 
 
 class InputError(TrbatchError):

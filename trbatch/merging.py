@@ -7,8 +7,9 @@ from typing import Any
 
 import orjson
 
+from trbatch import structured
 from trbatch.config import SamplingParams
-from trbatch.errors import UsageError
+from trbatch.errors import MissingExtra, UsageError
 
 _REMEMBERED_SAMPLINGS = 4096
 
@@ -26,6 +27,7 @@ class SamplingMerger:
     """The job's sampling with a row's own fields over it; each distinct set is checked once."""
 
     def __init__(self, sampling: SamplingParams) -> None:
+        _check(sampling)
         self._base = sampling
         self._known: dict[bytes, tuple[SamplingParams, bytes]] = {}
         self._plain = (sampling, _canonical(sampling), sampling.seed)
@@ -40,6 +42,7 @@ class SamplingMerger:
 
         Raises:
             BadRow: a field is unknown or its value is wrong.
+            MissingExtra: a package that a field needs is not installed.
         """
         if not overrides:
             return self._plain
@@ -49,8 +52,10 @@ class SamplingMerger:
         try:
             if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
                 seed = self._base.merged({"seed": seed}).seed
-            key = orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)
+            key = orjson.dumps(rest)  # not sorted: a schema's order matters
             merged = self._known.get(key) or self._remember(key, self._base.merged(rest))
+        except MissingExtra:
+            raise  # that would be every such row's end
         except UsageError as error:
             cure = f"; {error.hint}" if error.hint else ""
             raise BadRow("invalid_sampling", error.message + cure) from error
@@ -61,13 +66,21 @@ class SamplingMerger:
     def _remember(self, key: bytes, sampling: SamplingParams) -> tuple[SamplingParams, bytes]:
         if len(self._known) >= _REMEMBERED_SAMPLINGS:
             self._known.clear()
+        _check(sampling)
         self._known[key] = (sampling, _canonical(sampling))
         return self._known[key]
+
+
+def _check(sampling: SamplingParams) -> None:
+    if sampling.structured is not None:
+        structured.check(sampling.structured)
 
 
 def _canonical(sampling: SamplingParams) -> bytes:
     values = sampling.identity()
     del values["seed"], values["n"]
+    if values["structured"] is None:
+        del values["structured"]  # as it was before there was any
     return orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trbatch import adapters
 from trbatch.config import DEFAULT_MODEL, cache_folder, default_model
 from trbatch.digests import file_digests, sha256_of
 from trbatch.errors import ModelError, WorkerError
@@ -55,7 +56,8 @@ def load_model(
     """Load a causal language model and its tokenizer onto a device, ready for the engine.
 
     Args:
-        model: hub name, local folder or GGUF file; "" takes `config.default_model()`.
+        model: hub name, local folder or GGUF file, maybe with an adapter (`BASE + ADAPTER`); ""
+            takes `config.default_model()`.
         revision: of a hub name: branch, tag or commit.
         device: `auto` (the first GPU, else the CPU) or a torch device.
         dtype: `auto` (float32 on a CPU, the checkpoint's 16-bit type or bfloat16 on a GPU) or a
@@ -72,12 +74,14 @@ def load_model(
 
     model = model or default_model()
     pick_device(device)  # first: what cannot run here need not be fetched
-    if model == DEFAULT_MODEL:
+    base, adapter = adapters.split(model)
+    if base == DEFAULT_MODEL:
         note(SMALL_MODEL_NOTICE)
     with loading(model):
         return load_pretrained(
-            source=resolve(model),
+            source=resolve(base),
             name=model,
+            adapter=adapters.adapter_folder(adapter) if adapter else None,
             revision=revision,
             device=device,
             dtype=dtype,
@@ -90,10 +94,15 @@ def load_unmodified(model: str, like: LoadedModel) -> Any:
     """The same weights as plain transformers loads them: what benchmarks compare with."""
     from transformers import AutoModelForCausalLM
 
+    from trbatch.engine.merging import merge
+
+    base, adapter = adapters.split(model or default_model())
     with quiet_transformers():
-        network = AutoModelForCausalLM.from_pretrained(
-            resolve(model or default_model()), dtype=like.dtype, use_safetensors=True
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(base), dtype=like.dtype, use_safetensors=True
         )
+    if adapter:
+        network = merge(network, adapters.adapter_folder(adapter))
     return network.eval().to(like.device)
 
 

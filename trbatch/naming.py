@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from trbatch import adapters
 from trbatch.errors import UsageError
 
 MATRICES = "matrices"  # a folder of the store beside the job folders
@@ -59,6 +60,9 @@ def model_name(given: str) -> str:
     Raises:
         UsageError: it can only be a local model, and there is none.
     """
+    base, adapter = adapters.split(given)
+    if adapter:
+        return adapters.joined(model_name(base), adapters.adapter_name(adapter))
     path = Path(os.path.expanduser(given))  # unlike pathlib's it takes every text
     is_gguf = path.suffix == ".gguf"
     if path.is_file() if is_gguf else (path / "config.json").is_file():

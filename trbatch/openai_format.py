@@ -11,7 +11,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from trbatch import structured
 from trbatch.config import SAMPLING_FIELDS
+from trbatch.errors import UsageError
 from trbatch.merging import BadRow, is_absent
 from trbatch.shaping import CHAT_ARGUMENTS, Asked, Shaping
 
@@ -157,6 +159,12 @@ def _take_chat_arguments(body: dict[str, Any]) -> Any:
 
 def _sampling(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
     sampling = _take_logprobs(body, is_chat=is_chat)
+    try:
+        form = structured.take_from_body(body)
+    except UsageError as error:
+        raise BadRow("invalid_sampling", error.message) from error
+    if form is not None:
+        sampling["structured"] = form
     for name, value in body.items():
         ours = _RENAMED.get(name, name)
         if ours in SAMPLING_FIELDS:

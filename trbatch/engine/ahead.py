@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trbatch.engine.spine import Spine
+from trbatch.engine.spine import LONG, NO_TOKEN, Spine
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,26 @@ class Ahead:
 
 
 def ahead_of(
-    spines: Sequence[Spine], texts: Sequence[Sequence[int]], count: int, device: torch.device
+    spines: Sequence[Spine],
+    texts: Sequence[Sequence[int]],
+    count: int,
+    device: torch.device,
+    forced: Sequence[Sequence[int]] | None = None,
 ) -> Ahead:
-    """The next `count` tokens that B sequences' spines expect, after reading their texts."""
-    tokens = []
-    for spine, text in zip(spines, texts, strict=True):
+    """The next `count` tokens that B sequences' spines expect, after reading their texts.
+
+    Args:
+        forced: what must come next, as far as it is known; `count` tokens at most. It goes before
+            what a spine expects, and is trusted as a long match.
+    """
+    tokens, matched = [], []
+    for spine, text, must in zip(spines, texts, forced or [()] * len(texts), strict=True):
         spine.follow(text)
-        tokens.append(spine.ahead(text, count))
-    matched = [spine.matched for spine in spines]
+        expected, length = spine.ahead(text, count), spine.matched
+        if must and expected[: len(must)] != list(must):
+            expected, length = [*must, *[NO_TOKEN] * (count - len(must))], LONG
+        tokens.append(expected)
+        matched.append(length)
     return Ahead(torch.tensor(tokens, device=device), torch.tensor(matched, device=device))
 
 

@@ -14,6 +14,7 @@ from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.coming_true import count_paths
 from trbatch.engine.drafting import Draft
+from trbatch.engine.grammar import grammar_of
 from trbatch.engine.host_rows import HostRows
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.paths import PathCounts
@@ -21,6 +22,7 @@ from trbatch.engine.sequence import Sequence as Running
 from trbatch.engine.tree import Tree
 from trbatch.engine.verify import Verdict
 
+_REACH = best_first.MAX_DEPTH + 1  # tokens that a spine is asked for
 _FEW = 64  # nodes of a step that a CPU goes through one by one
 
 
@@ -58,7 +60,7 @@ class Drafter:
             return None
         return ahead_of(
             [sequence.spine for sequence in batch], [sequence.tokens for sequence in batch],
-            best_first.MAX_DEPTH + 1, self._matrix.shared.device,
+            _REACH, self._matrix.shared.device, [_forced(sequence) for sequence in batch],
         )  # fmt: skip
 
     def draft(
@@ -192,3 +194,9 @@ class Drafter:
     def _few(self, drafted: Draft) -> HostRows | None:
         """The rows in this machine's memory, where going through few nodes singly is quicker."""
         return self._host if sum(drafted.sizes) <= _FEW else None
+
+
+def _forced(sequence: Running) -> list[int]:
+    """The tokens that its grammar leaves no choice about."""
+    grammar = grammar_of(sequence.request)
+    return [] if grammar is None else grammar.forced(sequence.tokens, _REACH)

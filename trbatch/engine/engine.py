@@ -27,6 +27,7 @@ from trbatch.engine.device_prefill import DevicePrefiller
 from trbatch.engine.device_step import DeviceStep, Operations, operations_for
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.eager import EagerDecoder
+from trbatch.engine.grammar import GrammarFailed, Grammars
 from trbatch.engine.lagged import LaggedDecoder
 from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
@@ -113,6 +114,7 @@ class Engine:
             places=MAX_TASKS, model=loaded.fingerprint, model_name=loaded.name,
         )  # fmt: skip
         self.copies = Copies(self._matrix, self._tasks)
+        self._grammars = Grammars(loaded)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
         recycling = self._most > 1
@@ -193,7 +195,8 @@ class Engine:
         try:
             ids = encode(tokenizer, request, vocab)
             request = with_processors(request, ids, stop.stop_ids, vocab)
-        except EncodingFailed as failed:
+            request = self._grammars.constrained(request, len(ids))
+        except (EncodingFailed, GrammarFailed) as failed:
             self._refuse(request, failed.error)
             return
         if len(ids) >= self.max_model_len:
@@ -361,6 +364,9 @@ class Engine:
             "busy_s": self._busy_s,
             "prefix_hit_tokens": self._prefixes.hit_tokens,
             "preemptions": self._scheduler.preemptions,
+            "grammar_masks": self._grammars.masks,
+            "grammar_mask_s": self._grammars.seconds,
+            "grammar_compile_s": self._grammars.compile_seconds,
             "tree_sizes": dict(sorted(self.budget.chosen.items())),
             "steps": dict(self.budget.steps),
             "kv_pages": self._cache.pool.pages,
@@ -408,4 +414,5 @@ class Engine:
         self._scheduler.retire(sequence)
         alone = sequence.reads != sequence.task
         self._tasks.count(sequence.task, sequence.figures.acceptance(), alone=alone)
-        self._finished.append(sequence.completion())
+        completion = self._grammars.checked(sequence.completion(), sequence.request)
+        self._finished.append(completion)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trbatch.engine import merging, quantised
 from trbatch.engine.attention import ATTENTION, Plan, ShapeProbe, Span, StepPlan, active
 from trbatch.engine.fuse import fuse as fuse_network
 from trbatch.engine.kv_cache import KVCache
@@ -94,8 +95,9 @@ def load_pretrained(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     fuse: bool = True,
+    adapter: Path | None = None,
 ) -> LoadedModel:
-    """Load safetensors weights and the tokenizer.
+    """Load safetensors weights and the tokenizer, and merge an adapter into them.
 
     See `trbatch.models.load_model`, and `from_network` for `fuse`.
     """
@@ -107,6 +109,7 @@ def load_pretrained(
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, **options)
             refuse_unsupported(config)
+            quantised.prepare(config)
             kind = pick_dtype(dtype, place, config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=kind, use_safetensors=True,
@@ -120,7 +123,12 @@ def load_pretrained(
             # transformers would fill them with random numbers and go on.
             raise ModelError(f"model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
         network = nn.Module.to(network, place)
-        return from_network(network, tokenizer, name=name, source=source, fuse=fuse)
+        if adapter is not None:
+            network = merging.merge(network, adapter)
+        made = from_network(network, tokenizer, name=name, source=source, fuse=fuse)
+        if adapter is not None:
+            made.fingerprint = merging.fingerprint(made.fingerprint, adapter)
+        return made
 
 
 def from_network(
