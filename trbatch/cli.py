@@ -14,6 +14,8 @@ import click
 from trbatch import __version__, api
 from trbatch import cli_options as options
 from trbatch.cli_bench import bench_group
+from trbatch.cli_completion import completion_command
+from trbatch.cli_help import MOST_COLUMNS, ProgramGroup, told
 from trbatch.cli_jobs import JOB_COMMANDS
 from trbatch.cli_matrix import matrix_group
 from trbatch.cli_output import (
@@ -25,12 +27,14 @@ from trbatch.cli_output import (
     print_summary,
 )
 from trbatch.errors import (
+    EXIT_CODES,
     EXIT_OK,
     EXIT_ROWS_FAILED,
     Cancelled,
     Expired,
     JobFailed,
     TrbatchError,
+    UsageError,
 )
 from trbatch.figures import Progress
 from trbatch.hooks import on_complete
@@ -43,33 +47,51 @@ INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
 
-class Commands(click.Group):
-    """A group of commands, and the one place where an error becomes a message and an exit code."""
+class Commands(ProgramGroup):
+    """The program, and the one place where an error becomes a message and an exit code."""
 
-    def invoke(self, context: click.Context) -> Any:
+    exit_codes = EXIT_CODES
+
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        """Parse what stands before the command. Wrong usage is shown as in a command."""
+        try:
+            return super().make_context(*arguments, **settings)
+        except click.NoSuchOption as error:
+            print_error(told(error))
+            raise click.exceptions.Exit(UsageError.exit_code) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
         """Run a command. A TrbatchError is shown with its hint and ends with its exit code."""
         try:
-            return super().invoke(context)
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            print_error(told(error))
+            ctx.exit(UsageError.exit_code)
         except TrbatchError as error:
             print_error(error)
-            context.exit(error.exit_code)
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped; the same command again goes on", err=True)
-            context.exit(INTERRUPTED)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    **options.example("trbatch run prompts.jsonl -o answers.parquet"),
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": MOST_COLUMNS,
+    },
+    epilog=options.epilog("trbatch run prompts.jsonl -o answers.parquet"),
 )
 @click.version_option(__version__, prog_name="trbatch")
 def commands() -> None:
     """Batch inference with Token Recycling: prompts in, a Parquet dataset out.
 
-    Exit codes: 0 every row ok, 1 unexpected error, 2 usage, 3 finished with failed rows, 4 job
-    failed, 5 cancelled, 6 timed out, 7 resume refused, 75 Redis or storage unreachable, 130 and
-    143 stopped by a signal.
+    `trbatch run` does all of it. To share work among GPUs and machines, start `trbatch worker` on
+    each and use `trbatch submit`, `wait` and `collect`. Each command has a help of its own: `trbatch
+    COMMAND -h`.
     """
     log_to_stderr("WARNING", "text")
 
@@ -96,9 +118,12 @@ def main() -> None:
 @options.json_option
 @click.pass_context
 def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
-    """Submit INPUT, decode it here, and collect it.
+    """Submit INPUT, decode it here, and collect the dataset.
 
-    A job that was cancelled meanwhile, or was not done by its --deadline, is collected as well.
+    INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages'. The same
+    command again goes on where it was stopped. Without --output the dataset lies in the job folder;
+    the last lines say where. A job that was cancelled meanwhile, or was not done by its --deadline,
+    is collected as well.
     """
     from trbatch.local import run
 
@@ -183,9 +208,10 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
 @options.redis_option
 @options.json_option
 def status_command(job: str | None, out: str, redis_url: str, as_json: bool) -> None:
-    """How far JOB is, or what the queue holds.
+    """Tell how far JOB is, or what the queue holds.
 
-    Without JOB it lists the chunks that wait, by model, and the workers that live.
+    JOB is its id or its folder. Without JOB: the chunks that wait, by model, and the workers that
+    live.
     """
     if job is None:
         print_queue(redis_url, as_json=as_json)
@@ -195,7 +221,12 @@ def status_command(job: str | None, out: str, redis_url: str, as_json: bool) -> 
 
 @commands.command("wait", **options.example("trbatch wait prompts-1a2b3c4d --timeout 3600"))
 @click.argument("job")
-@click.option("--timeout", type=float, help="Give up after so many seconds (exit code 6).")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Give up after so many seconds (exit code 6).",
+)
 @options.on_complete_option
 @options.store_option
 @options.redis_option
@@ -206,7 +237,8 @@ def wait_command(
 ) -> None:
     """Wait until every row of JOB is there.
 
-    Exits with 5 if it was cancelled and with 6 if its deadline passed.
+    JOB is its id or its folder. Exits with 3 if some rows failed, with 5 if the job was cancelled
+    and with 6 if its deadline or the --timeout passed. It may be stopped and started again.
     """
     opened = api.Job.open(job, store=settings["out"], redis_url=settings["redis_url"])
     try:
@@ -230,17 +262,19 @@ def wait_command(
 @options.json_option
 @click.pass_context
 def collect_command(context: click.Context, /, job: str, **settings: Any) -> None:
-    """Write the dataset of JOB, with a receipt.
+    """Write the dataset of JOB, and prove that it is complete.
 
-    Every row is in it exactly once, in input order; failed rows carry an error code and message.
+    JOB is its id or its folder. Every row is in the dataset exactly once, in input order; failed
+    rows carry an error code and message. A job that runs may be collected, too: the receipt then
+    says how many rows are missing, and the exit code is 4.
     """
     opened = api.Job.open(job, store=settings["out"])
     context.exit(_collect(opened, opened.folder.progress(), settings).exit_code)
 
 
-@commands.group("server", **options.example("trbatch server status"))
+@commands.group("server", epilog=options.epilog("trbatch server status"))
 def server_group() -> None:
-    """The embedded queue server.
+    """Start, stop or look at the embedded queue server.
 
     It starts by itself when a command needs it, and belongs to this user on this host.
     """
@@ -271,7 +305,7 @@ def server_stop(as_json: bool) -> None:
 @server_group.command("status", **options.example("trbatch server status --json"))
 @options.json_option
 def server_status(as_json: bool) -> None:
-    """Whether the server runs, and where."""
+    """Tell whether the server runs, and where."""
     from trbatch import server
 
     print_server(server.status(), as_json=as_json)
@@ -281,6 +315,7 @@ for job_command in JOB_COMMANDS:
     commands.add_command(job_command)
 commands.add_command(bench_group)
 commands.add_command(matrix_group)
+commands.add_command(completion_command)
 
 
 def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Receipt:

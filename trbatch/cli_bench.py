@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from trbatch import cli_options as options
+from trbatch.cli_help import HelpGroup
 from trbatch.cli_output import print_table
 from trbatch.config import TREES, EngineConfig
 from trbatch.engine.shapes import SHAPES
@@ -16,7 +17,7 @@ from trbatch.errors import UsageError
 _EXAMPLE = "trbatch bench speed --prompts prompts.jsonl --batch 1,8"
 
 
-@click.group("bench", cls=click.Group, **options.example(_EXAMPLE))
+@click.group("bench", cls=HelpGroup, epilog=options.epilog(_EXAMPLE))
 def bench_group() -> None:
     """Measure acceptance and speed on this machine."""
 
@@ -98,7 +99,11 @@ _prompts_option = click.option(
 @click.option("--check", is_flag=True, help="Compare every output with plain decoding.")
 @options.json_option
 def bench_acceptance(as_json: bool, **settings: Any) -> None:
-    """Mean acceptance length: (tokens - 1) / decode forwards, by tree size and category."""
+    """Measure how often drafts are right, by tree size and category.
+
+    The mean acceptance length is (tokens - 1) / decode forwards: plain decoding has 1. Progress
+    goes to stderr, the table (with --json: one line) to stdout.
+    """
     from trbatch.engine.bench_acceptance import acceptance
 
     print_table(acceptance(**settings, progress=_note), as_json=as_json)
@@ -149,7 +154,12 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve.")
 @options.json_option
 def bench_speed(as_json: bool, method: str, **settings: Any) -> None:
-    """Tokens/s of transformers' generate, our plain decoding and our Token Recycling."""
+    """Measure tokens/s of transformers' generate, plain decoding and Token Recycling.
+
+    All three decode the same prompts with the same model in one process, and only their ratios mean
+    much on a machine that others use. Progress goes to stderr, the table (with --json: one line) to
+    stdout.
+    """
     from trbatch.engine.bench_method import measure_speed
 
     print_table(measure_speed(method, **settings, progress=_note), as_json=as_json)

@@ -18,6 +18,7 @@ _deadline = click.option(
     "deadline",
     "--deadline",
     default="",
+    metavar="WHEN",
     help="A new one, e.g. 8h or 07:00; 'none' lifts it. Without it: as it was.",
 )
 
@@ -46,7 +47,10 @@ def pause_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
 @click.command("continue", **options.example("trbatch continue prompts-1a2b3c4d"))
 @_job
 def continue_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
-    """Go on with a paused JOB."""
+    """Go on with a paused JOB.
+
+    `trbatch resume` does the same for a job that was stopped in any other way.
+    """
     opened = api.Job.open(job, store=out, redis_url=redis_url)
     if opened.folder.control().hold == "cancelled":
         raise UsageError(
@@ -71,11 +75,17 @@ def resume_command(job: str, out: str, redis_url: str, as_json: bool, deadline: 
 @click.command("retry", **options.example("trbatch retry prompts-1a2b3c4d --failed"))
 @_job
 @click.option("--failed", is_flag=True, help="Decode failed rows again.")
-@click.option("codes", "--code", multiple=True, help="Only those of this code; may be repeated.")
+@click.option(
+    "codes",
+    "--code",
+    multiple=True,
+    metavar="CODE",
+    help="Only those of this error code; may be repeated.",
+)
 def retry_command(
     job: str, out: str, redis_url: str, as_json: bool, failed: bool, codes: tuple[str, ...]
 ) -> None:
-    """Decode rows of JOB again.
+    """Decode failed rows of JOB again.
 
     `trbatch status` shows the error codes. Rows that are bad in the input stay as they are: correct
     them there and submit again.
@@ -94,7 +104,13 @@ def retry_command(
 
 @click.command("prune", **options.example("trbatch prune --older-than 30d --dry-run"))
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
-@click.option("older_than", "--older-than", default="", help="Remove jobs this old, e.g. 30d.")
+@click.option(
+    "older_than",
+    "--older-than",
+    default="",
+    metavar="SPAN",
+    help="Remove jobs to which nothing has happened for so long, e.g. 30d.",
+)
 @click.option(
     "--force", is_flag=True, help="Remove old jobs that still run or were not collected, too."
 )
