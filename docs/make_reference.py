@@ -29,6 +29,7 @@ from trbatch.config import EngineConfig, JobSpec, SamplingParams
 from trbatch.engine.sequence import Completion
 from trbatch.error_codes import FROM_DECODING, FROM_THE_INPUT, error_table
 from trbatch.errors import EXIT_CODES
+from trbatch.figures import Progress
 from trbatch.job_status import JobStatus
 from trbatch.pruning import Pruned
 from trbatch.results import Receipt
@@ -90,7 +91,11 @@ def two_columns(title: str, pairs: tuple[tuple[str, str], ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-API_INTRO = '''What `import trbatch` gives. Importing it loads neither torch nor the queue.
+API_INTRO = """What `import trbatch` gives. Importing it loads neither torch nor the queue.
+
+```console
+$ head -n 4 jobs/sample_prompts.jsonl > prompts.jsonl
+```
 
 ```python
 import trbatch
@@ -99,7 +104,11 @@ job = trbatch.submit("prompts.jsonl", name="api", max_tokens=16)
 print(job.id, job.status().state)
 ```
 
-A worker decodes it: `trbatch worker` on any machine that sees the same store and queue.
+```text
+api queued
+```
+
+A worker decodes it, on any machine that sees the same store and the same queue:
 
 ```console
 $ trbatch worker --burst
@@ -111,12 +120,16 @@ import trbatch
 
 status = trbatch.wait("api")
 print(status.state, status.progress.rows_ok)
-receipt = trbatch.collect("api", "answers.parquet")
-print(receipt)
+print(trbatch.collect("api", "answers.parquet"))
 ```
 
-Every error that trbatch raises on purpose is a `trbatch.TrbatchError`, whose `exit_code` says what the
-command line would have ended with, and whose `hint` says what to do:
+```text
+completed 4
+complete: 4 rows in = 4 ok + 0 failed + 0 cancelled, each id once
+```
+
+Every error that trbatch raises on purpose is a `trbatch.TrbatchError`. Its `exit_code` is what the
+command line would have ended with, its `hint` says what to do:
 
 ```python
 import trbatch
@@ -124,9 +137,32 @@ import trbatch
 try:
     trbatch.submit("prompts.jsonl", temprature=0.7)
 except trbatch.TrbatchError as error:
-    print(f"{error.exit_code}: {error}; {error.hint}")
+    print(f"{error}; {error.hint} ({error.exit_code})")
 ```
-'''
+
+```text
+unknown setting 'temprature'; did you mean 'temperature'? (2)
+```
+
+`trbatch.generate` needs neither queue nor worker: it loads the model into this process.
+
+```python
+from trbatch import SamplingParams, generate
+from trbatch.config import EngineConfig
+
+found = generate(
+    ["The capital of France is", [{"role": "user", "content": "Name a colour."}]],
+    SamplingParams(max_tokens=8),
+    engine=EngineConfig(device="cpu", max_num_seqs=2),
+)
+print(len(found), found[0].finish_reason, len(found[0].token_ids))
+```
+
+```text
+…
+2 length 8
+```
+"""
 
 
 def api_page() -> str:
@@ -138,20 +174,23 @@ def api_page() -> str:
         if inspect.isfunction(thing):
             parts.append(function(f"trbatch.{name}", thing))
     parts += ["## Settings\n", "An unknown name is an error that says which was meant.\n"]
-    parts += [settings("trbatch.JobSpec", JobSpec), settings("trbatch.SamplingParams", SamplingParams)]
-    parts += [settings("trbatch.config.EngineConfig", EngineConfig)]
-    parts += ["## Errors\n"]
+    parts += [
+        settings("trbatch.JobSpec", JobSpec),
+        settings("trbatch.SamplingParams", SamplingParams),
+        settings("trbatch.config.EngineConfig", EngineConfig),
+    ]
     module = inspect.getdoc(sys.modules["trbatch.errors"]) or ""
-    parts += [f"### `trbatch.TrbatchError`\n\n```text\n{module}\n```\n"]
+    parts += [f"## Errors\n\n### `trbatch.TrbatchError`\n\n```text\n{module}\n```\n"]
     parts += ["## What functions return\n", klass("trbatch.api.Job", api.Job)]
-    for kind in (JobStatus, Receipt, Completion, Pruned):
+    for kind in (JobStatus, Progress, Receipt, Completion, Pruned):
         parts.append(settings(f"{kind.__module__}.{kind.__name__}", kind))
     return "\n".join(parts)
 
 
 def function(name: str, thing: Callable[..., Any]) -> str:
     """A heading, the signature and the docstring."""
-    return f"### `{name}`\n\n```text\n{name.rpartition('.')[2]}{signature(thing)}\n```\n\n{text(thing)}\n"
+    called = name.rpartition(".")[2] + signature(thing)
+    return f"### `{name}`\n\n```text\n{called}\n```\n\n{text(thing)}\n"
 
 
 def klass(name: str, kind: type) -> str:
@@ -160,25 +199,38 @@ def klass(name: str, kind: type) -> str:
     for attribute, thing in vars(kind).items():
         if attribute.startswith("_"):
             continue
-        if isinstance(thing, property):
-            parts.append(f"- `.{attribute}`: {one_line(thing)}")
-        elif inspect.isfunction(thing) or isinstance(thing, classmethod):
-            known = getattr(kind, attribute)
-            parts.append(f"- `.{attribute}{signature(known)}`: {one_line(known)}")
-    return "\n".join(parts) + "\n"
+        known = getattr(kind, attribute)
+        called = f".{attribute}" + ("" if isinstance(thing, property) else signature(known))
+        parts.append(f"```text\n{called}\n```\n\n{text(known)}\n")
+    return "\n".join(parts)
 
 
 def settings(name: str, kind: type) -> str:
-    """A dataclass: its docstring and a table of its fields, defaults and comments."""
-    comments = field_comments(kind)
+    """A dataclass: its docstring, a table of its fields, and what can be asked of it."""
+    said = option_helps() | field_comments(kind)
     lines = ["| field | type | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(kind):
         default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
         if field.default_factory is not dataclasses.MISSING:
             default = f"`{getattr(field.default_factory, '__name__', '')}()`"
-        kind_of = str(field.type).replace("|", "\\|")
-        lines.append(f"| `{field.name}` | `{kind_of}` | {default} | {comments.get(field.name, '')} |")
+        type_of = str(field.type).replace("|", "\\|")
+        lines.append(f"| `{field.name}` | `{type_of}` | {default} | {said.get(field.name, '')} |")
+    for attribute, thing in vars(kind).items():
+        if isinstance(thing, property) and not attribute.startswith("_"):
+            returns = inspect.signature(thing.fget).return_annotation if thing.fget else ""
+            type_of = str(returns).replace("|", "\\|")
+            lines.append(f"| `.{attribute}` | `{type_of}` | | {one_line(thing)} |")
     return f"### `{name}`\n\n{text(kind)}\n\n" + "\n".join(lines) + "\n"
+
+
+def option_helps() -> dict[str, str]:
+    """What the command line says of the settings, by their names."""
+    found: dict[str, str] = {}
+    for _, command in commands(cli.commands):
+        for option in command.params:
+            if isinstance(option, click.Option) and option.name and option.help:
+                found.setdefault(option.name, option.help.replace("|", "\\|"))
+    return found
 
 
 def field_comments(kind: type) -> dict[str, str]:
@@ -197,27 +249,28 @@ def field_comments(kind: type) -> dict[str, str]:
             if not comment:
                 said = (line.strip().lstrip("# ") for line in lines[above + 1 : node.lineno - 1])
                 comment = " ".join(said)
-            found[node.target.id] = comment.replace("|", "\\|")
+            if comment:
+                found[node.target.id] = comment.replace("|", "\\|")
     return found
 
 
 def signature(thing: Callable[..., Any]) -> str:
     """Parameters and result, one parameter a line where they are many."""
     found = inspect.signature(thing)
-    kept = [one for name, one in found.parameters.items() if name != "self"]
-    line = re.sub(r"[\"']", "'", str(found.replace(parameters=kept))).replace("''", '""')
-    line = line.replace("'", "") if "''" not in line else line
-    line = re.sub(r"'([A-Za-z][^']*)'", r"\1", line)
-    if len(line) < 60:
+    inside, named = [], False
+    for name, one in found.parameters.items():
+        if name == "self":
+            continue
+        if one.kind is one.KEYWORD_ONLY and not named:
+            inside.append("*")
+        named = named or one.kind is one.KEYWORD_ONLY
+        default = "" if one.default is one.empty else f" = {one.default!r}"
+        stars = "**" if one.kind is one.VAR_KEYWORD else ""
+        inside.append(f"{stars}{name}: {one.annotation}{default}")
+    line = f"({', '.join(inside)}) -> {found.return_annotation}"
+    if len(line) < 80:
         return line
-    inside = [str(one).replace("'", "") for one in kept]
-    stars = [
-        index for index, one in enumerate(kept) if one.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    if stars:
-        inside.insert(stars[0], "*")
-    returns = str(found.return_annotation).replace("'", "")
-    return "(\n" + "".join(f"    {one},\n" for one in inside) + f") -> {returns}"
+    return "(\n" + "".join(f"    {one},\n" for one in inside) + f") -> {found.return_annotation}"
 
 
 def text(thing: Any) -> str:

@@ -5,8 +5,9 @@
     ```python                   a program; a ```text block right behind it is what it prints
     ```sh                       commands that cannot run everywhere: only parsed
 
-In what is printed, `…` stands for anything, and alone on a line for any lines. Whole numbers must be
-the same; numbers with a point, clock times, dates and job ids' last eight letters need only look alike.
+In what is printed, `…` stands for anything, and alone on a line for any lines. Whole numbers must
+be the same; numbers with a point, clock times, dates and job ids' last eight letters need only look
+alike.
 A command must succeed unless the next one is `echo $?`.
 """
 
@@ -20,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def clean_clone(target: Path) -> None:
     shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
     environment = target / ".venv"
     environment.mkdir()
-    (environment / "bin").symlink_to(Path(sys.prefix) / "bin")
+    for part in ("bin", "lib", "lib64", "pyvenv.cfg"):
+        if (found := Path(sys.prefix) / part).exists():
+            (environment / part).symlink_to(found)
     (environment / "worker.stamp").touch()
 
 
@@ -174,7 +177,7 @@ class Session:
 
     def start(self, step: Step) -> None:
         """Run a command in another terminal, until the session ends."""
-        process = self._start(["-c", f"exec {step.command}"], self.folder / f".terminal-{step.line}")
+        process = self._start(["-c", f"exec {step.command}"], self._log(step))
         self._others.append((step, process))
 
     def close(self) -> list[tuple[Step, str]]:
@@ -183,16 +186,21 @@ class Session:
         for step, process in self._others:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-            shown.append((step, (self.folder / f".terminal-{step.line}").read_text()))
+            shown.append((step, self._log(step).read_text()))
         self._others = []
         if self._shell.poll() is None:
             self.run(Step("trbatch server stop >/dev/null 2>&1; true", 0))
             self._shell.communicate(b"exit\n", timeout=10)
         return shown
 
-    def _start(self, arguments: list[str] | None = None, log: Path | None = None) -> subprocess.Popen[bytes]:
+    def _log(self, step: Step) -> Path:
+        return self.folder / f".terminal-{step.line}"
+
+    def _start(
+        self, arguments: Sequence[str] = (), log: Path | None = None
+    ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            ["bash", "--noprofile", "--norc", *(arguments or [])],
+            ["bash", "--noprofile", "--norc", *arguments],
             cwd=self.folder,
             env=self.environment,
             stdin=subprocess.DEVNULL if log else subprocess.PIPE,

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from trbatch import __version__, api
+from trbatch import __version__, api, logs
 from trbatch import cli_options as options
+from trbatch.bad_rows import first_reasons
 from trbatch.cli_bench import bench_group
 from trbatch.cli_completion import completion_command
 from trbatch.cli_help import MOST_COLUMNS, ProgramGroup, told
@@ -42,7 +43,9 @@ from trbatch.logs import log_to_stderr
 from trbatch.outputs import check_output
 from trbatch.progress import Reporter, reporter
 from trbatch.results import Receipt
+from trbatch.wording import counted
 
+BAD_ROWS_SHOWN = 3  # when a job is submitted
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
@@ -90,8 +93,8 @@ def commands() -> None:
     """Batch inference with Token Recycling: prompts in, a Parquet dataset out.
 
     `trbatch run` does all of it. To share work among GPUs and machines, start `trbatch worker` on
-    each and use `trbatch submit`, `wait` and `collect`. Each command has a help of its own: `trbatch
-    COMMAND -h`.
+    each and use `trbatch submit`, `wait` and `collect`. Each command has a help of its own:
+    `trbatch COMMAND -h`.
     """
     log_to_stderr("WARNING", "text")
 
@@ -321,6 +324,8 @@ commands.add_command(completion_command)
 def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Receipt:
     receipt = job.collect(settings["output"], format=settings["format"])
     print_summary(receipt, progress, as_json=settings["as_json"])
+    if receipt.rows_missing and not logs.as_json():
+        click.echo(f"hint: trbatch wait {job.id}, then the same command again", err=True)
     return receipt
 
 
@@ -338,12 +343,13 @@ def _ended_badly(job: api.Job, error: TrbatchError, command: str, *, as_json: bo
 def _say_submitted(job: api.Job, show: Reporter) -> None:
     manifest = job.folder.manifest
     bad = f", {manifest.rows_failed:,} of them unusable" if manifest.rows_failed else ""
-    what = f"{manifest.rows:,} rows{bad}, model {manifest.model}, task {manifest.task}"
+    what = f"{counted(manifest.rows, 'row')}{bad}, model {manifest.model}, task {manifest.task}"
     fields = {"job": job.id, "folder": job.path, "rows": manifest.rows}
     fields["rows_unusable"] = manifest.rows_failed
     if not job.folder.continued:
         line = f"submitted job {job.id}: {what}\n  in {job.path}"
         show.log(line, event="submitted", **fields)
+        _show_bad_rows(job, show)
         return
     progress = job.folder.progress()
     left = f"{progress.rows - progress.rows_done:,} of {progress.rows:,} rows are to be decoded"
@@ -352,11 +358,22 @@ def _say_submitted(job: api.Job, show: Reporter) -> None:
     else:
         line = f"same input and settings: job {job.id}, {what}; {left}"
     show.log(f"{line}\n  in {job.path}", event="continues", **fields)
+    if job.folder.reread:
+        _show_bad_rows(job, show)
     control = job.folder.control()
     if control.stopped and not progress.complete:
         how = control.hold or "past its deadline"
         line = f"  it is {how} and stays so; `trbatch resume {job.id}` takes it up again"
         show.log(line, event="held", job=job.id, how=how)
+
+
+def _show_bad_rows(job: api.Job, show: Reporter) -> None:
+    """A few unusable rows with their reasons, so that a mistake in all of them is seen at once."""
+    reasons = first_reasons(job.folder, BAD_ROWS_SHOWN)
+    for reason in reasons:
+        show.log(f"  {reason}", event="row_unusable", job=job.id)
+    if reasons and (more := job.folder.manifest.rows_failed - len(reasons)):
+        show.log(f"  … and {more:,} more; all are in the dataset, with error_code", job=job.id)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""How help reads: options in sections, commands by what they are for, wrong usage in our own words."""
+"""How help reads: options and commands in sections; wrong usage in our own words."""
 
 from __future__ import annotations
 

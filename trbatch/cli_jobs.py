@@ -10,6 +10,7 @@ from trbatch import api
 from trbatch import cli_options as options
 from trbatch.cli_output import print_json, print_pruned, print_status
 from trbatch.errors import UsageError
+from trbatch.wording import counted
 
 _job = options.grouped(
     click.argument("job"), options.store_option, options.redis_option, options.json_option
@@ -98,8 +99,9 @@ def retry_command(
         print_json({"id": opened.id, "path": opened.path, "rows_retried": rows})
         return
     bad = opened.folder.manifest.rows_failed
-    left = f"; {bad} rows are bad in the input and stay" if bad and not rows else ""
-    click.echo(f"{opened.id}: {rows} rows are decoded again{left}")
+    left = f"; {counted(bad, 'row')} unusable in the input: correct them there" if bad else ""
+    again = f"{counted(rows, 'row')} to be decoded again" if rows else "no such row has failed"
+    click.echo(f"{opened.id}: {again}{left}")
 
 
 @click.command("prune", **options.example("trbatch prune --older-than 30d --dry-run"))
@@ -133,8 +135,11 @@ def prune_command(jobs: tuple[str, ...], out: str, as_json: bool, **settings: An
 def _print_enqueued(job: api.Job, chunks: int, *, as_json: bool) -> None:
     if as_json:
         print_json({"id": job.id, "path": job.path, "chunks_enqueued": chunks})
+    elif chunks or not job.folder.progress().complete:
+        left = "" if chunks else "; those that lack rows wait or run already"
+        click.echo(f"{job.id}: {counted(chunks, 'chunk')} enqueued{left}")
     else:
-        click.echo(f"{job.id}: {chunks} chunks enqueued")
+        click.echo(f"{job.id}: every row is there")
 
 
 JOB_COMMANDS = (

@@ -39,7 +39,9 @@ _model_option = click.option(
     metavar="MODEL",
     help="Name or fingerprint, where the task has matrices of several.",
 )
-_force_option = click.option("--force", is_flag=True, help="Even over a file that is there, or while workers live.")
+_force_option = click.option(
+    "--force", is_flag=True, help="Even over a file that is there, or while workers live."
+)
 
 
 _of_a_task = options.grouped(click.argument("task"), _model_option, options.store_option)

@@ -147,10 +147,10 @@ def _kind(name: str) -> tuple[str, str | None]:
         return "json", compression
     if base.endswith(".parquet") and compression is None:
         return "parquet", None
-    raise InputError(
-        f"{name}: unknown kind of file",
-        hint="give .jsonl, .ndjson or .json (also with .gz or .zst), or .parquet",
-    )
+    hint = "give .jsonl, .ndjson or .json (also with .gz or .zst), or .parquet"
+    if base.endswith((".csv", ".tsv")):
+        hint += "; a table becomes one with pandas: read_csv(…).to_parquet(…)"
+    raise InputError(f"{name}: unknown kind of file", hint=hint)
 
 
 @contextmanager
@@ -159,8 +159,14 @@ def _input_errors(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(
+            f"{name} is a folder, not a file",
+            hint="give one file; several become one with: cat part-*.jsonl > all.jsonl",
+        ) from error
     except (OSError, EOFError, pa.ArrowException, ImportError) as error:
-        raise InputError(f"cannot read {name}: {error}") from error
+        own_words = isinstance(error, OSError) and error.filename == name and error.strerror
+        raise InputError(f"cannot read {name}: {own_words or error}") from error
 
 
 @contextmanager
