@@ -5,9 +5,9 @@
     ```python                   a program; a ```text block right behind it is what it prints
     ```sh                       commands that cannot run everywhere: only parsed
 
-In what is printed, `…` stands for anything, and alone on a line for any lines. Whole numbers must
-be the same; numbers with a point, clock times, dates and job ids' last eight letters need only look
-alike.
+In what is printed, `…` stands for anything, and alone on a line for any lines. Whole numbers below
+a thousand must be the same; larger ones, numbers with a point, clock times, dates and the eight
+letters behind a job's name need only look alike.
 A command must succeed unless the next one is `echo $?`.
 """
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```(\S*)[ ]?(.*)$")
 SECOND = "second-terminal"
 LEFT_OUT = (".git", ".venv", "build", "dist", "demo-out", "__pycache__", ".*_cache", "*.egg-info")
+KEPT = ("OMP_NUM_THREADS", "PIP_INDEX_URL", "PIP_CONFIG_FILE")
 MARK = "=== the command has ended with"
 
 # What varies from run to run, and what it looks like.
@@ -38,6 +39,7 @@ VARIES = (
     (r"\d\d:\d\d(?::\d\d)?", r"\d\d:\d\d(?::\d\d)?"),
     (r"(?<=-)[0-9a-f]{8}\b", r"[0-9a-f]{8}"),
     (r"\d[\d,]*\.\d+", r"\d[\d,]*\.\d+"),
+    (r"\d{1,3}(?:,\d{3})+", r"[\d,]+"),
     (r"…", r".*"),
 )
 VARYING = re.compile("|".join(f"({pattern})" for pattern, _ in VARIES))
@@ -147,11 +149,14 @@ class Session:
     Args:
         home: an empty folder with a short name (a socket's path may have about 100 letters).
         cache: `TRBATCH_CACHE`, where the small model lies.
+        clone: False leaves the folder empty.
     """
 
-    def __init__(self, home: Path, cache: Path) -> None:
+    def __init__(self, home: Path, cache: Path, *, clone: bool = True) -> None:
         self.folder = home / "trbatch"
-        clean_clone(self.folder)
+        if clone:
+            clean_clone(self.folder)
+        self.folder.mkdir(exist_ok=True)
         self.environment = {
             "HOME": str(home),
             "PATH": f"{self.folder}/.venv/bin:{os.environ['PATH']}",
@@ -161,7 +166,7 @@ class Session:
             "TRBATCH_CACHE": str(cache),
             "COLUMNS": "100",
             "LANG": "C.UTF-8",
-        }
+        } | {name: os.environ[name] for name in KEPT if name in os.environ}
         self._shell = self._start()
         self._others: list[tuple[Step, subprocess.Popen[bytes]]] = []
 

@@ -81,6 +81,7 @@ class Commands(ProgramGroup):
 
 
 @click.group(
+    "trbatch",
     cls=Commands,
     context_settings={
         "help_option_names": ["-h", "--help"],

@@ -13,6 +13,7 @@ import orjson
 
 from trbatch.config import JobSpec
 from trbatch.errors import InputError, UsageError
+from trbatch.input_limits import unreadable
 
 FORMAT = 1  # of the job folder
 _CHUNK_FOLDER = re.compile(r"chunks/[\w-]+")  # inside the job folder, whoever wrote the manifest
@@ -162,7 +163,7 @@ def _stamp(path: str) -> tuple[int, str]:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error
 
 
 def _digest(path: str) -> str:
@@ -172,4 +173,4 @@ def _digest(path: str) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error

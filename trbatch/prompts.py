@@ -18,7 +18,14 @@ import pyarrow as pa
 from trbatch import passthrough
 from trbatch.config import MAX_ROW_BYTES, SamplingParams
 from trbatch.errors import InputError
-from trbatch.input_limits import MAX_NESTING, Expansion, is_too_deep, read_lines, too_large
+from trbatch.input_limits import (
+    MAX_NESTING,
+    Expansion,
+    is_too_deep,
+    read_lines,
+    too_large,
+    unreadable,
+)
 from trbatch.parquet_input import read_parquet
 from trbatch.rows import Row, RowChecker
 
@@ -159,14 +166,8 @@ def _input_errors(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such file") from error
-    except IsADirectoryError as error:
-        raise InputError(
-            f"{name} is a folder, not a file",
-            hint="give one file; several become one with: cat part-*.jsonl > all.jsonl",
-        ) from error
     except (OSError, EOFError, pa.ArrowException, ImportError) as error:
-        own_words = isinstance(error, OSError) and error.filename == name and error.strerror
-        raise InputError(f"cannot read {name}: {own_words or error}") from error
+        raise unreadable(name, error) from error
 
 
 @contextmanager
