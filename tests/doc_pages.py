@@ -166,6 +166,7 @@ class Session:
             "TRBATCH_CACHE": str(cache),
             "COLUMNS": "100",
             "LANG": "C.UTF-8",
+            "DEMO_FLAGS": "--max-tokens=24",  # the same demo, in less time
         } | {name: os.environ[name] for name in KEPT if name in os.environ}
         self._shell = self._start()
         self._others: list[tuple[Step, subprocess.Popen[bytes]]] = []
