@@ -27,6 +27,15 @@ if not Path("/dev/nvidiactl").exists():
 OUTSIDE = ("TRBATCH_REDIS_URL", "REDIS_URL", "TRBATCH_MODEL", "TRBATCH_STORE", "TRBATCH_SERVER")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nobodys_home() -> Iterator[None]:
+    """What a test without a `home` of its own would start or leave is not in the user's."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        patch.setenv("TRBATCH_HOME", folder)
+        yield
+        server.stop()
+
+
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A private `TRBATCH_HOME` with nothing of the user's; its server, if started, is stopped."""
@@ -106,6 +115,17 @@ def small_model() -> Path:
     from trbatch import models  # its own imports are light; torch comes with the first conversion
 
     return models.small_model()
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a tiny model, and a cache of its own; see `tiny_files`."""
+    from tiny_files import write_model  # it imports torch
+
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tiny-model"
+    write_model(folder)
+    return folder
 
 
 @pytest.fixture

@@ -119,10 +119,11 @@ def test_a_file_without_prompts_or_that_cannot_be_read_is_named(tmp_path: Path) 
         assert str(tmp_path / name) in str(caught.value)
 
 
-def test_acceptance_counts_tokens_for_each_forward(prompts: Path, own_costs: Path) -> None:
+def test_acceptance_counts_tokens_for_each_forward(prompts: Path, tiny_folder: Path) -> None:
     said: list[str] = []
     result = acceptance(
-        prompts=prompts, batch=2, limit=8, max_tokens=6, tree_sizes=[4, 1], device="cpu",
+        prompts=prompts, model=str(tiny_folder), batch=2, limit=8, max_tokens=6,
+        tree_sizes=[4, 1], device="cpu",
         progress=said.append,
     )  # fmt: skip
     assert [entry["tree_size"] for entry in result["by_tree_size"]] == [4, 1]
@@ -138,11 +139,13 @@ def test_acceptance_counts_tokens_for_each_forward(prompts: Path, own_costs: Pat
     json.dumps(result)
 
 
-@pytest.mark.long
-def test_acceptance_of_one_token_has_no_forward_and_says_so(prompts: Path, own_costs: Path) -> None:
+def test_acceptance_of_one_token_has_no_forward_and_says_so(
+    prompts: Path, tiny_folder: Path
+) -> None:
     result = acceptance(
-        prompts=prompts, batch=2, limit=1, max_tokens=1, tree_sizes=[1], device="cpu"
-    )
+        prompts=prompts, model=str(tiny_folder), batch=2, limit=1, max_tokens=1, tree_sizes=[1],
+        device="cpu",
+    )  # fmt: skip
     assert (result["tokens"], result["decode_forwards"]) == (1, 0)
     assert result["mean_acceptance_length"] is None
 

@@ -13,8 +13,7 @@ import pytest
 import tiny
 import torch
 from test_widen import GROUPED
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_files import WORDS
 
 from trbatch.engine import bench_curve, bench_method, bench_speed
 from trbatch.engine.bench_curve import curve
@@ -26,25 +25,10 @@ from trbatch.engine.shapes import SHAPES
 from trbatch.engine.step_plain import PlainOperations
 from trbatch.errors import InputError, UsageError
 
-WORDS = [f"w{number}" for number in range(5, tiny.VOCAB)]
-CHAT = "{% for m in messages %}user {{ m['content'] }} {% endfor %}assistant"
-
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder with a tiny model, and a tokenizer of one word a token."""
-    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "tiny-model"
-    tiny.network("llama").save_pretrained(folder)
-    words = ["<pad>", "<s>", "</s>", "user", "assistant", *WORDS]
-    known = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=known, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+def model(tiny_folder: Path) -> str:
+    return str(tiny_folder)
 
 
 def prompts_file(tmp_path: Path, count: int) -> Path:

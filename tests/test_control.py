@@ -203,20 +203,20 @@ def test_a_paused_job_that_is_submitted_again_stays_paused(tmp_path: Path) -> No
 
 
 def test_rows_that_are_not_done_by_the_deadline_become_error_rows(tmp_path: Path) -> None:
-    job = submit(tmp_path, 100, deadline="2s")
+    job = submit(tmp_path, 200, deadline="4s")  # a busy machine may take 2 s to begin
     with working(EchoEngine(0.1)) as worker:
-        with pytest.raises(Expired, match=r"job job was not done by .*; \d+ of 100 rows are done"):
+        with pytest.raises(Expired, match=r"job job was not done by .*; \d+ of 200 rows are done"):
             job.wait(timeout=20)
         wait_for(lambda: not worker.chunks, timeout=5)
     done = len(published(job))
-    assert 0 < done < 100
+    assert 0 < done < 200
     status = job.status()
-    assert (status.state, status.errors) == ("expired", {"deadline": 100 - done})
+    assert (status.state, status.errors) == ("expired", {"deadline": 200 - done})
     receipt = job.collect()
-    assert (receipt.rows_ok, receipt.rows_failed, receipt.complete) == (done, 100 - done, True)
+    assert (receipt.rows_ok, receipt.rows_failed, receipt.complete) == (done, 200 - done, True)
     assert receipt.exit_code == Expired.exit_code
     late = [row for row in rows_of(receipt) if row["error_code"] == "deadline"]
-    assert len(late) == receipt.rows_expired == 100 - done
+    assert len(late) == receipt.rows_expired == 200 - done
     assert "passed before this row was done" in late[0]["error_message"]
 
 

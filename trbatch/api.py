@@ -114,17 +114,21 @@ class Job:
             TimedOut: the time limit passed first.
         """
         end = None if timeout is None else time.monotonic() + timeout
+        failed = False
         while True:
-            status = self.status()
+            before, status = failed, self.status()
+            failed = status.state == "failed"
             if report is not None:
                 report(status)
             if status.state == "completed":
                 return status
             if status.state == "expired" and status.chunks.queued:
                 control_verbs.clear(self.folder, self.redis_url)
-            if status.finished:
+            # A chunk may be in no list for a moment: a worker let go of it as the job was resumed.
+            over = end is not None and time.monotonic() >= end
+            if status.finished and (before or over or not failed):
                 raise job_failure(status)
-            if end is not None and time.monotonic() >= end:
+            if over:
                 done = f"{status.progress.rows_done} of {status.progress.rows} rows"
                 raise TimedOut(
                     f"job {self.id}: {done} after {timeout:g} s",

@@ -16,19 +16,21 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
 
 from trbatch.errors import Unreachable, UsageError
 from trbatch.masking import mask_url
 
-__all__ = ["connect", "mask_url", "reaching", "undisturbed"]
+__all__ = ["Breaks", "Patience", "connect", "mask_url", "reaching", "undisturbed"]
 
 logger = logging.getLogger("trbatch.queue")
 
 DISTURBED_S = 1.0
+QUIET_S = 2.0  # an outage that is shorter is not worth a word
+REPEAT_S = 30.0  # nor is a longer one all the time
 
 _AWAY = (redis.ConnectionError, redis.TimeoutError)
-_REFUSING = (
-    redis.exceptions.NoPermissionError,
+_FOR_A_WHILE = (
     redis.exceptions.OutOfMemoryError,
     redis.exceptions.ClusterDownError,
     redis.ReadOnlyError,
@@ -39,12 +41,31 @@ _REFUSALS = re.compile(r"(?:^|[\s:@-])(MISCONF|LOADING|NOREPLICAS|MASTERDOWN|CLU
 
 
 class Breaks(ExponentialWithJitterBackoff):
-    """Breaks between tries to reach a server, and what its client does meanwhile."""
+    """Breaks between tries to reach a server, and what its client does and says meanwhile."""
 
     def __init__(self) -> None:
         super().__init__(base=0.1, cap=2.0)
         self._meanwhile: Callable[[], None] | None = None
         self._thread = 0
+        self._said = -REPEAT_S  # monotonic time of the last word
+
+    def failed(self, since: float, words: str) -> bool:
+        """Say, now and then, that the server is away and why. Whether it was said.
+
+        Args:
+            since: monotonic time of the command's first failure.
+        """
+        now = time.monotonic()
+        if now - since < QUIET_S or now - self._said < REPEAT_S:
+            return False
+        self._said = now
+        logger.warning("the queue cannot be used, trying again: %s", words)
+        return True
+
+    def succeeded(self, since: float) -> None:
+        """Say that the outage of which something was said is over."""
+        logger.warning("the queue can be used again, after %.0f s", time.monotonic() - since)
+        self._said = -REPEAT_S
 
     def use(self, meanwhile: Callable[[], None]) -> None:
         """Call this in every break, in the thread of this call alone. It may raise to end the wait.
@@ -62,6 +83,58 @@ class Breaks(ExponentialWithJitterBackoff):
     def __deepcopy__(self, memo: object) -> Self:
         """Every connection of a client has the same breaks."""
         return self
+
+
+class CannotServe(redis.ConnectionError):
+    """The server answers, and refuses for a reason that passes: as good as away."""
+
+
+class Patience(Retry):
+    """Tries a command again, with breaks, while the server is away or cannot serve.
+
+    A refused command has changed nothing: the server says no before it writes.
+
+    Args:
+        url: whose password is kept out of what is said.
+        breaks: shared by all connections of a client.
+        tries: after the first.
+    """
+
+    def __init__(self, url: str, breaks: Breaks, tries: int) -> None:
+        super().__init__(breaks, tries)
+        self._url, self._breaks = url, breaks
+
+    def call_with_retry(self, do: Callable[[], Any], *arguments: Any, **settings: Any) -> Any:
+        """What `do` returns; see `redis.retry.Retry`.
+
+        Raises:
+            redis.RedisError: the last try's.
+        """
+
+        # Of this command alone: a server whose disk is full still answers questions.
+        since, said = 0.0, False
+
+        def failed(error: redis.RedisError) -> None:
+            nonlocal since, said
+            since = since or time.monotonic()
+            said = self._breaks.failed(since, _words(error, self._url)) or said
+
+        def served() -> Any:
+            try:
+                found = do()
+            except _AWAY as error:
+                failed(error)
+                raise
+            except redis.ResponseError as error:
+                if not _refuses_for_a_while(error):
+                    raise
+                failed(error)
+                raise CannotServe(str(error)) from error
+            if said:
+                self._breaks.succeeded(since)
+            return found
+
+        return super().call_with_retry(served, *arguments, **settings)
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
@@ -96,12 +169,12 @@ def reaching(url: str) -> Iterator[None]:
     """Turn what redis-py says of a server that is away, or says no, into `Unreachable`."""
     try:
         yield
-    except _AWAY as error:
-        raise Unreachable(
-            f"the queue at {mask_url(url)} cannot be reached: {_words(error, url)}",
-            hint="start it, or name another with --redis-url or TRBATCH_REDIS_URL",
-        ) from error
-    except redis.ResponseError as error:
+    except (*_AWAY, redis.ResponseError) as error:
+        if isinstance(error, _AWAY) and not isinstance(error, CannotServe):
+            raise Unreachable(
+                f"the queue at {mask_url(url)} cannot be reached: {_words(error, url)}",
+                hint="start it, or name another with --redis-url or TRBATCH_REDIS_URL",
+            ) from error
         if not _refuses(error):
             raise
         raise Unreachable(
@@ -125,8 +198,14 @@ def undisturbed() -> Iterator[None]:
         time.sleep(DISTURBED_S)
 
 
-def _refuses(error: redis.ResponseError) -> bool:
-    return isinstance(error, _REFUSING) or bool(_REFUSALS.search(str(error)))
+def _refuses(error: redis.RedisError) -> bool:
+    """Whether the server will not serve us at all, for a while or until its rules change."""
+    never = redis.exceptions.NoPermissionError
+    return isinstance(error, (never, CannotServe)) or _refuses_for_a_while(error)
+
+
+def _refuses_for_a_while(error: redis.RedisError) -> bool:
+    return isinstance(error, _FOR_A_WHILE) or bool(_REFUSALS.search(str(error)))
 
 
 def _words(error: redis.RedisError, url: str) -> str:

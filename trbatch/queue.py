@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import redis
-from redis.retry import Retry as ConnectionRetry
 from rq import Queue, Retry
 from rq.job import JobStatus
 from rq.queue import EnqueueData
@@ -29,7 +28,7 @@ from rq.worker_registration import REDIS_WORKER_KEYS, get_keys
 from trbatch import server
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.config import PRIORITIES
-from trbatch.connection import Breaks, connect, mask_url, reaching
+from trbatch.connection import Breaks, Patience, connect, mask_url, reaching
 from trbatch.errors import UsageError
 from trbatch.naming import model_name
 from trbatch.untrusted import answers_of, entry_of, failure_of, number_of, text_of
@@ -364,7 +363,7 @@ class JobQueue:
 
 
 def _connection(url: str, breaks: Breaks, *, attempts: int) -> redis.Redis:
-    return connect(url, socket_timeout=10.0, retry=ConnectionRetry(breaks, attempts))
+    return connect(url, socket_timeout=10.0, retry=Patience(url, breaks, attempts))
 
 
 def chunk_id(job: Folder, chunk: int) -> str:
