@@ -158,6 +158,33 @@ def test_a_benchmark_s_bad_prompt_is_told_in_words(tmp_path: Path, line: str, re
         read_prompts(file)
 
 
+@pytest.mark.parametrize("option", ["--batch", "--max-tokens"])
+def test_a_benchmark_of_nothing_is_refused_and_does_not_wait_for_ever(
+    rows: Path, option: str
+) -> None:
+    lines = said(invoke("bench", "acceptance", "--prompts", rows, option, "0"))
+    assert lines[0] == f"error: invalid value for '{option}': 0 is not in the range x>=1"
+
+
+def test_a_bucket_without_credentials_is_unreachable(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "absent"))
+    lines = said(invoke("submit", "s3://bucket/prompts.jsonl", *MODEL), code=75)
+    assert lines[0] == "error: cannot read s3://bucket/prompts.jsonl: Unable to locate credentials"
+    assert "credentials" in lines[1]
+
+
+def test_a_dataset_that_cannot_be_written_is_told_without_hidden_names(rows: Path) -> None:
+    invoke("submit", rows, *MODEL, "--name", "job")
+    lines = said(invoke("collect", "job", "-o", "/proc/out.parquet"), code=75)
+    assert lines == ["error: cannot write /proc/out.parquet: No such file or directory"]
+
+
 @pytest.mark.parametrize(("number", "words"), [(0, "0 rows"), (1, "1 row"), (1000, "1,000 rows")])
 def test_numbers_and_nouns_agree(number: int, words: str) -> None:
     assert counted(number, "row") == words

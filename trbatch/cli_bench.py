@@ -36,6 +36,9 @@ def _whole_numbers(
     return numbers
 
 
+# Counts that the measurements divide by or wait for.
+_ONE_OR_MORE = click.IntRange(1)
+_NONE_OR_MORE = click.IntRange(0)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _prompts_option = click.option(
     "--prompts",
@@ -51,10 +54,30 @@ _prompts_option = click.option(
 )
 @_prompts_option
 @options.bench_model_options
-@click.option("--batch", default=8, show_default=True, help="Rows decoded together.")
-@click.option("--limit", default=32, show_default=True, help="Prompts to use, the first; 0: all.")
-@click.option("--max-tokens", default=128, show_default=True, help="Most tokens a prompt.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--batch", type=_ONE_OR_MORE, default=8, show_default=True, help="Rows decoded together."
+)
+@click.option(
+    "--limit",
+    type=_NONE_OR_MORE,
+    default=32,
+    show_default=True,
+    help="Prompts to use, the first; 0: all.",
+)
+@click.option(
+    "--max-tokens",
+    type=_ONE_OR_MORE,
+    default=128,
+    show_default=True,
+    help="Most tokens a prompt.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0 is greedy.",
+)
 @click.option(
     "tree_sizes",
     "--tree-size",
@@ -120,8 +143,15 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
     callback=_whole_numbers,
     help="Rows decoded together; several as 1,8. Without it: 1,8, on a GPU up to 256.",
 )
-@click.option("--max-tokens", default=96, show_default=True, help="Tokens a prompt.")
-@click.option("--limit", default=0, help="Prompts to use, from the first; 0: what the runs need.")
+@click.option(
+    "--max-tokens", type=_ONE_OR_MORE, default=96, show_default=True, help="Tokens a prompt."
+)
+@click.option(
+    "--limit",
+    type=_NONE_OR_MORE,
+    default=0,
+    help="Prompts to use, from the first; 0: what the runs need.",
+)
 @click.option(
     "--warm-up",
     type=click.IntRange(0),
@@ -137,7 +167,13 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
     help="Runs that take turns, for a machine that others use; or one pass a batch size, with "
     "steps, floor and tail. auto: a curve on a GPU, or where a shape or a picture is asked for.",
 )
-@click.option("--runs", default=7, show_default=True, help="Of turns; medians are shown.")
+@click.option(
+    "--runs",
+    type=_ONE_OR_MORE,
+    default=7,
+    show_default=True,
+    help="Of turns; medians are shown.",
+)
 @click.option(
     "--as-shape",
     type=click.Choice(list(SHAPES)),
