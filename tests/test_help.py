@@ -28,6 +28,7 @@ def section(text: str, title: str) -> str:
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_every_help_begins_with_one_whole_sentence(path: tuple[str, ...]) -> None:
     sentence = summary(COMMANDS[path])
+    assert sentence, "the docstring's first sentence is the summary"
     assert sentence.endswith(".") and sentence[0].isupper() and len(sentence) < 90
     assert "..." not in help_of(*path[:-1]).replace("[ARGS]...", "")
 

@@ -59,7 +59,9 @@ class Commands(ProgramGroup):
         """Parse what stands before the command. Wrong usage is shown as in a command."""
         try:
             return super().make_context(*arguments, **settings)
-        except click.NoSuchOption as error:
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
             print_error(told(error))
             raise click.exceptions.Exit(UsageError.exit_code) from error
 
