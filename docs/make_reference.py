@@ -22,6 +22,9 @@ from typing import Any
 
 import click
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # this repository's package, whatever is installed
+
 import trbatch
 from trbatch import api, cli
 from trbatch.cli_help import ENVIRONMENT, MOST_COLUMNS, summary
@@ -35,7 +38,6 @@ from trbatch.pruning import Pruned
 from trbatch.results import Receipt
 from trbatch.schema import schema_table
 
-HERE = Path(__file__).parent
 MADE = "<!-- Made by `make reference`; changes by hand are lost. -->\n"
 
 

@@ -54,7 +54,7 @@ KEY_COLUMNS = ("custom_id", "request_fingerprint", "sample_index")
 def schema_table() -> str:
     """The result columns as a Markdown table: name, type, meaning."""
     lines = ["| column | type | meaning |", "|---|---|---|"]
-    lines += [f"| `{name}` | {kind} | {text} |" for name, kind, text in _COLUMNS]
+    lines += [f"| `{name}` | `{kind}` | {text} |" for name, kind, text in _COLUMNS]
     position = 2 + LEADING_COLUMNS
     lines.insert(position, "| … | as in the input | the input's other columns |")
     return "\n".join(lines) + "\n"
