@@ -197,13 +197,14 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     first Ctrl-C (or SIGTERM) finishes what was taken within --grace, the second hands it back.
     """
     from trbatch.flight import FlightRecord
+    from trbatch.stopping import leave
     from trbatch.supervisor import die_with_parent, supervise
 
     log_to_stderr("INFO", settings["log_format"])
     config = options.worker_config(settings)
     if (flight := FlightRecord.inherited()) is not None:
         die_with_parent()
-        context.exit(api.work(config, flight))
+        leave(api.work(config, flight))
     arguments = options.arguments_for(worker_command, options.for_children(settings))
     context.exit(supervise(config, settings["gpu"], arguments))
 
