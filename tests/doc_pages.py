@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ FENCE = re.compile(r"^```(\S*)[ ]?(.*)$")
 SECOND = "second-terminal"
 LEFT_OUT = (".git", ".venv", "build", "dist", "demo-out", "__pycache__", ".*_cache", "*.egg-info")
 KEPT = ("OMP_NUM_THREADS", "PIP_INDEX_URL", "PIP_CONFIG_FILE")
+SHELL = ("bash", "--noprofile", "--norc")
 MARK = "=== the command has ended with"
 
 # What varies from run to run, and what it looks like.
@@ -183,7 +184,15 @@ class Session:
 
     def start(self, step: Step) -> None:
         """Run a command in another terminal, until the session ends."""
-        process = self._start(["-c", f"exec {step.command}"], self._log(step))
+        with self._log(step).open("wb") as log:
+            process = subprocess.Popen(
+                [*SHELL, "-c", f"exec {step.command}"],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         self._others.append((step, process))
 
     def close(self) -> list[tuple[Step, str]]:
@@ -194,23 +203,27 @@ class Session:
             process.wait(60)
             shown.append((step, self._log(step).read_text()))
         self._others = []
-        if self._shell.poll() is None:
-            self.run(Step("trbatch server stop >/dev/null 2>&1; true", 0))
-            self._shell.communicate(b"exit\n", timeout=10)
+        self._shell.kill()
+        self._shell.communicate()
+        subprocess.run(
+            [*SHELL, "-c", "trbatch server stop"],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            check=False,
+        )
         return shown
 
     def _log(self, step: Step) -> Path:
         return self.folder / f".terminal-{step.line}"
 
-    def _start(
-        self, arguments: Sequence[str] = (), log: Path | None = None
-    ) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            ["bash", "--noprofile", "--norc", *arguments],
+            SHELL,
             cwd=self.folder,
             env=self.environment,
-            stdin=subprocess.DEVNULL if log else subprocess.PIPE,
-            stdout=log.open("wb") if log else subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
 
