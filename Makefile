@@ -1,4 +1,4 @@
-# demo, test, test-full, torture, lint, clean. Needs Python 3.11 or newer, make and a package index.
+# demo, test, test-full, torture, lint, reference, clean. Needs Python 3.11 or newer, make and a package index.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 REPORTS := build/reports
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full torture lint clean
+.PHONY: help demo test test-full torture lint reference clean
 
 help:
 	@echo "make demo       sample prompts through the queue and a real model to a Parquet file"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-full  all tests (up to 60 minutes)"
 	@echo "make torture    kill, stop and cut off workers for SECONDS=60 (with SEED=1); nothing may be lost"
 	@echo "make lint       ruff, ruff format --check, mypy"
+	@echo "make reference  docs/reference.md and docs/api.md from the program's own help and docstrings"
 	@echo "make clean      remove the virtual environment, caches and demo output"
 
 $(BIN)/python:
@@ -68,6 +69,9 @@ lint: $(VENV)/all.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: $(VENV)/worker.stamp
+	$(BIN)/python docs/make_reference.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -155,13 +155,13 @@ def test_retry_from_the_command_line(tmp_path: Path) -> None:
     job = submit(tmp_path, [{"prompt": "refuse"}, {"prompt": "fine"}, {"id": "unusable"}])
     work()
     assert invoke("retry", job.id).exit_code == 2
-    assert "1 rows are decoded again" in invoke("retry", job.id, "--failed").stdout
+    assert "1 row to be decoded again" in invoke("retry", job.id, "--failed").stdout
     work()
     assert state(invoke("retry", job.id, "--failed", "--code", "refused", "--json")) == {
         "id": job.id, "path": job.path, "rows_retried": 1,
     }  # fmt: skip
     words = invoke("retry", job.id, "--failed", "--code", "missing_prompt").stdout
-    assert "0 rows are decoded again; 1 rows are bad in the input and stay" in words
+    assert "no such row has failed; 1 row unusable in the input: correct them there" in words
 
 
 def test_status_in_words_tells_deadline_priority_and_failures(tmp_path: Path) -> None:

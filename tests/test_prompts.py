@@ -249,7 +249,7 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
 
 def test_a_folder_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").mkdir()
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="is a folder, not a file"):
         list(read_rows(tmp_path / "in.jsonl"))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,3 +112,25 @@ def test_what_a_killed_worker_held_is_decoded_by_the_next(
     wait_for(lambda: jobs.counts(job.id).finished == 2)
     worker.stop()
     assert texts_of(job) == expected(24)
+
+
+LEAVING = """
+import atexit, threading, time
+from trbatch.stopping import ENGINE_THREAD, leave
+atexit.register(print, "torn down")
+if {busy}:
+    threading.Thread(target=time.sleep, args=(60,), name=ENGINE_THREAD, daemon=True).start()
+print("leaves")
+leave(143)
+"""
+
+
+@pytest.mark.parametrize(("busy", "said"), [(True, "leaves\n"), (False, "leaves\ntorn down\n")])
+def test_a_process_whose_engine_is_busy_leaves_without_tearing_it_down(
+    busy: bool, said: str
+) -> None:
+    script = LEAVING.format(busy=busy)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, said)

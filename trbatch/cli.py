@@ -11,9 +11,12 @@ from typing import Any
 
 import click
 
-from trbatch import __version__, api
+from trbatch import __version__, api, logs
 from trbatch import cli_options as options
+from trbatch.bad_rows import first_reasons
 from trbatch.cli_bench import bench_group
+from trbatch.cli_completion import completion_command
+from trbatch.cli_help import MOST_COLUMNS, ProgramGroup, told
 from trbatch.cli_jobs import JOB_COMMANDS
 from trbatch.cli_matrix import matrix_group
 from trbatch.cli_output import (
@@ -26,6 +29,7 @@ from trbatch.cli_output import (
 )
 from trbatch.cli_reports import REPORT_COMMANDS
 from trbatch.errors import (
+    EXIT_CODES,
     EXIT_OK,
     EXIT_ROWS_FAILED,
     Cancelled,
@@ -33,6 +37,7 @@ from trbatch.errors import (
     JobFailed,
     TrbatchError,
     Unreachable,
+    UsageError,
 )
 from trbatch.figures import Progress
 from trbatch.hooks import on_complete
@@ -42,39 +47,62 @@ from trbatch.profiles import NONE
 from trbatch.progress import Reporter, reporter
 from trbatch.results import Receipt
 from trbatch.watching import jobs_in
+from trbatch.wording import counted
 
 NEWEST = 10  # jobs that `status` lists
+BAD_ROWS_SHOWN = 3  # when a job is submitted
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
 
-class Commands(click.Group):
-    """A group of commands, and the one place where an error becomes a message and an exit code."""
+class Commands(ProgramGroup):
+    """The program, and the one place where an error becomes a message and an exit code."""
 
-    def invoke(self, context: click.Context) -> Any:
+    exit_codes = EXIT_CODES
+
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        """Parse what stands before the command. Wrong usage is shown as in a command."""
+        try:
+            return super().make_context(*arguments, **settings)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            print_error(told(error))
+            raise click.exceptions.Exit(UsageError.exit_code) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
         """Run a command. A TrbatchError is shown with its hint and ends with its exit code."""
         try:
-            return super().invoke(context)
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            print_error(told(error))
+            ctx.exit(UsageError.exit_code)
         except TrbatchError as error:
             print_error(error)
-            context.exit(error.exit_code)
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped; the same command again goes on", err=True)
-            context.exit(INTERRUPTED)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(
+    "trbatch",
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    **options.example("trbatch run prompts.jsonl -o answers.parquet"),
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": MOST_COLUMNS,
+    },
+    epilog=options.epilog("trbatch run prompts.jsonl -o answers.parquet"),
 )
 @click.version_option(__version__, prog_name="trbatch")
 def commands() -> None:
     """Batch inference with Token Recycling: prompts in, a Parquet dataset out.
 
-    Exit codes: 0 every row ok, 1 unexpected error, 2 usage, 3 finished with failed rows, 4 job
-    failed, 5 cancelled, 6 timed out, 7 resume refused, 75 Redis or storage unreachable, 130 and
-    143 stopped by a signal.
+    `trbatch run` does all of it. To share work among GPUs and machines, start `trbatch worker` on
+    each and use `trbatch submit`, `wait` and `collect`. Each command has a help of its own:
+    `trbatch COMMAND -h`.
     """
     log_to_stderr("WARNING", "text")
 
@@ -102,9 +130,12 @@ def main() -> None:
 @options.json_option
 @click.pass_context
 def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
-    """Submit INPUT, decode it here, and collect it. INPUT is what `trbatch submit` takes.
+    """Submit INPUT, decode it here, and collect the dataset.
 
-    A job that was cancelled meanwhile, or was not done by its --deadline, is collected as well.
+    INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages', or a job
+    spec (.toml). The same command again goes on where it was stopped. Without --output the dataset lies in the job folder;
+    the last lines say where. A job that was cancelled meanwhile, or was not done by its --deadline,
+    is collected as well.
     """
     from trbatch.local import run
 
@@ -188,13 +219,14 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     first Ctrl-C (or SIGTERM) finishes what was taken within --grace, the second hands it back.
     """
     from trbatch.flight import FlightRecord
+    from trbatch.stopping import leave
     from trbatch.supervisor import die_with_parent, supervise
 
     log_to_stderr("INFO", settings["log_format"])
     config = options.worker_config(settings)
     if (flight := FlightRecord.inherited()) is not None:
         die_with_parent()
-        context.exit(api.work(config, flight))
+        leave(api.work(config, flight))
     arguments = options.arguments_for(worker_command, options.for_children(settings))
     context.exit(supervise(config, settings["gpu"], arguments))
 
@@ -205,10 +237,10 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
 @options.redis_option
 @options.json_option
 def status_command(job: str | None, out: str, redis_url: str, as_json: bool) -> None:
-    """How far JOB is, or what the queue holds.
+    """Tell how far JOB is, or what the queue holds.
 
-    Without JOB it lists the chunks that wait, by model, the workers that live, and the newest jobs
-    of the store. `trbatch watch` shows the same live.
+    JOB is its id or its folder. Without JOB: the chunks that wait, by model, the workers that live,
+    and the newest jobs of the store. `trbatch watch` shows the same live.
     """
     if job is None:
         print_queue(redis_url, _newest_jobs(out, redis_url), as_json=as_json)
@@ -218,7 +250,12 @@ def status_command(job: str | None, out: str, redis_url: str, as_json: bool) -> 
 
 @commands.command("wait", **options.example("trbatch wait prompts-1a2b3c4d --timeout 3600"))
 @click.argument("job")
-@click.option("--timeout", type=float, help="Give up after so many seconds (exit code 6).")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Give up after so many seconds (exit code 6).",
+)
 @options.on_complete_option
 @options.store_option
 @options.redis_option
@@ -229,7 +266,8 @@ def wait_command(
 ) -> None:
     """Wait until every row of JOB is there.
 
-    Exits with 5 if it was cancelled and with 6 if its deadline passed.
+    JOB is its id or its folder. Exits with 3 if some rows failed, with 5 if the job was cancelled
+    and with 6 if its deadline or the --timeout passed. It may be stopped and started again.
     """
     opened = api.Job.open(job, store=settings["out"], redis_url=settings["redis_url"])
     try:
@@ -255,18 +293,20 @@ def wait_command(
 @options.json_option
 @click.pass_context
 def collect_command(context: click.Context, /, job: str, **settings: Any) -> None:
-    """Write the dataset of JOB, with a receipt.
+    """Write the dataset of JOB, and prove that it is complete.
 
-    Every row is in it exactly once, in input order; failed rows carry an error code and message.
-    With --format jsonl they have a file of their own, OUTPUT.errors.jsonl.
+    JOB is its id or its folder. Every row is in the dataset exactly once, in input order; failed
+    rows carry an error code and message. With --format jsonl they have a file of their own,
+    OUTPUT.errors.jsonl. A job that runs may be collected, too: the receipt then says how many rows
+    are missing, and the exit code is 4.
     """
     opened = api.Job.open(job, store=settings["out"])
     context.exit(_collect(opened, opened.folder.progress(), settings).exit_code)
 
 
-@commands.group("server", **options.example("trbatch server status"))
+@commands.group("server", epilog=options.epilog("trbatch server status"))
 def server_group() -> None:
-    """The embedded queue server.
+    """Start, stop or look at the embedded queue server.
 
     It starts by itself when a command needs it, and belongs to this user on this host.
     """
@@ -297,7 +337,7 @@ def server_stop(as_json: bool) -> None:
 @server_group.command("status", **options.example("trbatch server status --json"))
 @options.json_option
 def server_status(as_json: bool) -> None:
-    """Whether the server runs, and where."""
+    """Tell whether the server runs, and where."""
     from trbatch import server
 
     print_server(server.status(), as_json=as_json)
@@ -307,6 +347,7 @@ for job_command in (*JOB_COMMANDS, *REPORT_COMMANDS):
     commands.add_command(job_command)
 commands.add_command(bench_group)
 commands.add_command(matrix_group)
+commands.add_command(completion_command)
 
 
 def _newest_jobs(store: str, redis_url: str) -> list[api.JobStatus]:
@@ -322,6 +363,8 @@ def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Rece
     wishes = {name: settings[name] for name in ("card", "push") if name in settings}
     receipt = job.collect(settings["output"], format=settings["format"], **wishes)
     print_summary(receipt, progress, as_json=settings["as_json"])
+    if receipt.rows_missing and not logs.as_json():
+        click.echo(f"hint: trbatch wait {job.id}, then the same command again", err=True)
     return receipt
 
 
@@ -339,12 +382,13 @@ def _ended_badly(job: api.Job, error: TrbatchError, command: str, *, as_json: bo
 def _say_submitted(job: api.Job, show: Reporter) -> None:
     manifest = job.folder.manifest
     bad = f", {manifest.rows_failed:,} of them unusable" if manifest.rows_failed else ""
-    what = f"{manifest.rows:,} rows{bad}, model {manifest.model}, task {manifest.task}"
+    what = f"{counted(manifest.rows, 'row')}{bad}, model {manifest.model}, task {manifest.task}"
     fields = {"job": job.id, "folder": job.path, "rows": manifest.rows}
     fields["rows_unusable"] = manifest.rows_failed
     if not job.folder.continued:
         line = f"submitted job {job.id}: {what}\n  in {job.path}"
         show.log(line, event="submitted", **fields)
+        _show_bad_rows(job, show)
         return
     progress = job.folder.progress()
     left = f"{progress.rows - progress.rows_done:,} of {progress.rows:,} rows are to be decoded"
@@ -353,11 +397,22 @@ def _say_submitted(job: api.Job, show: Reporter) -> None:
     else:
         line = f"same input and settings: job {job.id}, {what}; {left}"
     show.log(f"{line}\n  in {job.path}", event="continues", **fields)
+    if job.folder.reread:
+        _show_bad_rows(job, show)
     control = job.folder.control()
     if control.stopped and not progress.complete:
         how = control.hold or "past its deadline"
         line = f"  it is {how} and stays so; `trbatch resume {job.id}` takes it up again"
         show.log(line, event="held", job=job.id, how=how)
+
+
+def _show_bad_rows(job: api.Job, show: Reporter) -> None:
+    """A few unusable rows with their reasons, so that a mistake in all of them is seen at once."""
+    reasons = first_reasons(job.folder, BAD_ROWS_SHOWN)
+    for reason in reasons:
+        show.log(f"  {reason}", event="row_unusable", job=job.id)
+    if reasons and (more := job.folder.manifest.rows_failed - len(reasons)):
+        show.log(f"  … and {more:,} more; all are in the dataset, with error_code", job=job.id)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from trbatch import cli_options as options
+from trbatch.cli_help import HelpGroup
 from trbatch.cli_output import print_table
 from trbatch.config import TREES, EngineConfig
 from trbatch.engine.shapes import SHAPES
@@ -16,7 +17,7 @@ from trbatch.errors import UsageError
 _EXAMPLE = "trbatch bench speed --prompts prompts.jsonl --batch 1,8"
 
 
-@click.group("bench", cls=click.Group, **options.example(_EXAMPLE))
+@click.group("bench", cls=HelpGroup, epilog=options.epilog(_EXAMPLE))
 def bench_group() -> None:
     """Measure acceptance and speed on this machine."""
 
@@ -35,6 +36,9 @@ def _whole_numbers(
     return numbers
 
 
+# Counts that the measurements divide by or wait for.
+_ONE_OR_MORE = click.IntRange(1)
+_NONE_OR_MORE = click.IntRange(0)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _prompts_option = click.option(
     "--prompts",
@@ -50,10 +54,30 @@ _prompts_option = click.option(
 )
 @_prompts_option
 @options.bench_model_options
-@click.option("--batch", default=8, show_default=True, help="Rows decoded together.")
-@click.option("--limit", default=32, show_default=True, help="Prompts to use, the first; 0: all.")
-@click.option("--max-tokens", default=128, show_default=True, help="Most tokens a prompt.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--batch", type=_ONE_OR_MORE, default=8, show_default=True, help="Rows decoded together."
+)
+@click.option(
+    "--limit",
+    type=_NONE_OR_MORE,
+    default=32,
+    show_default=True,
+    help="Prompts to use, the first; 0: all.",
+)
+@click.option(
+    "--max-tokens",
+    type=_ONE_OR_MORE,
+    default=128,
+    show_default=True,
+    help="Most tokens a prompt.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0 is greedy.",
+)
 @click.option(
     "tree_sizes",
     "--tree-size",
@@ -98,7 +122,11 @@ _prompts_option = click.option(
 @click.option("--check", is_flag=True, help="Compare every output with plain decoding.")
 @options.json_option
 def bench_acceptance(as_json: bool, **settings: Any) -> None:
-    """Mean acceptance length: (tokens - 1) / decode forwards, by tree size and category."""
+    """Measure how often drafts are right, by tree size and category.
+
+    The mean acceptance length is (tokens - 1) / decode forwards: plain decoding has 1. Progress
+    goes to stderr, the table (with --json: one line) to stdout.
+    """
     from trbatch.engine.bench_acceptance import acceptance
 
     print_table(acceptance(**options.with_adapter(settings), progress=_note), as_json=as_json)
@@ -115,8 +143,15 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
     callback=_whole_numbers,
     help="Rows decoded together; several as 1,8. Without it: 1,8, on a GPU up to 256.",
 )
-@click.option("--max-tokens", default=96, show_default=True, help="Tokens a prompt.")
-@click.option("--limit", default=0, help="Prompts to use, from the first; 0: what the runs need.")
+@click.option(
+    "--max-tokens", type=_ONE_OR_MORE, default=96, show_default=True, help="Tokens a prompt."
+)
+@click.option(
+    "--limit",
+    type=_NONE_OR_MORE,
+    default=0,
+    help="Prompts to use, from the first; 0: what the runs need.",
+)
 @click.option(
     "--warm-up",
     type=click.IntRange(0),
@@ -132,7 +167,13 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
     help="Runs that take turns, for a machine that others use; or one pass a batch size, with "
     "steps, floor and tail. auto: a curve on a GPU, or where a shape or a picture is asked for.",
 )
-@click.option("--runs", default=7, show_default=True, help="Of turns; medians are shown.")
+@click.option(
+    "--runs",
+    type=_ONE_OR_MORE,
+    default=7,
+    show_default=True,
+    help="Of turns; medians are shown.",
+)
 @click.option(
     "--as-shape",
     type=click.Choice(list(SHAPES)),
@@ -149,7 +190,12 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve.")
 @options.json_option
 def bench_speed(as_json: bool, method: str, **settings: Any) -> None:
-    """Tokens/s of transformers' generate, our plain decoding and our Token Recycling."""
+    """Measure tokens/s of transformers' generate, plain decoding and Token Recycling.
+
+    All three decode the same prompts with the same model in one process, and only their ratios mean
+    much on a machine that others use. Progress goes to stderr, the table (with --json: one line) to
+    stdout.
+    """
     from trbatch.engine.bench_method import measure_speed
 
     print_table(

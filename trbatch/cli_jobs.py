@@ -10,6 +10,7 @@ from trbatch import api
 from trbatch import cli_options as options
 from trbatch.cli_output import print_json, print_pruned, print_status
 from trbatch.errors import UsageError
+from trbatch.wording import counted
 
 _job = options.grouped(
     click.argument("job"), options.store_option, options.redis_option, options.json_option
@@ -18,6 +19,7 @@ _deadline = click.option(
     "deadline",
     "--deadline",
     default="",
+    metavar="WHEN",
     help="A new one, e.g. 8h or 07:00; 'none' lifts it. Without it: as it was.",
 )
 
@@ -46,7 +48,10 @@ def pause_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
 @click.command("continue", **options.example("trbatch continue prompts-1a2b3c4d"))
 @_job
 def continue_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
-    """Go on with a paused JOB."""
+    """Go on with a paused JOB.
+
+    `trbatch resume` does the same for a job that was stopped in any other way.
+    """
     opened = api.Job.open(job, store=out, redis_url=redis_url)
     if opened.folder.control().hold == "cancelled":
         raise UsageError(
@@ -71,11 +76,17 @@ def resume_command(job: str, out: str, redis_url: str, as_json: bool, deadline: 
 @click.command("retry", **options.example("trbatch retry prompts-1a2b3c4d --failed"))
 @_job
 @click.option("--failed", is_flag=True, help="Decode failed rows again.")
-@click.option("codes", "--code", multiple=True, help="Only those of this code; may be repeated.")
+@click.option(
+    "codes",
+    "--code",
+    multiple=True,
+    metavar="CODE",
+    help="Only those of this error code; may be repeated.",
+)
 def retry_command(
     job: str, out: str, redis_url: str, as_json: bool, failed: bool, codes: tuple[str, ...]
 ) -> None:
-    """Decode rows of JOB again.
+    """Decode failed rows of JOB again.
 
     `trbatch status` shows the error codes. Rows that are bad in the input stay as they are: correct
     them there and submit again.
@@ -88,13 +99,20 @@ def retry_command(
         print_json({"id": opened.id, "path": opened.path, "rows_retried": rows})
         return
     bad = opened.folder.manifest.rows_failed
-    left = f"; {bad} rows are bad in the input and stay" if bad and not rows else ""
-    click.echo(f"{opened.id}: {rows} rows are decoded again{left}")
+    left = f"; {counted(bad, 'row')} unusable in the input: correct them there" if bad else ""
+    again = f"{counted(rows, 'row')} to be decoded again" if rows else "no such row has failed"
+    click.echo(f"{opened.id}: {again}{left}")
 
 
 @click.command("prune", **options.example("trbatch prune --older-than 30d --dry-run"))
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
-@click.option("older_than", "--older-than", default="", help="Remove jobs this old, e.g. 30d.")
+@click.option(
+    "older_than",
+    "--older-than",
+    default="",
+    metavar="SPAN",
+    help="Remove jobs to which nothing has happened for so long, e.g. 30d.",
+)
 @click.option(
     "--force", is_flag=True, help="Remove old jobs that still run or were not collected, too."
 )
@@ -117,8 +135,11 @@ def prune_command(jobs: tuple[str, ...], out: str, as_json: bool, **settings: An
 def _print_enqueued(job: api.Job, chunks: int, *, as_json: bool) -> None:
     if as_json:
         print_json({"id": job.id, "path": job.path, "chunks_enqueued": chunks})
+    elif chunks or not job.folder.progress().complete:
+        left = "" if chunks else "; those that lack rows wait or run already"
+        click.echo(f"{job.id}: {counted(chunks, 'chunk')} enqueued{left}")
     else:
-        click.echo(f"{job.id}: {chunks} chunks enqueued")
+        click.echo(f"{job.id}: every row is there")
 
 
 JOB_COMMANDS = (

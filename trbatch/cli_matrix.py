@@ -11,6 +11,7 @@ from rich.tree import Tree
 
 from trbatch import cli_options as options
 from trbatch import matrices
+from trbatch.cli_help import HelpGroup
 from trbatch.cli_output import print_json, print_pairs, print_rows
 from trbatch.config import default_store
 from trbatch.engine.sequence import TaskKey
@@ -23,18 +24,24 @@ from trbatch.queue import JobQueue
 _MOST_NODES = 127
 
 
-@click.group("matrix", cls=click.Group, **options.example("trbatch matrix list"))
+@click.group("matrix", cls=HelpGroup, epilog=options.epilog("trbatch matrix list"))
 def matrix_group() -> None:
-    """What tasks have learned: rows of tokens that follow each token.
+    """Look at what tasks have learned, and move it about.
 
-    A task's matrix is saved in the store at the end of each job and warms the next one.
+    A task's matrix holds the tokens that followed each token. It is saved in the store at the end
+    of each job and warms the drafts of the next one; what the model says never depends on it.
     """
 
 
 _model_option = click.option(
-    "--model", default="", help="Name or fingerprint, where the task has matrices of several."
+    "--model",
+    default="",
+    metavar="MODEL",
+    help="Name or fingerprint, where the task has matrices of several.",
 )
-_force_option = click.option("--force", is_flag=True, help="Also over what is there or runs.")
+_force_option = click.option(
+    "--force", is_flag=True, help="Even over a file that is there, or while workers live."
+)
 
 
 _of_a_task = options.grouped(click.argument("task"), _model_option, options.store_option)
@@ -44,7 +51,7 @@ _of_a_task = options.grouped(click.argument("task"), _model_option, options.stor
 @options.store_option
 @options.json_option
 def matrix_list(out: str, as_json: bool) -> None:
-    """Every task's matrix: size, rows filled, age, acceptance with and without it.
+    """List every task's matrix: size, rows filled, age, acceptance with and without it.
 
     Acceptance is in tokens for each forward. One row in 32 is drafted without the task's matrix,
     so that the two can be compared.
@@ -63,11 +70,11 @@ def matrix_list(out: str, as_json: bool) -> None:
     type=click.IntRange(1, _MOST_NODES),
     default=24,
     show_default=True,
-    help="Of the learned tree to draw, the likeliest.",
+    help="Nodes of the learned tree to draw, the likeliest ones.",
 )
 @options.json_option
 def matrix_show(task: str, model: str, out: str, nodes: int, as_json: bool) -> None:
-    """One task's matrix, and the draft tree that was learned from it.
+    """Show one task's matrix, and the draft tree that was learned from it.
 
     A node is the rank of a candidate in its row; behind it the share of places at which the whole
     path from the root came true.
@@ -102,7 +109,12 @@ def matrix_export(task: str, model: str, out: str, output: Path | None, force: b
 
 @matrix_group.command("import", **options.example("trbatch matrix import m.safetensors"))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--task", default="", help="That it shall warm; without it the one it came from.")
+@click.option(
+    "--task",
+    default="",
+    metavar="TASK",
+    help="The task that it shall warm. Without it: the one that it came from.",
+)
 @_force_option
 @options.store_option
 @options.redis_option

@@ -11,6 +11,7 @@ import click
 import orjson
 
 from trbatch import adapters, api, gpus, profiles, structured
+from trbatch.cli_help import HelpCommand, in_section
 from trbatch.config import (
     PRIORITIES,
     EngineConfig,
@@ -49,18 +50,25 @@ def _setting(config: type, name: str, help: str, *flags: str, **attributes: Any)
     )
 
 
-def grouped(*options: Decorator) -> Decorator:
+def grouped(*options: Decorator, section: str = "") -> Decorator:
+    """Several options as one decorator; `section` heads them in the help."""
+
     def decorate(command: Any) -> Any:
         for option in reversed(options):
             command = option(command)
         return command
 
-    return decorate
+    return in_section(section, decorate)
 
 
 def example(text: str) -> dict[str, Any]:
-    """What a command's help ends in."""
-    return {"epilog": f"\b\nExample:\n  {text}"}
+    """What every command is made with: its class, and the example that its help ends in."""
+    return {"epilog": epilog(text), "cls": HelpCommand}
+
+
+def epilog(text: str) -> str:
+    """An example as the end of a help."""
+    return f"\b\nExample:\n  {text}"
 
 
 def picked(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,10 +101,12 @@ model_options = grouped(
         "model",
         "Hub name, model folder or GGUF file. Without it: TRBATCH_MODEL, trbatch.toml, or a small "
         "model for trying out.",
+        metavar="MODEL",
     ),
     _ADAPTER,
-    _setting(JobSpec, "revision", "Branch, tag or commit of a hub name."),
+    _setting(JobSpec, "revision", "Branch, tag or commit of a hub name.", metavar="REVISION"),
     _setting(JobSpec, "trust_remote_code", "Run Python code that comes with the model."),
+    section="Model",
 )
 
 sampling_options = grouped(
@@ -115,7 +125,9 @@ sampling_options = grouped(
     ),
     _setting(SamplingParams, "ignore_eos", "Go on after the model's own end."),
     _setting(
-        SamplingParams, "n", "Samples a row, each with noise of its own; one prefill for all."
+        SamplingParams,
+        "n",
+        "Samples of each row, each a row of the dataset; they share one prefill.",
     ),
     _setting(
         SamplingParams,
@@ -154,6 +166,7 @@ sampling_options = grouped(
     click.option(
         "choices", "--choice", multiple=True, help="Every text is one of these; may be repeated."
     ),
+    section="Sampling",
 )
 
 
@@ -202,6 +215,7 @@ prompt_options = grouped(
         "--ignore-body-field",
         metavar="NAME",
     ),
+    section="Prompts",
 )
 
 store_option = _setting(
@@ -209,17 +223,25 @@ store_option = _setting(
     "out",
     "Folder or URL of the job folders. Without it: TRBATCH_STORE, else the user's state folder.",
     "--store",
+    metavar="FOLDER|URL",
 )
 
 job_options = grouped(
     store_option,
-    _setting(JobSpec, "name", "The job's id. Without it: made from the file and the settings."),
+    _setting(
+        JobSpec,
+        "name",
+        "The job's id. Without it: made from the file and the settings.",
+        metavar="JOB",
+    ),
     _setting(
         JobSpec,
         "task",
-        "Whose matrix warms the drafts. Without it: from the project's and the file's name.",
+        "The kind of work: jobs of one task share a matrix, which is what drafts have learned. "
+        "Without it: from the project's and the file's name.",
+        metavar="TASK",
     ),
-    _setting(JobSpec, "cold", "Start from an empty matrix."),
+    _setting(JobSpec, "cold", "Start from an empty matrix, as if the task were new."),
     _setting(
         JobSpec,
         "private_matrix",
@@ -227,14 +249,20 @@ job_options = grouped(
     ),
     _setting(JobSpec, "chunk_size", "Rows a worker takes at once."),
     _setting(JobSpec, "seed", "Of the whole job. Without it: random, kept in the job.", type=int),
-    _setting(JobSpec, "prompt_column", "Field or column of the prompt."),
-    _setting(JobSpec, "id_column", "Field of the row's id. Without it: custom_id, id, row number."),
+    _setting(JobSpec, "prompt_column", "Field or column of the prompt.", metavar="COLUMN"),
+    _setting(
+        JobSpec,
+        "id_column",
+        "Field or column of the row's id. Without it: custom_id, id, row number.",
+        metavar="COLUMN",
+    ),
     _setting(JobSpec, "max_row_bytes", "A longer row of the input is an error row."),
     _setting(
         JobSpec,
         "deadline",
-        "Rows that are not done by then become error rows: 8h, 07:00, 2026-11-22T07:00. Without "
-        "it: none, or as it was.",
+        "Rows that are not done by then become error rows: 8h, 07:00, 2026-11-22T07:00; 'none' "
+        "lifts it. Without it: none, or as it was.",
+        metavar="WHEN",
     ),
     _setting(
         JobSpec,
@@ -248,11 +276,22 @@ job_options = grouped(
         "Whether to continue the job if the same command has made it before.",
         type=click.Choice(["never", "always", "if_possible"]),
     ),
+    section="Job",
 )
 
 engine_options = grouped(
-    _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
-    click.option("--gpu", default="", help="GPUs to use, a process each: 0, or 0,1, or all."),
+    _setting(
+        EngineConfig,
+        "device",
+        "Where to compute: cpu, cuda:0, …; auto: on the first GPU, else on the CPU.",
+        metavar="DEVICE",
+    ),
+    click.option(
+        "--gpu",
+        default="",
+        metavar="GPUS",
+        help="GPUs to use, a process each: 0, or 0,1, or all.",
+    ),
     _setting(
         EngineConfig,
         "dtype",
@@ -277,12 +316,23 @@ engine_options = grouped(
         "--prefix-sharing/--no-prefix-sharing",
     ),
     _setting(EngineConfig, "enforce_eager", "Without CUDA graphs: slower, for debugging."),
+    section="Engine",
 )
 
 bench_model_options: Decorator = grouped(
-    _setting(JobSpec, "model", "Hub name, model folder or GGUF file."),
+    _setting(
+        JobSpec,
+        "model",
+        "Hub name, model folder or GGUF file. Without it: as in `trbatch run`.",
+        metavar="MODEL",
+    ),
     _ADAPTER,
-    _setting(EngineConfig, "device", "auto, cpu, cuda:0, …"),
+    _setting(
+        EngineConfig,
+        "device",
+        "Where to compute: cpu, cuda:0, …; auto: on the first GPU, else on the CPU.",
+        metavar="DEVICE",
+    ),
     _setting(
         EngineConfig,
         "dtype",
@@ -293,19 +343,41 @@ bench_model_options: Decorator = grouped(
 
 worker_options = grouped(
     _setting(WorkerConfig, "burst", "Stop when the queue is empty."),
-    _setting(WorkerConfig, "name", "Of this worker. Without it: host, device and process."),
+    _setting(
+        WorkerConfig,
+        "name",
+        "Of this worker. Without it: host, device and process.",
+        metavar="NAME",
+    ),
     _setting(
         WorkerConfig,
         "roots",
         "Job folders must lie below this folder or URL; may be repeated.",
         "--root",
+        metavar="FOLDER|URL",
     ),
-    _setting(WorkerConfig, "publish_s", "Seconds between segments.", "--publish-seconds"),
+    _setting(
+        WorkerConfig,
+        "publish_s",
+        "Seconds between two writes of finished rows: what a crash may cost.",
+        "--publish-seconds",
+    ),
     _setting(WorkerConfig, "chunks_in_flight", "Most chunks at once; 0: by the batch."),
     _setting(WorkerConfig, "grace_s", "Seconds to finish when asked to stop.", "--grace"),
-    _setting(WorkerConfig, "until", "Stop then: 07:00 (local time), 2026-11-22T07:00, or 8h."),
+    _setting(
+        WorkerConfig,
+        "until",
+        "Stop then: 07:00 (local time), 2026-11-22T07:00, or 8h.",
+        metavar="WHEN",
+    ),
     _setting(WorkerConfig, "metrics_port", "Serve metrics to Prometheus at this port; 0: none."),
-    _setting(WorkerConfig, "metrics_host", "Address to serve them at; 0.0.0.0: to every host."),
+    _setting(
+        WorkerConfig,
+        "metrics_host",
+        "Address to serve them at; 0.0.0.0: to every host.",
+        metavar="ADDRESS",
+    ),
+    section="Worker",
 )
 
 
@@ -363,7 +435,8 @@ log_format_option = click.option(
 redis_option = _setting(
     WorkerConfig,
     "redis_url",
-    "The queue. Without it: TRBATCH_REDIS_URL, REDIS_URL, or the embedded server.",
+    "The queue's server. Without it: TRBATCH_REDIS_URL, REDIS_URL, or the embedded server.",
+    metavar="URL",
 )
 
 output_option = click.option(
@@ -371,6 +444,7 @@ output_option = click.option(
     "-o",
     "--output",
     default="",
+    metavar="FILE|URL",
     help="The dataset's file or URL. Without it: inside the job folder.",
 )
 

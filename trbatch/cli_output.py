@@ -27,6 +27,7 @@ from trbatch.queue import JobQueue
 from trbatch.results import Receipt
 from trbatch.server import ServerStatus
 from trbatch.team import Share
+from trbatch.wording import counted
 
 logger = logging.getLogger("trbatch")
 
@@ -110,7 +111,7 @@ def print_status(status: JobStatus, *, as_json: bool) -> None:
             f"lease of {duration(max(lease.left_s, 0.0))}"
         )
     for code, rows in status.errors.items():
-        pairs[f"failed: {code or 'unknown'}"] = f"{rows:,} rows"
+        pairs[f"failed: {code or 'unknown'}"] = counted(rows, "row")
     for number, reason in status.failures.items():
         pairs[f"failed: chunk {number}"] = reason
     print_pairs(pairs)

@@ -23,6 +23,7 @@ from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.errors import TrbatchError
 from trbatch.flight import FlightRecord
 from trbatch.queue_names import ModelKey
+from trbatch.stopping import ENGINE_THREAD
 from trbatch.trace import Steps
 
 logger = logging.getLogger("trbatch.worker")
@@ -192,7 +193,7 @@ class EngineThread:
         self._stopping = False
         self._saved_at = time.monotonic()
         self._looked_at = 0.0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
 
     def start(self) -> None:
         """Start the thread; it waits for its first order."""

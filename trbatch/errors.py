@@ -23,6 +23,21 @@ from dataclasses import dataclass
 EXIT_OK = 0
 EXIT_ROWS_FAILED = 3  # the job finished, some of its rows are error rows
 
+# What the program's exit codes mean, for its help and its documentation.
+EXIT_CODES = (
+    ("0", "Every row is ok."),
+    ("1", "An unexpected error: please report it."),
+    ("2", "Usage: an option, a setting or the whole input is wrong."),
+    ("3", "Finished, and some rows failed."),
+    ("4", "The job failed: rows are missing, or the model cannot be loaded."),
+    ("5", "Somebody cancelled the job."),
+    ("6", "A time limit or the job's deadline has passed."),
+    ("7", "A job of this name was made with other settings; nothing was changed."),
+    ("75", "The queue or the storage cannot be reached; try again later."),
+    ("130", "Stopped by Ctrl-C; the same command goes on."),
+    ("143", "Stopped by SIGTERM; the same command goes on."),
+)
+
 
 class TrbatchError(Exception):
     """Base of every error that trbatch raises on purpose.

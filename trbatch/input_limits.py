@@ -106,3 +106,12 @@ def _depth(value: Any) -> int:
         depth += any(isinstance(one, dict | list) for one in level)
         level = [one for one in inner if isinstance(one, dict | list)]
     return depth
+
+
+def unreadable(name: str, error: Exception) -> InputError:
+    """What to raise when the input cannot be opened or read, without the system's own numbers."""
+    if isinstance(error, IsADirectoryError):
+        hint = "give one file; several become one with: cat part-*.jsonl > all.jsonl"
+        return InputError(f"{name} is a folder, not a file", hint=hint)
+    words = isinstance(error, OSError) and error.filename == name and error.strerror
+    return InputError(f"cannot read {name}: {words or error}")

@@ -101,9 +101,15 @@ class JobFolder:
         in_store = folder(store or default_store()).join(name)
         if "/" not in name and folder(in_store).exists(MANIFEST):
             return cls(in_store)
+        if "/" in name:
+            raise InputError(
+                f"no job folder at {name}",
+                hint="give the folder that submit printed: it holds manifest.json",
+            )
         raise InputError(
-            f"no job {name!r}, neither as a folder nor as {in_store}",
-            hint="give the id that submit printed, or the job folder's path",
+            f"there is no job {name!r} in {folder(store or default_store()).path}",
+            hint="give the id that submit printed, or the job folder's path; --store if it lies "
+            "elsewhere",
         )
 
     @property

@@ -12,7 +12,9 @@ from typing import Any, Self
 import orjson
 
 from trbatch.config import JobSpec
-from trbatch.errors import InputError, UsageError
+from trbatch.errors import InputError, Unreachable, UsageError
+from trbatch.input_limits import unreadable
+from trbatch.masking import mask_text, mask_url
 
 FORMAT = 1  # of the job folder
 _CHUNK_FOLDER = re.compile(r"chunks/[\w-]+")  # inside the job folder, whoever wrote the manifest
@@ -170,16 +172,29 @@ def _plain(value: Any) -> Any:
 def _stamp(path: str) -> tuple[int, str]:
     try:
         if "://" in path:
-            import fsspec  # here: it takes longer to import than a local file needs
-
-            files, place = fsspec.core.url_to_fs(path)
-            return int(files.size(place) or 0), str(files.checksum(place))
+            return _remote_stamp(path)
         state = os.stat(path)
         return state.st_size, str(state.st_mtime_ns)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error
+
+
+def _remote_stamp(path: str) -> tuple[int, str]:
+    import fsspec  # here: it takes longer to import than a local file needs
+
+    try:
+        files, place = fsspec.core.url_to_fs(path)
+        return int(files.size(place) or 0), str(files.checksum(place))
+    except (FileNotFoundError, ImportError, ValueError):
+        raise
+    except Exception as error:  # each store's library has errors of its own
+        raise Unreachable(
+            f"cannot read {mask_url(path)}: {mask_text(str(error)) or type(error).__name__}",
+            hint="credentials come from where the store's library looks for them, e.g. the "
+            "environment",
+        ) from error
 
 
 def _digest(path: str) -> str:
@@ -189,4 +204,4 @@ def _digest(path: str) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        raise unreadable(path, error) from error

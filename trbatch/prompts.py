@@ -18,7 +18,14 @@ import pyarrow as pa
 from trbatch import passthrough
 from trbatch.config import MAX_ROW_BYTES, SamplingParams
 from trbatch.errors import InputError
-from trbatch.input_limits import MAX_NESTING, Expansion, is_too_deep, read_lines, too_large
+from trbatch.input_limits import (
+    MAX_NESTING,
+    Expansion,
+    is_too_deep,
+    read_lines,
+    too_large,
+    unreadable,
+)
 from trbatch.parquet_input import read_parquet
 from trbatch.rows import Row, RowChecker
 from trbatch.shaping import Shaping
@@ -154,10 +161,10 @@ def _kind(name: str) -> tuple[str, str | None]:
         return "json", compression
     if base.endswith(".parquet") and compression is None:
         return "parquet", None
-    raise InputError(
-        f"{name}: unknown kind of file",
-        hint="give .jsonl, .ndjson or .json (also with .gz or .zst), or .parquet",
-    )
+    hint = "give .jsonl, .ndjson or .json (also with .gz or .zst), or .parquet"
+    if base.endswith((".csv", ".tsv")):
+        hint += "; a table becomes one with pandas: read_csv(…).to_parquet(…)"
+    raise InputError(f"{name}: unknown kind of file", hint=hint)
 
 
 @contextmanager
@@ -167,7 +174,7 @@ def _input_errors(name: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such file") from error
     except (OSError, EOFError, pa.ArrowException, ImportError) as error:
-        raise InputError(f"cannot read {name}: {error}") from error
+        raise unreadable(name, error) from error
 
 
 @contextmanager

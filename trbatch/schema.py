@@ -78,7 +78,7 @@ def in_schema(table: pa.Table) -> pa.Table:
 def schema_table() -> str:
     """The result columns as a Markdown table: name, type, meaning."""
     lines = ["| column | type | meaning |", "|---|---|---|"]
-    lines += [f"| `{name}` | {_spelled(kind)} | {text} |" for name, kind, text in _COLUMNS]
+    lines += [f"| `{name}` | `{_spelled(kind)}` | {text} |" for name, kind, text in _COLUMNS]
     position = 2 + LEADING_COLUMNS
     lines.insert(position, "| … | as in the input | the input's other columns |")
     return "\n".join(lines) + "\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any
 
 from trbatch.moments import moment_of
 
+ENGINE_THREAD = "engine"  # its name
 SAME_SIGNAL_S = 0.5  # a terminal and a parent may both pass on the same Ctrl-C
 
 
@@ -76,3 +79,16 @@ def signals_to(ask: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave(code: int) -> None:
+    """End this process, a worker, with an exit code.
+
+    An engine that is in the middle of something, such as loading, would abort a process that ends
+    as Python's usually do: its libraries do not expect to be torn down under a running thread.
+    """
+    if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

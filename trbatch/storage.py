@@ -125,7 +125,8 @@ class Folder(ABC):
         elif number in _CLOSED or isinstance(error, PermissionError):
             right = "read" if verb in ("read", "list") else "write"
             hint = f"this user must be allowed to {right} there; --store names another place"
-        words = mask_text(str(error)) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)  # without numbers and hidden names
+        words = mask_text(said) or type(error).__name__
         return Unreachable(f"cannot {verb} {mask_url(self.join(name))}: {words}", hint=hint)
 
 

@@ -19,10 +19,11 @@ import trbatch
 from trbatch import chunks
 from trbatch.config import JobSpec, default_model, default_store
 from trbatch.control import Control
-from trbatch.errors import InputError, ResumeRefused
+from trbatch.errors import InputError, ResumeRefused, UsageError
 from trbatch.ids import RepeatCheck
 from trbatch.input_limits import MAX_COLUMNS
 from trbatch.manifest import InputState, Manifest, differences, settings
+from trbatch.moments import written
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
 from trbatch.outputs import check_output
 from trbatch.prompts import Batch, check_repeats, read_batches
@@ -143,6 +144,11 @@ def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
     """Make the job; False if another command has made it in the meantime: that one counts."""
     seed = secrets.randbits(63) if spec.seed is None else spec.seed
     control = Control().asked(priority=spec.priority, deadline=spec.deadline)
+    if control.expired and control.deadline is not None:
+        raise UsageError(
+            f"the deadline has passed already: {written(control.deadline)}",
+            hint="give a later one, e.g. 8h or 07:00",
+        )
     manifest = _read_input(job, job_id, spec, seed, generation=0)
     if control != Control():
         control.write(job)  # before the manifest: from that on the job is there

@@ -59,9 +59,15 @@ def _prompt_of(line: str, place: str) -> BenchPrompt:
         return BenchPrompt(text, str(row.get("category") or ""))
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(
-            f"{place}: no prompt in this row ({error!r})",
+            f"{place}: no prompt in this row: {_in_words(error)}",
             hint="each line is a JSON object with 'turns', 'prompt' or 'messages'",
         ) from error
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not valid JSON at character {error.pos + 1}"
+    return f"there is no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def requests_of(prompts: list[BenchPrompt], sampling: SamplingParams) -> list[Request]:

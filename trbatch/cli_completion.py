@@ -1,0 +1,30 @@
+"""`trbatch completion`: the script that makes a shell complete commands and options."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+from trbatch import cli_options as options
+
+SHELLS = ("bash", "zsh", "fish")
+_VARIABLE = "_TRBATCH_COMPLETE"  # click's own name for it
+
+
+@click.command("completion", **options.example("trbatch completion bash >> ~/.bashrc"))
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion_command(shell: str) -> None:
+    """Print the script by which SHELL completes commands, options and files.
+
+    \b
+    bash   trbatch completion bash >> ~/.bashrc
+    zsh    trbatch completion zsh >> ~/.zshrc
+    fish   trbatch completion fish > ~/.config/fish/completions/trbatch.fish
+
+    A new shell knows it then. The script asks trbatch itself at each Tab, so it need not be made
+    anew after an update.
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None, f"click knows no {shell}"
+    program = click.get_current_context().find_root().command
+    click.echo(kind(program, {}, "trbatch", _VARIABLE).source())
