@@ -133,9 +133,9 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     """Submit INPUT, decode it here, and collect the dataset.
 
     INPUT is a .jsonl (.gz, .zst) or .parquet file of rows with 'prompt' or 'messages', or a job
-    spec (.toml). The same command again goes on where it was stopped. Without --output the dataset lies in the job folder;
-    the last lines say where. A job that was cancelled meanwhile, or was not done by its --deadline,
-    is collected as well.
+    spec (.toml). The same command again goes on where it was stopped. Without --output the dataset
+    lies in the job folder; the last lines say where. A job that was cancelled meanwhile, or was not
+    done by its --deadline, is collected as well.
     """
     from trbatch.local import run
 
