@@ -31,6 +31,8 @@ class Noise:
     min_p: float = 0.0
     seed: int = 0
     sample: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,12 @@ class Slots:
     # MOST_TURNS, and of sequences that run together no two the same.
     turns: Tensor
     begins: Tensor  # [S] int32 tokens of its prompt
-    # How it samples: [S] float32 temperature, 0 takes the likeliest, and min-p; [S] int64 seed of
-    # its row, [S] int32 sample.
+    # How it samples: [S] float32 temperature, 0 takes the likeliest, min-p and top-p, [S] int32
+    # top-k, 0 for all; [S] int64 seed of its row, [S] int32 sample.
     temperatures: Tensor
     min_ps: Tensor
+    top_ps: Tensor
+    top_ks: Tensor
     seeds: Tensor
     samples: Tensor
 
@@ -91,6 +95,8 @@ class Slots:
             begins=full(count, value=0),
             temperatures=full(count, value=0, dtype=torch.float32),
             min_ps=full(count, value=0, dtype=torch.float32),
+            top_ps=full(count, value=1, dtype=torch.float32),
+            top_ks=full(count, value=0),
             seeds=full(count, value=0, dtype=torch.int64),
             samples=full(count, value=0),
         )
@@ -121,7 +127,8 @@ class Slots:
             (self.lengths, len(tokens)), (self.left, left), (self.tasks, task),
             (self.turns, turn), (self.read, 0), (self.source, -1), (self.matched, 0),
             (self.begins, noise.begin), (self.temperatures, noise.temperature),
-            (self.min_ps, noise.min_p), (self.seeds, noise.seed), (self.samples, noise.sample),
+            (self.min_ps, noise.min_p), (self.top_ps, noise.top_p), (self.top_ks, noise.top_k),
+            (self.seeds, noise.seed), (self.samples, noise.sample),
         )  # fmt: skip
         for column, value in numbers:
             column[slot].fill_(value)  # an assignment would wait for the device

@@ -25,7 +25,7 @@ from trbatch.engine.device_state import NO_RANK, REPORT_NUMBERS, Accepted, Noise
 from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
-from trbatch.engine.sampling import sorts
+from trbatch.engine.sampling import Kind
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.transfer import Clock, OnItsWay, to_device
 from trbatch.engine.tree import Tree
@@ -82,11 +82,11 @@ class Operations(Protocol):
 
     captures: bool  # whether steps can be captured as graphs
 
-    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
+    def step(self, state: State, batch: Batch, size: int, *, sampling: Kind) -> Accepted:
         """One step of `size` tokens a row, the root included.
 
         Args:
-            sampling: whether any row does; else all take the likeliest.
+            sampling: what the rows' choices take at most.
         """
         ...
 
@@ -102,7 +102,7 @@ class Operations(Protocol):
         """Learn from pieces that were run for other prompts and are in the cache."""
         ...
 
-    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: Kind) -> Accepted:
         """The token after each prompt, from the logits [B, V] at its end."""
         ...
 
@@ -172,7 +172,7 @@ class DeviceStep:
         self.device, self.most, self.capacity = device, most, capacity
         self.graphs = Graphs(device, wanted=capture and operations.captures)
         self._steps = 0
-        self._shapes: dict[tuple[int, int, bool], Shape] = {}
+        self._shapes: dict[tuple[int, int, Kind], Shape] = {}
         self._turns: dict[int, int] = {}  # slot -> turn
         self._reads: set[int] = set()  # tasks of which something may have been counted
 
@@ -194,8 +194,7 @@ class DeviceStep:
             stops=stops[:MOST_STOPS], pages=[page for _, page in sequence.room.news()],
             task=sequence.task, turn=self._turn_of(sequence), noise=_noise_of(sequence),
         )  # fmt: skip
-        hosts = request.logits_processors or sorts(request.sampling)
-        return not hosts and len(stops) <= MOST_STOPS
+        return not request.logits_processors and len(stops) <= MOST_STOPS
 
     def release(self, slot: int) -> None:
         """Nobody has this slot any more; all steps of who had it have been read."""
@@ -245,8 +244,7 @@ class DeviceStep:
         rows = to_device([sequence.slot for sequence in members], self.device, torch.int64)
         clock, report = Clock(self.device), rows
         if members:
-            sampling = any(_samples(sequence) for sequence in members)
-            report = self.operations.first(self.state, rows, logits, sampling=sampling).report
+            report = self.operations.first(self.state, rows, logits, sampling=_kind(members)).report
         copy = OnItsWay(report)
         clock.stop()
         return _Handle(copy, clock, len(members), 0)
@@ -268,11 +266,10 @@ class DeviceStep:
         self._turns[sequence.slot] = turn
         return turn
 
-    def _key(self, members: ListLike[Sequence], size: int) -> tuple[int, int, bool]:
-        sampling = any(_samples(sequence) for sequence in members)
-        return bucket_of(len(members), self.capacity), size, sampling
+    def _key(self, members: ListLike[Sequence], size: int) -> tuple[int, int, Kind]:
+        return bucket_of(len(members), self.capacity), size, _kind(members)
 
-    def shape(self, bucket: int, size: int, sampling: bool = False) -> Shape:
+    def shape(self, bucket: int, size: int, sampling: Kind = Kind.GREEDY) -> Shape:
         """A step of this shape, captured if it was not yet."""
         key = bucket, size, sampling
         if key not in self._shapes:
@@ -302,17 +299,17 @@ class DeviceStep:
             self.absorb()
 
 
-def _samples(sequence: Sequence) -> bool:
-    return not sequence.request.sampling.greedy
+def _kind(members: ListLike[Sequence]) -> Kind:
+    return max(Kind.of(sequence.request.sampling) for sequence in members)
 
 
 def _noise_of(sequence: Sequence) -> Noise | None:
-    if not _samples(sequence):
+    request, params = sequence.request, sequence.request.sampling
+    if Kind.of(params) is Kind.GREEDY:
         return None
-    request = sequence.request
     return Noise(
-        sequence.prompt_length, request.sampling.temperature, request.sampling.min_p,
-        request.seed, request.sample_index,
+        sequence.prompt_length, params.temperature, params.min_p, request.seed,
+        request.sample_index, params.top_k, params.top_p,
     )  # fmt: skip
 
 

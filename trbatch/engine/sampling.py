@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -36,6 +37,21 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
+class Kind(IntEnum):
+    """What it takes to choose a row's token; a higher one can do what a lower one does."""
+
+    GREEDY = 0
+    SAMPLED = 1
+    FILTERED = 2  # top-k or top-p
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Kind:
+        """What these settings need."""
+        if params.greedy:
+            return cls.GREEDY
+        return cls.FILTERED if params.top_p < 1.0 or params.top_k > 0 else cls.SAMPLED
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How the next token of one place is chosen: a row's settings and its noise."""
@@ -57,24 +73,13 @@ def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
         [n] int64 token ids.
     """
     tokens = torch.empty(len(choices), dtype=torch.long, device=logits.device)
-    kinds = [_kind(choice.params) for choice in choices]
-    for kind, function in ((0, _greedy), (1, _sample), (2, _sample_filtered)):
+    kinds = [Kind.of(choice.params) for choice in choices]
+    for kind, function in zip(Kind, (_greedy, _sample, _sample_filtered), strict=True):
         members = [i for i, other in enumerate(kinds) if other == kind]
         if members:
             index = torch.tensor(members, device=logits.device)
             tokens[index] = function(logits[index], [choices[i] for i in members])
     return tokens
-
-
-def sorts(params: SamplingParams) -> bool:
-    """Whether the vocabulary has to be sorted to choose a token."""
-    return _kind(params) == 2
-
-
-def _kind(params: SamplingParams) -> int:
-    if params.greedy:
-        return 0
-    return 2 if params.top_p < 1.0 or params.top_k > 0 else 1
 
 
 def _greedy(logits: Tensor, _: Sequence[Choice]) -> Tensor:
@@ -88,20 +93,31 @@ def _sample(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
 
 
 def _sample_filtered(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """Temperature, top-k, top-p, min-p, over the sorted vocabulary."""
-    logits = logits / _column(choices, "temperature", logits)
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    """Temperature, top-k, top-p, min-p."""
+    left = logits.masked_fill(~kept(logits, choices), -torch.inf)
+    return _sample(left, choices)
+
+
+def kept(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """[n, V] bool: what top-k, and then top-p, leave of the vocabulary.
+
+    A token stays if fewer than k are likelier, and if the likelier ones that top-k left have less
+    than top_p of the weight of all that it left: equal tokens stay or go together.
+    """
+    ordered = logits.sort(dim=-1, descending=True).values
     vocab = logits.shape[-1]
-    rank = torch.arange(vocab, device=logits.device)
-    limits = [min(c.params.top_k, vocab) if c.params.top_k > 0 else vocab for c in choices]
-    limit = torch.tensor(limits, device=logits.device)[:, None]
-    probabilities = torch.softmax(ordered.masked_fill(rank >= limit, -torch.inf), -1)
-    # Keep the shortest head that reaches top_p: all tokens before which less than top_p lies.
-    before = probabilities.double().cumsum(-1) - probabilities
-    outside = before >= _column(choices, "top_p", logits)
-    outside[:, 0] = False
-    probabilities = _min_p(probabilities.masked_fill(outside, 0.0), choices)
-    return ids.gather(1, _invert(probabilities, choices)[:, None])[:, 0]
+    ranks = [min(c.params.top_k, vocab) if c.params.top_k > 0 else vocab for c in choices]
+    least = ordered.gather(1, torch.tensor(ranks, device=logits.device)[:, None] - 1)
+    weights = (ordered / _column(choices, "temperature", logits)).masked_fill(
+        ordered < least, -torch.inf
+    )
+    share = torch.softmax(weights, -1).double()
+    top_p = _column(choices, "top_p", logits)
+    # Rounding may add shares up to more than 1, and 1 leaves nothing out.
+    inside = (share.cumsum(-1) - share < top_p) | (top_p >= 1.0)
+    inside[:, 0] = True
+    last = inside.long().sum(-1, keepdim=True) - 1  # shares only add up, so these are the first
+    return logits >= torch.maximum(least, ordered.gather(1, last))
 
 
 def _min_p(probabilities: Tensor, choices: Sequence[Choice]) -> Tensor:

@@ -20,6 +20,7 @@ from trbatch.engine.kernels.learn import learn
 from trbatch.engine.kernels.sample import sample
 from trbatch.engine.kernels.spine import look_ahead
 from trbatch.engine.matrix import ORDERS
+from trbatch.engine.sampling import Kind
 
 
 class KernelOperations:
@@ -27,7 +28,7 @@ class KernelOperations:
 
     captures = True
 
-    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
+    def step(self, state: State, batch: Batch, size: int, *, sampling: Kind) -> Accepted:
         """One step: a plain one has no kernels for drafts at all."""
         if size == 1:
             return self._plain(state, batch, sampling=sampling)
@@ -44,7 +45,10 @@ class KernelOperations:
         candidates = likeliest.topk(logits, matrix.candidates)
         chosen = candidates[:, 0].contiguous()
         if sampling:
-            chosen = sample(slots, rows, logits, chosen, trees.depths.flatten())
+            chosen = sample(
+                slots, rows, logits, chosen, trees.depths.flatten(),
+                filtering=sampling is Kind.FILTERED,
+            )  # fmt: skip
         chosen = chosen.view(len(rows), size)
         accepted = _commit(state, rows, trees.tokens, trees.parents, chosen)
         calibrate(
@@ -83,11 +87,11 @@ class KernelOperations:
         assert state.kept is not None, "nothing is kept, so nothing is shared"
         _learn_prompts(state, prompts, state.kept[_places(state, prompts)].to(torch.int64))
 
-    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: Kind) -> Accepted:
         """See `device_step.Operations.first`."""
         return _commit_roots(state, rows, logits, sampling=sampling)
 
-    def _plain(self, state: State, batch: Batch, *, sampling: bool) -> Accepted:
+    def _plain(self, state: State, batch: Batch, *, sampling: Kind) -> Accepted:
         rows = batch.rows
         tokens = state.slots.last[rows.clamp(min=0), :1]
         logits = _forward(state, rows, tokens, torch.zeros_like(tokens), None)
@@ -188,10 +192,13 @@ def _commit(
     return accepted
 
 
-def _commit_roots(state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
+def _commit_roots(state: State, rows: Tensor, logits: Tensor, *, sampling: Kind) -> Accepted:
     """Steps without drafts: each row takes the token after its root, from logits [B, V]."""
     chosen = likeliest.argmax(logits)
     if sampling:
-        chosen = sample(state.slots, rows, logits, chosen, torch.zeros_like(chosen))
+        chosen = sample(
+            state.slots, rows, logits, chosen, torch.zeros_like(chosen),
+            filtering=sampling is Kind.FILTERED,
+        )  # fmt: skip
     roots = state.slots.last[rows.clamp(min=0), :1].contiguous()
     return _commit(state, rows, roots, torch.zeros_like(roots), chosen[:, None])

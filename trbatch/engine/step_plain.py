@@ -20,7 +20,7 @@ from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.matrix import EMPTY
-from trbatch.engine.sampling import Choice, choose, uniform
+from trbatch.engine.sampling import Choice, Kind, choose, uniform
 from trbatch.engine.verify import NOT_CHOSEN, Verdict
 
 _Piece = tuple[int, int, int, int]  # slot, tokens before it, begin and end among those of all
@@ -41,7 +41,7 @@ class PlainOperations:
 
     captures = False
 
-    def step(self, state: State, batch: Batch, size: int, *, sampling: bool) -> Accepted:
+    def step(self, state: State, batch: Batch, size: int, *, sampling: Kind) -> Accepted:
         """One step. A plain one neither counts nor learns, like the kernels'."""
         running = _running(state, batch)
         if not len(running.at):
@@ -102,7 +102,7 @@ class PlainOperations:
         pieces = _pieces(prompts)
         _learn_prompts(state, pieces, state.kept[_places(state, pieces)].long())
 
-    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: bool) -> Accepted:
+    def first(self, state: State, rows: Tensor, logits: Tensor, *, sampling: Kind) -> Accepted:
         """See `device_step.Operations.first`."""
         running = _running(state, Batch(rows, torch.zeros_like(rows)))
         drafted = drafting.roots(running.last)
@@ -182,8 +182,9 @@ def _sampled(state: State, running: _Running, drafted: Draft, logits: Tensor) ->
     slots, choices = state.slots, []
     for row, slot in enumerate(running.slots.tolist()):
         params = SamplingParams(
-            temperature=float(slots.temperatures[slot]), min_p=float(slots.min_ps[slot])
-        )
+            temperature=float(slots.temperatures[slot]), min_p=float(slots.min_ps[slot]),
+            top_k=int(slots.top_ks[slot]), top_p=float(slots.top_ps[slot]),
+        )  # fmt: skip
         begin = int(slots.lengths[slot]) - int(slots.begins[slot])
         seed, sample = int(slots.seeds[slot]), int(slots.samples[slot])
         for depth in drafted.depths[row, : drafted.sizes[row]].tolist():

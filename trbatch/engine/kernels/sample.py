@@ -1,9 +1,10 @@
-"""Choosing tokens of rows that sample, with noise that belongs to the row: temperature and min-p.
+"""Choosing tokens of rows that sample, with noise that belongs to the row.
 
 The noise of a token is one number made of the row's seed, its sample and the token's place in the
 output, so a node of a tree gets what the token would get in plain decoding. A first kernel adds up
-what each part of the vocabulary weighs, a second looks into the one part where the noise falls. The
-slow twin is `sampling.choose`; top-k and top-p, which have to sort, are the host's.
+what each part of the vocabulary weighs, a second looks into the one part where the noise falls.
+What top-k and top-p leave out (`kernels.floors`), and min-p, weighs nothing. The slow twin is
+`sampling.choose`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trbatch.engine.device_state import Slots
+from trbatch.engine.kernels.floors import bits_of, floors, key_of
 
 _PART = 2048  # tokens of the vocabulary in one program
 _STEP = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
@@ -39,12 +41,17 @@ def _mix(state: tl.tensor, part: tl.tensor) -> tl.tensor:
 @triton.jit
 def _weights(
     logits: tl.tensor, token: tl.tensor, vocab: tl.tensor, highest: tl.tensor,
-    temperature: tl.tensor, min_p: tl.tensor,
+    temperature: tl.tensor, min_p: tl.tensor, least: tl.tensor, BITS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Float64 weights of some tokens of a row, the likeliest of all weighs 1."""
+    """Float64 weights of some tokens of a row, the likeliest of all weighs 1.
+
+    least: points to the least key that is left in; BITS: of a key, 0 where all are.
+    """
     there = token < vocab
     logit = tl.load(logits + token, mask=there, other=float("-inf")).to(tl.float32)
     weight = tl.exp(logit / temperature - highest / temperature)
+    if BITS:
+        there &= key_of(logit, BITS) >= tl.load(least)
     return tl.where(there & (weight >= min_p), weight, 0.0).to(tl.float64)
 
 
@@ -62,8 +69,8 @@ def _settings(
 @triton.jit(do_not_specialize=["size"])
 def _weigh(
     logits: tl.tensor, likeliest: tl.tensor, rows: tl.tensor, temperatures: tl.tensor,
-    min_ps: tl.tensor, sums: tl.tensor, stride: tl.tensor, size: tl.tensor, vocab: tl.tensor,
-    parts: tl.tensor, PART: tl.constexpr,
+    min_ps: tl.tensor, least: tl.tensor, sums: tl.tensor, stride: tl.tensor, size: tl.tensor,
+    vocab: tl.tensor, parts: tl.tensor, BITS: tl.constexpr, PART: tl.constexpr,
 ) -> None:  # fmt: skip
     """sums [N, parts] float64: what each part of the vocabulary weighs."""
     node, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -71,7 +78,9 @@ def _weigh(
     if temperature > 0:
         highest = tl.load(logits + node * stride + tl.load(likeliest + node)).to(tl.float32)
         token = part * PART + tl.arange(0, PART)
-        weight = _weights(logits + node * stride, token, vocab, highest, temperature, min_p)
+        weight = _weights(
+            logits + node * stride, token, vocab, highest, temperature, min_p, least + node, BITS
+        )
         tl.store(sums + node * parts + part, tl.sum(weight, 0))
 
 
@@ -79,9 +88,9 @@ def _weigh(
 def _draw(
     logits: tl.tensor, likeliest: tl.tensor, depths: tl.tensor, rows: tl.tensor,
     temperatures: tl.tensor, min_ps: tl.tensor, seeds: tl.tensor, samples: tl.tensor,
-    begins: tl.tensor, lengths: tl.tensor, sums: tl.tensor, chosen: tl.tensor,
+    begins: tl.tensor, lengths: tl.tensor, least: tl.tensor, sums: tl.tensor, chosen: tl.tensor,
     stride: tl.tensor, size: tl.tensor, vocab: tl.tensor, parts: tl.tensor,
-    PART: tl.constexpr, PARTS: tl.constexpr,
+    BITS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """chosen [N]: the token at which the noise falls."""
     node = tl.program_id(0).to(tl.int64)
@@ -104,7 +113,9 @@ def _draw(
         before = tl.sum(tl.where(at < part, weighs, 0.0), 0)
         highest = tl.load(logits + node * stride + top).to(tl.float32)
         token = part * PART + tl.arange(0, PART)
-        weight = _weights(logits + node * stride, token, vocab, highest, temperature, min_p)
+        weight = _weights(
+            logits + node * stride, token, vocab, highest, temperature, min_p, least + node, BITS
+        )
         reached = before + tl.cumsum(weight, 0)
         first = tl.min(tl.where((reached > target) & (weight > 0), token, vocab), 0)
         heavy = tl.max(tl.where(weight > 0, token, 0), 0)
@@ -113,7 +124,15 @@ def _draw(
         tl.store(chosen + node, top)
 
 
-def sample(slots: Slots, rows: Tensor, logits: Tensor, likeliest: Tensor, depths: Tensor) -> Tensor:
+def sample(
+    slots: Slots,
+    rows: Tensor,
+    logits: Tensor,
+    likeliest: Tensor,
+    depths: Tensor,
+    *,
+    filtering: bool = True,
+) -> Tensor:
     """The model's own next token at each node.
 
     Args:
@@ -121,6 +140,7 @@ def sample(slots: Slots, rows: Tensor, logits: Tensor, likeliest: Tensor, depths
         logits: [N, V] raw, of B times T nodes, each row adjacent.
         likeliest: [N] int64 the likeliest token of each.
         depths: [N] of each node.
+        filtering: whether any row has top-k or top-p.
 
     Returns:
         [N] int64; of rows whose temperature is 0 the likeliest.
@@ -132,12 +152,15 @@ def sample(slots: Slots, rows: Tensor, logits: Tensor, likeliest: Tensor, depths
     size, stride = count // len(rows), logits.stride(0)
     whose = (rows, slots.temperatures, slots.min_ps)
     likeliest, depths = likeliest.contiguous(), depths.contiguous()
+    least = floors(slots, rows, logits, likeliest) if filtering else chosen
+    bits = bits_of(logits) if filtering else 0
     _weigh[count, parts](
-        logits, likeliest, *whose, sums, stride, size, vocab, parts, PART=_PART, num_warps=4
-    )
+        logits, likeliest, *whose, least, sums, stride, size, vocab, parts,
+        BITS=bits, PART=_PART, num_warps=4,
+    )  # fmt: skip
     _draw[(count,)](
         logits, likeliest, depths, *whose, slots.seeds, slots.samples, slots.begins,
-        slots.lengths, sums, chosen, stride, size, vocab, parts,
-        PART=_PART, PARTS=triton.next_power_of_2(parts), num_warps=4,
+        slots.lengths, least, sums, chosen, stride, size, vocab, parts,
+        BITS=bits, PART=_PART, PARTS=triton.next_power_of_2(parts), num_warps=4,
     )  # fmt: skip
     return chosen
