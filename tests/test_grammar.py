@@ -128,6 +128,19 @@ def test_a_mask_holds_for_the_ancestors_of_its_node_and_can_step_back() -> None:
     assert grammar.forced([5], 9) == letters.tokenizer()("a")["input_ids"]
 
 
+def test_behind_a_drafted_end_of_the_text_nothing_is_asked_of_the_grammar() -> None:
+    """Trees go on behind an end when the rows have learned what follows it."""
+    grammars = Grammars(letters.loaded())
+    form = {"choice": ["a"]}
+    request = grammars.constrained(tiny.request(0, [5], ignore_eos=False, structured=form), 1)
+    (grammar,) = request.logits_processors
+    ids, (end,), logits = letters.tokenizer()("a")["input_ids"], grammars.ends, torch.randn(97)
+    assert torch.equal(grammar([5, *ids, end], logits), logits)
+    assert torch.equal(grammar([5, *ids, end, 30, 31], logits), logits)
+    masked = grammar([5, *ids], logits)
+    assert torch.nonzero(masked.isfinite())[:, 0].tolist() == [end]
+
+
 def test_what_a_grammar_forces_is_drafted_first() -> None:
     """With nothing learned and texts that repeat nothing, forced tokens alone are accepted."""
     name = "".join(letters._LETTERS[5:40])

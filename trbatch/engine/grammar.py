@@ -148,8 +148,8 @@ class Grammar:
         """
         start = time.perf_counter()
         text = context[self._prompt_length :]
-        if text and text[-1] in self._owner.ends:
-            return logits  # a drafted end of the text: whatever comes after it is cut away
+        if not self._owner.ends.isdisjoint(text):
+            return logits  # behind a drafted end of the text: whatever comes here is cut away
         self._follow(text)
         forbidden = self._forbidden()[: logits.shape[0]].to(logits.device)
         masked = logits.masked_fill(forbidden, -torch.inf)
