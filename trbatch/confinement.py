@@ -45,7 +45,8 @@ class Confinement:
         Raises:
             BadChunk: it is a path that does not lie below a root.
         """
-        parts = [part for part in adapters.split(model) if part]
+        base, adapter = adapters.split(model)
+        parts = (base, adapter) if adapter else (base,)
         if any(_is_local(part) and not self._allows(part) for part in parts):
             raise BadChunk(self._refusal(f"the model {model}") + ", or with --model for it alone")
 
