@@ -56,8 +56,8 @@ demo: $(VENV)/worker.stamp
 test: $(VENV)/all.stamp
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not long" --junitxml=$(REPORTS)/test.xml
 
-test-full: $(VENV)/all.stamp
-	$(PYTEST) $(if $(ONLY_LONG),-m long) --junitxml=$(REPORTS)/test-full.xml
+test-full: $(if $(ONLY_LONG),,test) $(VENV)/all.stamp
+	$(PYTEST) -m long --junitxml=$(REPORTS)/test-full.xml
 
 SECONDS ?= 60
 SEED ?= 1

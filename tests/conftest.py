@@ -102,6 +102,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S3Server]
 @pytest.fixture
 def bucket(s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of an empty bucket; this process and its children find the server by themselves."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # a test before may have asked without credentials
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     name = f"bucket-{secrets.token_hex(4)}"

@@ -45,7 +45,7 @@ def said(result: Result, code: int = 2) -> list[str]:
         (
             ["submit", "x", "--temprature", "1"],
             "no such option '--temprature'",
-            "did you mean '--temperature'?",
+            "did you mean one of: '--temperature', '--template'?",
         ),
         (
             ["submit", "x", "--temperature", "hot"],

@@ -97,6 +97,7 @@ def test_a_file_for_vllm_runs_unchanged(tmp_path: Path) -> None:
     assert sampling == {
         "max_tokens": 1000, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "n": 2,
         "seed": 11, "stop": ["END"], "stop_token_ids": [128009], "ignore_eos": True,
+        "structured": {},  # any text, whatever the job says
     }  # fmt: skip
     assert row.request["messages"] == HELLO
     assert row.request["chat_template_kwargs"] == {

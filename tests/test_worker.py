@@ -143,10 +143,11 @@ def test_an_error_row_names_its_place_in_the_input_whoever_found_it(
     run_worker(config(jobs.url), load=Loaded())
     found = collect(JobFolder.open(job.path), str(tmp_path / "out.jsonl"), "jsonl")
     assert found.rows_failed == 2
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+    failed = (tmp_path / "out.errors.jsonl").read_text().splitlines()
     errors = (Path(job.path) / "errors.jsonl").read_text().splitlines()
     for texts in (
-        [line["error"]["message"] for line in lines if line["error"]],
+        [json.loads(line)["error"]["message"] for line in failed],
         [json.loads(line)["error_message"] for line in errors],
     ):
         by_submit, by_worker = texts

@@ -297,7 +297,7 @@ def collect_command(context: click.Context, /, job: str, **settings: Any) -> Non
 
     JOB is its id or its folder. Every row is in the dataset exactly once, in input order; failed
     rows carry an error code and message. With --format jsonl they have a file of their own,
-    OUTPUT.errors.jsonl. A job that runs may be collected, too: the receipt then says how many rows
+    NAME.errors.jsonl. A job that runs may be collected, too: the receipt then says how many rows
     are missing, and the exit code is 4.
     """
     opened = api.Job.open(job, store=settings["out"])

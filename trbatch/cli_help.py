@@ -151,7 +151,8 @@ def told(error: click.UsageError) -> UsageError:
     """What click says about wrong usage, in the form of our own errors."""
     message = error.format_message().rstrip(".")
     hint = f"{error.ctx.command_path} -h" if error.ctx is not None else "trbatch -h"
-    text, separator, guess = message.partition(" Did you mean ")
+    # It guesses one name, or several in brackets.
+    text, separator, guess = message.replace("(Did", "Did").partition(" Did you mean ")
     if separator:
-        text, hint = text.rstrip("."), f"did you mean {guess}"
+        text, hint = text.rstrip("."), f"did you mean {guess.removesuffix(')')}"
     return UsageError(text[:1].lower() + text[1:], hint=hint)

@@ -79,8 +79,6 @@ def _check(sampling: SamplingParams) -> None:
 def _canonical(sampling: SamplingParams) -> bytes:
     values = sampling.identity()
     del values["seed"], values["n"]
-    if values["structured"] is None:
-        del values["structured"]  # as it was before there was any
     return orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
 
 
