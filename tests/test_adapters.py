@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trbatch import adapters
-from trbatch.cli_options import job_spec, with_adapter, worker_config
+from trbatch.cli_configs import job_spec, with_adapter, worker_config
 from trbatch.config import EngineConfig, JobSpec, SamplingParams, WorkerConfig
 from trbatch.confinement import Confinement
 from trbatch.engine.sequence import TaskKey

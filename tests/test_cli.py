@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from trbatch import api, cli, cli_options, local
+from trbatch import api, cli, cli_configs, local
 from trbatch.cli_output import print_table
 from trbatch.config import EngineConfig, JobSpec, SamplingParams, WorkerConfig
 from trbatch.errors import TrbatchError, Unreachable, UsageError
@@ -150,7 +150,7 @@ def test_defaults_on_the_command_line_are_those_of_the_config_classes(config: ty
 def test_worker_options_make_the_config_that_they_name() -> None:
     arguments = "--device cuda:1 --dtype float16 --model m --burst --root /a --root /b"
     arguments += " --no-speculate --grace 5 --until 07:00"
-    config = cli_options.worker_config(parsed(cli.worker_command, arguments.split()))
+    config = cli_configs.worker_config(parsed(cli.worker_command, arguments.split()))
     assert config == WorkerConfig(
         model="m",
         burst=True,
@@ -163,7 +163,7 @@ def test_worker_options_make_the_config_that_they_name() -> None:
 
 def test_job_options_make_the_spec_that_they_name() -> None:
     arguments = "in.jsonl --stop A --stop B --stop-token-id 3 --top-k 5 --seed 4 --task t --cold"
-    spec = cli_options.job_spec("in.jsonl", parsed(cli.submit_command, arguments.split()))
+    spec = cli_configs.job_spec("in.jsonl", parsed(cli.submit_command, arguments.split()))
     assert spec == JobSpec(
         input="in.jsonl",
         seed=4,
@@ -184,7 +184,7 @@ def test_job_options_make_the_spec_that_they_name() -> None:
 def test_a_workers_settings_survive_the_way_through_its_arguments(
     settings: dict[str, Any],
 ) -> None:
-    arguments = cli_options.arguments_for(cli.worker_command, settings)
+    arguments = cli_configs.arguments_for(cli.worker_command, settings)
     defaults = parsed(cli.worker_command, [])
     assert parsed(cli.worker_command, arguments) == defaults | settings
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from croniter import croniter
 from echo_worker import EchoEngine
 
-from trbatch import api, cli, cli_options, local
+from trbatch import api, cli, cli_configs, local
 from trbatch.config import JobSpec, SamplingParams, WorkerConfig
 from trbatch.job_files import read_job_file
 from trbatch.worker import run_worker
@@ -97,7 +97,7 @@ def parsed(arguments: list[str]) -> JobSpec:
     above = click.Context(cli.commands, **cli.commands.context_settings)
     with cli.submit_command.make_context("submit", list(arguments), parent=above) as context:
         settings = {**context.params}
-        return cli_options.job_spec(settings.pop("input"), settings)
+        return cli_configs.job_spec(settings.pop("input"), settings)
 
 
 def test_flags_win_over_the_spec_even_with_default_values(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from supervised import submit, supervised, wait_for
 
-from trbatch import cli, cli_options, gpus, profiles
+from trbatch import cli, cli_configs, gpus, profiles
 from trbatch.config import EngineConfig, WorkerConfig
 from trbatch.errors import UsageError
 from trbatch.queue import JobQueue
@@ -24,7 +24,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(*arguments: str) -> WorkerConfig:
     """What `trbatch worker` makes of its arguments in the working directory."""
-    return cli_options.worker_config(parsed(*arguments))
+    return cli_configs.worker_config(parsed(*arguments))
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_a_profile_that_is_not_there_is_told_with_those_that_are(given: str, mes
 def test_the_process_that_decodes_gets_the_settings_and_not_the_profile() -> None:
     Path("trbatch.toml").write_text("[worker]\nmax_num_seqs = 5\ngrace = 30.0\n")
     settings = parsed("--grace", "60", "--dtype", "float32")
-    arguments = cli_options.arguments_for(cli.worker_command, cli_options.for_children(settings))
+    arguments = cli_configs.arguments_for(cli.worker_command, cli_configs.for_children(settings))
     assert "--profile=none" in arguments
     child = config(*arguments)
     assert child == config("--grace", "60", "--dtype", "float32")

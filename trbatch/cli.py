@@ -12,11 +12,14 @@ from typing import Any
 import click
 
 from trbatch import __version__, api, logs
+from trbatch import cli_configs as configs
 from trbatch import cli_options as options
 from trbatch.bad_rows import first_reasons
 from trbatch.cli_bench import bench_group
 from trbatch.cli_completion import completion_command
+from trbatch.cli_fields import epilog, example
 from trbatch.cli_help import MOST_COLUMNS, ProgramGroup, told
+from trbatch.cli_job_options import job_options, model_options, prompt_options, sampling_options
 from trbatch.cli_jobs import JOB_COMMANDS
 from trbatch.cli_matrix import matrix_group
 from trbatch.cli_output import (
@@ -94,7 +97,7 @@ class Commands(ProgramGroup):
         "help_option_names": ["-h", "--help"],
         "max_content_width": MOST_COLUMNS,
     },
-    epilog=options.epilog("trbatch run prompts.jsonl -o answers.parquet"),
+    epilog=epilog("trbatch run prompts.jsonl -o answers.parquet"),
 )
 @click.version_option(__version__, prog_name="trbatch")
 def commands() -> None:
@@ -113,16 +116,14 @@ def main() -> None:
     commands(prog_name="trbatch")
 
 
-@commands.command(
-    "run", **options.example("trbatch run prompts.jsonl -o answers.parquet --max-tokens 128")
-)
+@commands.command("run", **example("trbatch run prompts.jsonl -o answers.parquet --max-tokens 128"))
 @click.argument("input", type=str)
 @options.output_option
 @options.format_option
-@options.model_options
-@options.prompt_options
-@options.sampling_options
-@options.job_options
+@model_options
+@prompt_options
+@sampling_options
+@job_options
 @options.engine_options
 @options.on_complete_option
 @options.redis_option
@@ -140,8 +141,8 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     from trbatch.local import run
 
     log_to_stderr("WARNING", settings["log_format"])
-    spec = options.job_spec(input, settings)
-    engine = options.engine_config(settings)  # wrong values are told before anything is enqueued
+    spec = configs.job_spec(input, settings)
+    engine = configs.engine_config(settings)  # wrong values are told before anything is enqueued
     check_output(spec.output, os.path.abspath(spec.input), settings["format"])
     job = api.submit(spec, redis_url=settings["redis_url"])
     manifest = job.folder.manifest
@@ -154,7 +155,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
         "log_format": settings["log_format"],
         "profile": NONE,  # the engine's options are all of this command's
     }
-    arguments = options.arguments_for(worker_command, worker)
+    arguments = configs.arguments_for(worker_command, worker)
     try:
         with reporter() as show:
             _say_submitted(job, show)
@@ -166,15 +167,13 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     context.exit(code)
 
 
-@commands.command(
-    "submit", **options.example("trbatch submit prompts.jsonl --max-tokens 128 --top-p 0.9")
-)
+@commands.command("submit", **example("trbatch submit prompts.jsonl --max-tokens 128 --top-p 0.9"))
 @click.argument("input", type=str)
 @options.output_option
-@options.model_options
-@options.prompt_options
-@options.sampling_options
-@options.job_options
+@model_options
+@prompt_options
+@sampling_options
+@job_options
 @options.dry_run_option
 @options.redis_option
 @options.log_format_option
@@ -188,7 +187,7 @@ def submit_command(context: click.Context, /, input: str, **settings: Any) -> No
     the same job: of an input that has grown, only the new rows are decoded.
     """
     log_to_stderr("WARNING", settings["log_format"])
-    spec = options.job_spec(input, settings)
+    spec = configs.job_spec(input, settings)
     if settings["dry_run"]:
         from trbatch.cli_preview import dry_run
 
@@ -203,9 +202,9 @@ def submit_command(context: click.Context, /, input: str, **settings: Any) -> No
         click.echo(job.id)
 
 
-@commands.command("worker", **options.example("trbatch worker --gpu 0"))
+@commands.command("worker", **example("trbatch worker --gpu 0"))
 @options.profile_option
-@options.model_options
+@model_options
 @options.engine_options
 @options.worker_options
 @options.redis_option
@@ -223,15 +222,15 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     from trbatch.supervisor import die_with_parent, supervise
 
     log_to_stderr("INFO", settings["log_format"])
-    config = options.worker_config(settings)
+    config = configs.worker_config(settings)
     if (flight := FlightRecord.inherited()) is not None:
         die_with_parent()
         leave(api.work(config, flight))
-    arguments = options.arguments_for(worker_command, options.for_children(settings))
+    arguments = configs.arguments_for(worker_command, configs.for_children(settings))
     context.exit(supervise(config, settings["gpu"], arguments))
 
 
-@commands.command("status", **options.example("trbatch status prompts-1a2b3c4d"))
+@commands.command("status", **example("trbatch status prompts-1a2b3c4d"))
 @click.argument("job", required=False)
 @options.store_option
 @options.redis_option
@@ -248,7 +247,7 @@ def status_command(job: str | None, out: str, redis_url: str, as_json: bool) -> 
     print_status(api.status(job, store=out, redis_url=redis_url), as_json=as_json)
 
 
-@commands.command("wait", **options.example("trbatch wait prompts-1a2b3c4d --timeout 3600"))
+@commands.command("wait", **example("trbatch wait prompts-1a2b3c4d --timeout 3600"))
 @click.argument("job")
 @click.option(
     "--timeout",
@@ -281,9 +280,7 @@ def wait_command(
     context.exit(on_complete(settings["on_complete"], status, code))
 
 
-@commands.command(
-    "collect", **options.example("trbatch collect prompts-1a2b3c4d -o answers.parquet")
-)
+@commands.command("collect", **example("trbatch collect prompts-1a2b3c4d -o answers.parquet"))
 @click.argument("job")
 @options.output_option
 @options.format_option
@@ -304,7 +301,7 @@ def collect_command(context: click.Context, /, job: str, **settings: Any) -> Non
     context.exit(_collect(opened, opened.folder.progress(), settings).exit_code)
 
 
-@commands.group("server", epilog=options.epilog("trbatch server status"))
+@commands.group("server", epilog=epilog("trbatch server status"))
 def server_group() -> None:
     """Start, stop or look at the embedded queue server.
 
@@ -312,7 +309,7 @@ def server_group() -> None:
     """
 
 
-@server_group.command("start", **options.example("trbatch server start"))
+@server_group.command("start", **example("trbatch server start"))
 @options.json_option
 def server_start(as_json: bool) -> None:
     """Start the server if it does not run."""
@@ -321,7 +318,7 @@ def server_start(as_json: bool) -> None:
     print_server(server.start(), as_json=as_json)
 
 
-@server_group.command("stop", **options.example("trbatch server stop"))
+@server_group.command("stop", **example("trbatch server stop"))
 @options.json_option
 def server_stop(as_json: bool) -> None:
     """Stop the server; what is queued stays on disk for its next start."""
@@ -334,7 +331,7 @@ def server_stop(as_json: bool) -> None:
         click.echo("stopped" if ran else "was not running")
 
 
-@server_group.command("status", **options.example("trbatch server status --json"))
+@server_group.command("status", **example("trbatch server status --json"))
 @options.json_option
 def server_status(as_json: bool) -> None:
     """Tell whether the server runs, and where."""

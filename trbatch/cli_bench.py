@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from trbatch import cli_configs as configs
 from trbatch import cli_options as options
+from trbatch.cli_fields import epilog, example
 from trbatch.cli_help import HelpGroup
 from trbatch.cli_output import print_table
 from trbatch.config import TREES, EngineConfig
@@ -17,7 +19,7 @@ from trbatch.errors import UsageError
 _EXAMPLE = "trbatch bench speed --prompts prompts.jsonl --batch 1,8"
 
 
-@click.group("bench", cls=HelpGroup, epilog=options.epilog(_EXAMPLE))
+@click.group("bench", cls=HelpGroup, epilog=epilog(_EXAMPLE))
 def bench_group() -> None:
     """Measure acceptance and speed on this machine."""
 
@@ -50,7 +52,7 @@ _prompts_option = click.option(
 
 @bench_group.command(
     "acceptance",
-    **options.example("trbatch bench acceptance --prompts p.jsonl --tree-size 4,8,80 --json"),
+    **example("trbatch bench acceptance --prompts p.jsonl --tree-size 4,8,80 --json"),
 )
 @_prompts_option
 @options.bench_model_options
@@ -129,12 +131,10 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
     """
     from trbatch.engine.bench_acceptance import acceptance
 
-    print_table(acceptance(**options.with_adapter(settings), progress=_note), as_json=as_json)
+    print_table(acceptance(**configs.with_adapter(settings), progress=_note), as_json=as_json)
 
 
-@bench_group.command(
-    "speed", **options.example("trbatch bench speed --prompts p.jsonl --batch 1,8 --json")
-)
+@bench_group.command("speed", **example("trbatch bench speed --prompts p.jsonl --batch 1,8 --json"))
 @_prompts_option
 @options.bench_model_options
 @click.option(
@@ -199,7 +199,7 @@ def bench_speed(as_json: bool, method: str, **settings: Any) -> None:
     from trbatch.engine.bench_method import measure_speed
 
     print_table(
-        measure_speed(method, **options.with_adapter(settings), progress=_note), as_json=as_json
+        measure_speed(method, **configs.with_adapter(settings), progress=_note), as_json=as_json
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from trbatch import cli_options as options
+from trbatch.cli_fields import example
 
 SHELLS = ("bash", "zsh", "fish")
 _VARIABLE = "_TRBATCH_COMPLETE"  # click's own name for it
 
 
-@click.command("completion", **options.example("trbatch completion bash >> ~/.bashrc"))
+@click.command("completion", **example("trbatch completion bash >> ~/.bashrc"))
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion_command(shell: str) -> None:
     """Print the script by which SHELL completes commands, options and files.

@@ -8,11 +8,12 @@ import click
 
 from trbatch import api
 from trbatch import cli_options as options
+from trbatch.cli_fields import example, grouped
 from trbatch.cli_output import print_json, print_pruned, print_status
 from trbatch.errors import UsageError
 from trbatch.wording import counted
 
-_job = options.grouped(
+_job = grouped(
     click.argument("job"), options.store_option, options.redis_option, options.json_option
 )
 _deadline = click.option(
@@ -24,7 +25,7 @@ _deadline = click.option(
 )
 
 
-@click.command("cancel", **options.example("trbatch cancel prompts-1a2b3c4d"))
+@click.command("cancel", **example("trbatch cancel prompts-1a2b3c4d"))
 @_job
 def cancel_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
     """End JOB and keep what is done.
@@ -35,7 +36,7 @@ def cancel_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
     print_status(api.cancel(job, store=out, redis_url=redis_url), as_json=as_json)
 
 
-@click.command("pause", **options.example("trbatch pause prompts-1a2b3c4d"))
+@click.command("pause", **example("trbatch pause prompts-1a2b3c4d"))
 @_job
 def pause_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
     """Stop decoding JOB until `trbatch continue`.
@@ -45,7 +46,7 @@ def pause_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
     print_status(api.pause(job, store=out, redis_url=redis_url), as_json=as_json)
 
 
-@click.command("continue", **options.example("trbatch continue prompts-1a2b3c4d"))
+@click.command("continue", **example("trbatch continue prompts-1a2b3c4d"))
 @_job
 def continue_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
     """Go on with a paused JOB.
@@ -60,7 +61,7 @@ def continue_command(job: str, out: str, redis_url: str, as_json: bool) -> None:
     _print_enqueued(opened, opened.resume(), as_json=as_json)
 
 
-@click.command("resume", **options.example("trbatch resume prompts-1a2b3c4d"))
+@click.command("resume", **example("trbatch resume prompts-1a2b3c4d"))
 @_job
 @_deadline
 def resume_command(job: str, out: str, redis_url: str, as_json: bool, deadline: str) -> None:
@@ -73,7 +74,7 @@ def resume_command(job: str, out: str, redis_url: str, as_json: bool, deadline: 
     _print_enqueued(opened, opened.resume(deadline=deadline), as_json=as_json)
 
 
-@click.command("retry", **options.example("trbatch retry prompts-1a2b3c4d --failed"))
+@click.command("retry", **example("trbatch retry prompts-1a2b3c4d --failed"))
 @_job
 @click.option("--failed", is_flag=True, help="Decode failed rows again.")
 @click.option(
@@ -104,7 +105,7 @@ def retry_command(
     click.echo(f"{opened.id}: {again}{left}")
 
 
-@click.command("prune", **options.example("trbatch prune --older-than 30d --dry-run"))
+@click.command("prune", **example("trbatch prune --older-than 30d --dry-run"))
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
 @click.option(
     "older_than",

@@ -11,6 +11,7 @@ from rich.tree import Tree
 
 from trbatch import cli_options as options
 from trbatch import matrices
+from trbatch.cli_fields import epilog, example, grouped
 from trbatch.cli_help import HelpGroup
 from trbatch.cli_output import print_json, print_pairs, print_rows
 from trbatch.config import default_store
@@ -24,7 +25,7 @@ from trbatch.queue import JobQueue
 _MOST_NODES = 127
 
 
-@click.group("matrix", cls=HelpGroup, epilog=options.epilog("trbatch matrix list"))
+@click.group("matrix", cls=HelpGroup, epilog=epilog("trbatch matrix list"))
 def matrix_group() -> None:
     """Look at what tasks have learned, and move it about.
 
@@ -44,10 +45,10 @@ _force_option = click.option(
 )
 
 
-_of_a_task = options.grouped(click.argument("task"), _model_option, options.store_option)
+_of_a_task = grouped(click.argument("task"), _model_option, options.store_option)
 
 
-@matrix_group.command("list", **options.example("trbatch matrix list --json"))
+@matrix_group.command("list", **example("trbatch matrix list --json"))
 @options.store_option
 @options.json_option
 def matrix_list(out: str, as_json: bool) -> None:
@@ -63,7 +64,7 @@ def matrix_list(out: str, as_json: bool) -> None:
     print_rows([_row(saved) for saved in found], "no matrix yet: the first job saves one")
 
 
-@matrix_group.command("show", **options.example("trbatch matrix show mails --nodes 40"))
+@matrix_group.command("show", **example("trbatch matrix show mails --nodes 40"))
 @_of_a_task
 @click.option(
     "--nodes",
@@ -89,7 +90,7 @@ def matrix_show(task: str, model: str, out: str, nodes: int, as_json: bool) -> N
     Console(highlight=False, markup=False).print(_drawn(saved, nodes))
 
 
-@matrix_group.command("export", **options.example("trbatch matrix export mails -o m.safetensors"))
+@matrix_group.command("export", **example("trbatch matrix export mails -o m.safetensors"))
 @_of_a_task
 @click.option(
     "output",
@@ -107,7 +108,7 @@ def matrix_export(task: str, model: str, out: str, output: Path | None, force: b
     click.echo(target)
 
 
-@matrix_group.command("import", **options.example("trbatch matrix import m.safetensors"))
+@matrix_group.command("import", **example("trbatch matrix import m.safetensors"))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--task",
@@ -125,7 +126,7 @@ def matrix_import(file: Path, task: str, force: bool, out: str, redis_url: str) 
     click.echo(matrices.import_file(file, _folder(out), task=task, force=force))
 
 
-@matrix_group.command("reset", **options.example("trbatch matrix reset mails"))
+@matrix_group.command("reset", **example("trbatch matrix reset mails"))
 @_of_a_task
 @_force_option
 @options.redis_option

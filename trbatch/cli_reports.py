@@ -8,12 +8,13 @@ import click
 
 from trbatch import api
 from trbatch import cli_options as options
+from trbatch.cli_fields import example
 from trbatch.cli_output import print_json
 from trbatch.watching import EVERY_S, jobs_in, view_for, watch
 
 
 @click.command(
-    "report", **options.example("trbatch report prompts-1a2b3c4d -o report.html --gpu-hour-price 2")
+    "report", **example("trbatch report prompts-1a2b3c4d -o report.html --gpu-hour-price 2")
 )
 @click.argument("job")
 @click.option(
@@ -52,7 +53,7 @@ def report_command(job: str, as_json: bool, out: str, **settings: Any) -> None:
         click.echo(report.output)
 
 
-@click.command("watch", **options.example("trbatch watch prompts-1a2b3c4d"))
+@click.command("watch", **example("trbatch watch prompts-1a2b3c4d"))
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
 @click.option(
     "every",
