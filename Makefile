@@ -12,7 +12,7 @@ DEMO := demo-out
 DEMO_ENV := env -u TRBATCH_REDIS_URL -u REDIS_URL -u TRBATCH_STORE TRBATCH_HOME=$(CURDIR)/$(DEMO)/home
 DEMO_FLAGS ?=
 
-# ONLY_LONG=1 leaves out what `make test` has just run; PYTEST_FLAGS go to pytest as they are.
+# ONLY_LONG=1 leaves out what `make test` and `make torture` have just run; PYTEST_FLAGS go to pytest as they are.
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 REPORTS := build/reports
 
@@ -23,7 +23,8 @@ help:
 	@echo "make demo       sample prompts through the queue and a real model to a Parquet file"
 	@echo "make test       the quick tests (up to 10 minutes)"
 	@echo "make test-full  all tests (up to 60 minutes)"
-	@echo "make torture    kill, stop and cut off workers for SECONDS=60 (with SEED=1); nothing may be lost"
+	@echo "make torture    kill, stop and cut off workers for SECONDS=60 (with SEED=1), then the long tests"
+	@echo "                of outages, recovery, broken inputs and a million rows; nothing may be lost"
 	@echo "make lint       ruff, ruff format --check, mypy"
 	@echo "make reference  docs/reference.md and docs/api.md from the program's own help and docstrings"
 	@echo "make clean      remove the virtual environment, caches and demo output"
@@ -57,13 +58,14 @@ test: $(VENV)/all.stamp
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not long" --junitxml=$(REPORTS)/test.xml
 
 test-full: $(if $(ONLY_LONG),,test) $(VENV)/all.stamp
-	$(PYTEST) -m long --junitxml=$(REPORTS)/test-full.xml
+	$(PYTEST) -m "long$(if $(ONLY_LONG), and not torture)" --junitxml=$(REPORTS)/test-full.xml
 
 SECONDS ?= 60
 SEED ?= 1
 
 torture: $(VENV)/all.stamp
 	$(BIN)/python tests/torture.py --seconds $(SECONDS) --seed $(SEED)
+	$(PYTEST) -m torture --junitxml=$(REPORTS)/torture.xml
 
 lint: $(VENV)/all.stamp
 	$(BIN)/ruff check .

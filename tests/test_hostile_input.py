@@ -115,6 +115,7 @@ def test_two_thousand_broken_inputs_lose_no_good_row(tmp_path: Path, part: int) 
 
 
 @pytest.mark.long
+@pytest.mark.torture
 @pytest.mark.parametrize("seed", [1, 2])
 def test_two_thousand_others_lose_none_on_their_way_to_a_dataset(tmp_path: Path, seed: int) -> None:
     assert problems(tmp_path, seed, range(CASES), through=1) == []

@@ -66,6 +66,7 @@ def test_a_server_that_is_away_for_seconds_costs_nothing_but_time(
 
 
 @pytest.mark.long
+@pytest.mark.torture
 def test_a_server_that_is_away_for_a_minute_costs_nothing_but_time(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_worker_that_never_had_a_queue_says_so_at_once(tmp_path: Path, home: P
 
 
 @pytest.mark.long
+@pytest.mark.torture
 def test_a_parent_tries_again_for_as_long_as_the_server_is_away(
     jobs: JobQueue, tmp_path: Path
 ) -> None:

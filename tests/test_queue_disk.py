@@ -50,6 +50,7 @@ def fill(disk: Disk, url: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.torture
 def test_a_worker_waits_until_there_is_room_again(disk: Disk, url: str, tmp_path: Path) -> None:
     with JobQueue.connect(url, patient=True) as jobs:
         job = submit(jobs, tmp_path, [f"say {i}" for i in range(120)], chunk_size=60)

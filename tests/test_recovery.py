@@ -36,6 +36,7 @@ def waiting(jobs: JobQueue) -> list[str]:
 
 
 @pytest.mark.long
+@pytest.mark.torture
 def test_a_burst_does_not_end_before_the_chunks_of_the_dead_are_done(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_burst_does_not_end_before_a_chunk_that_somebody_died_over_taking(
 
 
 @pytest.mark.long
+@pytest.mark.torture
 def test_a_burst_leaves_the_chunks_of_the_living_to_them(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, [f"say {i}" for i in range(16)])
     with supervised(jobs.url, tmp_path / "living", env={"ECHO_STEP_S": "10"}):
@@ -168,6 +170,7 @@ def test_a_dead_workers_chunks_run_elsewhere_within_half_a_minute(
 
 
 @pytest.mark.long
+@pytest.mark.torture
 def test_ten_dead_workers_chunks_run_elsewhere_within_half_a_minute(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
