@@ -201,3 +201,7 @@ def test_the_exit_code_tells_of_bad_rows_and_nothing_reaches_the_terminal_raw(
     assert result.exit_code == 3
     assert "\u001b" not in result.stdout
     assert "second line" in result.stdout.splitlines()
+    told = invoke("submit", path, "--dry-run", "--store", tmp_path / "s", "--model", "m", "--json")
+    assert told.exit_code == 3
+    data = json.loads(told.stdout)
+    assert (data["errors"], data["rows_bad"]) == ({"invalid_json": 1}, 1)

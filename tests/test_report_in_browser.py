@@ -118,8 +118,7 @@ def test_dark_and_400_pixels_wide(
 def test_on_paper_it_is_light_and_ends_after_a_few_pages(page: Path, tmp_path: Path) -> None:
     file = look(page, tmp_path / "page.pdf", DARK)
     if shutil.which("pdftoppm") is None:
-        assert file.read_bytes().startswith(b"%PDF-")
-        return
+        pytest.skip("pdftoppm is absent")
     command = ["pdftoppm", "-r", "72", "-png", str(file), str(tmp_path / "print")]
     subprocess.run(command, check=True)
     pages = [opened(one) for one in sorted(tmp_path.glob("print-*.png"))]

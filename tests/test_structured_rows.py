@@ -106,7 +106,7 @@ def test_rows_of_a_job_come_out_in_their_forms(
 def test_two_hundred_rows_validate_and_the_acceptance_is_told(
     real: LoadedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The figures of docs/structured.md. Printed, so that a run shows them."""
+    """The figures of docs/performance.md. Printed, so that a run shows them."""
     engine = Engine(real, EngineConfig(device="cpu", max_num_seqs=16))
     done = tiny.decode(engine, requests(200))
     ended = validated(done)

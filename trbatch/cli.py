@@ -19,7 +19,13 @@ from trbatch.cli_bench import bench_group
 from trbatch.cli_completion import completion_command
 from trbatch.cli_fields import epilog, example
 from trbatch.cli_help import MOST_COLUMNS, ProgramGroup, told
-from trbatch.cli_job_options import job_options, model_options, prompt_options, sampling_options
+from trbatch.cli_job_options import (
+    job_options,
+    model_options,
+    prompt_options,
+    sampling_options,
+    worker_model_options,
+)
 from trbatch.cli_jobs import JOB_COMMANDS
 from trbatch.cli_matrix import matrix_group
 from trbatch.cli_output import (
@@ -204,7 +210,7 @@ def submit_command(context: click.Context, /, input: str, **settings: Any) -> No
 
 @commands.command("worker", **example("trbatch worker --gpu 0"))
 @options.profile_option
-@model_options
+@worker_model_options
 @options.engine_options
 @options.worker_options
 @options.redis_option

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import orjson
 
-from trbatch.cli_fields import grouped, setting
+from trbatch.cli_fields import Decorator, grouped, setting
 from trbatch.cli_options import adapter_option, store_option
 from trbatch.config import PRIORITIES, JobSpec, SamplingParams, check_chat_template_kwargs
 from trbatch.errors import UsageError
@@ -26,19 +26,23 @@ def _bias(context: click.Context, option: click.Parameter, given: Sequence[str])
     return bias
 
 
-model_options = grouped(
-    setting(
-        JobSpec,
-        "model",
-        "Hub name, model folder or GGUF file. Without it: TRBATCH_MODEL, trbatch.toml, or a small "
-        "model for trying out.",
-        metavar="MODEL",
-    ),
-    adapter_option,
-    setting(JobSpec, "revision", "Branch, tag or commit of a hub name.", metavar="REVISION"),
-    setting(JobSpec, "trust_remote_code", "Run Python code that comes with the model."),
-    section="Model",
-)
+def _model_options(without: str) -> Decorator:
+    return grouped(
+        setting(
+            JobSpec,
+            "model",
+            f"Hub name, model folder or GGUF file. Without it: {without}.",
+            metavar="MODEL",
+        ),
+        adapter_option,
+        setting(JobSpec, "revision", "Branch, tag or commit of a hub name.", metavar="REVISION"),
+        setting(JobSpec, "trust_remote_code", "Run Python code that comes with the model."),
+        section="Model",
+    )
+
+
+model_options = _model_options("TRBATCH_MODEL, trbatch.toml, or a small model for trying out")
+worker_model_options = _model_options("what the next chunk needs")
 
 sampling_options = grouped(
     setting(SamplingParams, "max_tokens", "Most tokens to generate for a row."),

@@ -16,6 +16,7 @@ from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED
 from trbatch.masking import mask_url, printable
 from trbatch.preview import SHOWN_BAD_ROWS, Preview, ShownPrompt, preview
 from trbatch.progress import duration
+from trbatch.wording import counted
 
 _LINES_APART_S = 30.0
 _MOST_CHARACTERS = 1500  # of a prompt that is shown; JSON has all of it
@@ -57,17 +58,17 @@ def print_preview(found: Preview) -> None:
     bad = f", {found.rows_bad:,} unusable" if found.rows_bad else ""
     done = f", {found.samples_done:,} samples of it are done" if found.continues else ""
     pairs = {
-        "input": f"{mask_url(found.input)}: {found.rows:,} rows{bad}",
+        "input": f"{mask_url(found.input)}: {counted(found.rows, 'row')}{bad}",
         "job": f"{found.job}, {'continued' if found.continues else 'new'}{done}",
         "model": found.model,
         "task": found.task,
-        "to decode": f"{found.samples:,} samples",
+        "to decode": counted(found.samples, "sample"),
         "prompt tokens": _prompt_tokens(found),
         "new tokens": f"at most {found.new_tokens_at_most:,}",
         "time": _time(found),
     }
     for code, rows in found.errors.most_common():
-        pairs[f"unusable: {code}"] = f"{rows:,} rows"
+        pairs[f"unusable: {code}"] = counted(rows, "row")
     print_pairs(pairs)
     for message in found.bad_rows:
         click.echo(f"  {printable(message)}")

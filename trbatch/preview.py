@@ -76,7 +76,9 @@ class Preview:
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure as JSON-serialisable values."""
-        return dataclasses.asdict(self) | {"rows_bad": self.rows_bad}
+        # A Counter is not copied as a dictionary is: `asdict` makes tuples its keys.
+        plain = dataclasses.asdict(dataclasses.replace(self, errors=Counter()))
+        return plain | {"errors": dict(self.errors), "rows_bad": self.rows_bad}
 
 
 def preview(spec: JobSpec, *, report: Callable[[int], None] | None = None) -> Preview:
