@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -353,13 +354,12 @@ commands.add_command(matrix_group)
 commands.add_command(completion_command)
 
 
-def _newest_jobs(store: str, redis_url: str) -> list[api.JobStatus]:
+def _newest_jobs(store: str, redis_url: str) -> Iterator[api.JobStatus]:
     try:
-        newest = jobs_in(store, redis_url, unfinished=False, most=NEWEST)
-        return [job.status() for job in newest]
+        for job in jobs_in(store, redis_url, unfinished=False, most=NEWEST):
+            yield job.status()
     except Unreachable as error:  # of the storage: the queue can be shown all the same
         click.echo(f"warning: jobs are not listed: {error.message}", err=True)
-        return []
 
 
 def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Receipt:

@@ -91,8 +91,7 @@ def print_status(status: JobStatus, *, as_json: bool) -> None:
         "job": status.id,
         "state": words,
         "progress": describe(status),
-        "speed-up": _number(status.progress.speedup, ".2f", "x over plain decoding"),
-        "decoding": duration(status.progress.busy_s),
+        **_pace_of(status.progress),
         "chunks": f"{chunks.queued} queued, {chunks.started} running, {chunks.failed} failed",
         "priority": f"{status.priority}{behind}",
         "workers": str(status.workers),
@@ -150,12 +149,15 @@ def print_pruned(done: Iterable[Pruned], *, dry_run: bool, as_json: bool) -> Non
 
 
 def print_queue(redis_url: str, statuses: Iterable[JobStatus] = (), *, as_json: bool) -> None:
-    """Which models' chunks wait, which workers live, and how far these jobs are."""
-    found = list(statuses)
+    """Which models' chunks wait, which workers live, and how far these jobs are.
+
+    The jobs are asked for when the queue has answered.
+    """
     with JobQueue.connect(redis_url) as jobs:
         queues = [dataclasses.asdict(queue) for queue in jobs.queues()]
         workers = [dataclasses.asdict(worker) for worker in jobs.workers()]
         url = mask_url(jobs.url)
+    found = list(statuses)
     if as_json:
         jobs_found = [status.to_dict() for status in found]
         print_json({"redis_url": url, "queues": queues, "workers": workers, "jobs": jobs_found})
@@ -172,6 +174,16 @@ def print_queue(redis_url: str, statuses: Iterable[JobStatus] = (), *, as_json: 
     if found:
         click.echo()
         print_rows(map(_job_record, found), "")
+
+
+def _pace_of(progress: Progress) -> dict[str, str]:
+    """What is told of a job once rows of it were decoded."""
+    if progress.busy_s == 0:
+        return {}
+    return {
+        "speed-up": _number(progress.speedup, ".2f", "x over plain decoding"),
+        "decoding": duration(progress.busy_s),
+    }
 
 
 def _job_record(status: JobStatus) -> dict[str, str]:
