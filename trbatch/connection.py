@@ -169,18 +169,24 @@ def reaching(url: str) -> Iterator[None]:
     """Turn what redis-py says of a server that is away, or says no, into `Unreachable`."""
     try:
         yield
-    except (*_AWAY, redis.ResponseError) as error:
-        if isinstance(error, _AWAY) and not isinstance(error, CannotServe):
-            raise Unreachable(
-                f"the queue at {mask_url(url)} cannot be reached: {_words(error, url)}",
-                hint="start it, or name another with --redis-url or TRBATCH_REDIS_URL",
-            ) from error
+    except CannotServe as error:
+        raise _unusable(url, error) from error
+    except _AWAY as error:
+        raise Unreachable(
+            f"the queue at {mask_url(url)} cannot be reached: {_words(error, url)}",
+            hint="start it, or name another with --redis-url or TRBATCH_REDIS_URL",
+        ) from error
+    except redis.ResponseError as error:
         if not _refuses(error):
             raise
-        raise Unreachable(
-            f"the queue at {mask_url(url)} cannot be used: {_words(error, url)}",
-            hint="its own log says more; after MISCONF look for a full disk",
-        ) from error
+        raise _unusable(url, error) from error
+
+
+def _unusable(url: str, error: redis.RedisError) -> Unreachable:
+    return Unreachable(
+        f"the queue at {mask_url(url)} cannot be used: {_words(error, url)}",
+        hint="its own log says more; after MISCONF look for a full disk",
+    )
 
 
 @contextlib.contextmanager
@@ -198,13 +204,13 @@ def undisturbed() -> Iterator[None]:
         time.sleep(DISTURBED_S)
 
 
-def _refuses(error: redis.RedisError) -> bool:
+def _refuses(error: redis.ResponseError) -> bool:
     """Whether the server will not serve us at all, for a while or until its rules change."""
     never = redis.exceptions.NoPermissionError
-    return isinstance(error, (never, CannotServe)) or _refuses_for_a_while(error)
+    return isinstance(error, never) or _refuses_for_a_while(error)
 
 
-def _refuses_for_a_while(error: redis.RedisError) -> bool:
+def _refuses_for_a_while(error: redis.ResponseError) -> bool:
     return isinstance(error, _FOR_A_WHILE) or bool(_REFUSALS.search(str(error)))
 
 

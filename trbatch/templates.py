@@ -19,8 +19,8 @@ from trbatch.merging import BadRow
 
 OPTION = "--template"
 _MARKS = ("{{", "{%")
-# What the expressions of a template can raise.
-_FAILURES = (
+# What the expressions of a template can raise, ours or a model's chat template.
+FAILURES = (
     TemplateError,
     ArithmeticError,
     AttributeError,
@@ -114,6 +114,6 @@ class RowTemplate:
             has = ", ".join(list(columns)[:20])
             text = f"the template does not fit this row: {error.message}; it has {has or 'nothing'}"
             raise BadRow("template_failed", text) from error
-        except _FAILURES as error:
+        except FAILURES as error:
             text = f"the template fails on this row: {type(error).__name__}: {error}"
             raise BadRow("template_failed", text) from error

@@ -12,17 +12,7 @@ from trbatch.config import SamplingParams, check_chat_template_kwargs
 from trbatch.engine.reasoning import split
 from trbatch.engine.sequence import Alternative, Likelihood, Request, TokenLogprob
 from trbatch.errors import RowError, UsageError
-
-# What a chat template can raise of messages and arguments that it does not expect.
-_FAILURES = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+from trbatch.templates import FAILURES
 
 
 class EncodingFailed(Exception):
@@ -81,7 +71,7 @@ def prompt_text(tokenizer: Any, request: Request) -> str:
         text: str = tokenizer.apply_chat_template(
             [dict(message) for message in request.messages], tokenize=False, **arguments
         )
-    except _FAILURES as error:
+    except FAILURES as error:
         raise EncodingFailed(
             "chat_template_failed", f"the model's chat template refuses these messages: {error}"
         ) from error
