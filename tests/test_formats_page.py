@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import datasets
+import doc_pages
 import duckdb
 import pandas
 import polars
@@ -23,7 +24,12 @@ from trbatch.results import collect
 PAGE = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
 COMMANDS = re.findall(r"^\$ trbatch (.*)$", PAGE, re.MULTILINE)
 COMMANDS += re.findall(r"`trbatch ([^`]+)`", PAGE)
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SAID = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
+BLOCKS = SAID.findall(PAGE)
+
+
+def test_every_python_block_says_what_it_prints() -> None:
+    assert len(BLOCKS) == PAGE.count("```python") >= 2
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -33,9 +39,13 @@ def test_every_command_parses(line: str) -> None:
     assert cli.commands.commands[name].make_context(name, words, parent=above).params
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_every_python_block_runs(
-    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("block", "said"), BLOCKS)
+def test_every_python_block_prints_what_the_page_says(
+    block: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -48,8 +58,7 @@ def test_every_python_block_runs(
     collect(job, "results.jsonl", "jsonl")
     modules = (datasets, duckdb, pandas, polars)
     exec(block, {module.__name__: module for module in modules})
-    if "print" in block:
-        assert capsys.readouterr().out == "answer to a\n"
+    assert re.fullmatch(doc_pages.pattern_of(said.splitlines()), capsys.readouterr().out)
 
 
 def test_every_field_that_the_page_names_is_known() -> None:
