@@ -15,6 +15,7 @@ from trbatch import passthrough
 from trbatch.config import SamplingParams
 from trbatch.errors import RowError
 from trbatch.merging import SamplingMerger
+from trbatch.parquet_files import open_parquet, read_parquet
 from trbatch.prompts import Batch
 from trbatch.rows import Row
 from trbatch.schema import Key
@@ -164,18 +165,18 @@ def to_bytes(table: pa.Table) -> memoryview:
 
 def read_table(file: BinaryIO) -> pa.Table:
     """A whole chunk."""
-    return pq.ParquetFile(file).read(use_threads=False)
+    return read_parquet(file)
 
 
 def read_rows(file: BinaryIO) -> list[ChunkRow]:
     """A chunk's rows, bad ones included."""
-    table = pq.ParquetFile(file).read(columns=SCHEMA.names, use_threads=False)
+    table = read_parquet(file, SCHEMA.names)
     return list(_rows(table))
 
 
 def read_keys(file: BinaryIO) -> Iterator[Key]:
     """The key of every sample that a chunk asks for."""
-    table = pq.ParquetFile(file).read(columns=_KEYS, use_threads=False)
+    table = read_parquet(file, _KEYS)
     return _keys(table)
 
 
@@ -190,7 +191,7 @@ def passed_names(schema: pa.Schema) -> list[str]:
 
 def read_schema(file: BinaryIO) -> passthrough.Schema:
     """Names and types of a chunk's passed-through columns."""
-    schema = pq.ParquetFile(file).schema_arrow
+    schema = open_parquet(file).schema_arrow
     if _PASSTHROUGH not in schema.names:
         return passthrough.Schema({})
     types = {field.name: field.type for field in schema.field(_PASSTHROUGH).type}

@@ -19,6 +19,7 @@ from trbatch.errors import JobFailed
 from trbatch.figures import Figures, covered_seconds
 from trbatch.job import JobFolder
 from trbatch.joining import Index, Joiner
+from trbatch.parquet_files import read_parquet
 from trbatch.retries import FOLDER as RETRIES
 from trbatch.schema import SCHEMA
 from trbatch.segments import FOLDER, footer, published, segment_name
@@ -102,7 +103,7 @@ def _write(job: JobFolder, name: str, table: pa.Table, metadata: Mapping[bytes, 
 def _check(job: JobFolder, name: str, rows: int) -> None:
     with job.folder.open(f"{FOLDER}/{name}") as file:
         try:
-            found = pq.read_table(file, columns=["custom_id"]).num_rows
+            found = read_parquet(file, ["custom_id"]).num_rows
         except pa.ArrowException as error:
             raise JobFailed(f"the new segment {name} cannot be read: {error}") from error
     if found != rows:

@@ -12,12 +12,12 @@ from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from trbatch import chunks, passthrough
 from trbatch.control import DEADLINE, RowEnd
 from trbatch.job import JobFolder
 from trbatch.keymap import KeyMap
+from trbatch.parquet_files import read_parquet
 from trbatch.schema import SCHEMA, Key, in_schema
 from trbatch.segments import consistently, read_outcomes, reading
 from trbatch.sinks import Group
@@ -169,7 +169,7 @@ class Joiner:
         for number, pairs in of_segment.items():
             name = self._index.names[number]
             with reading(self._job.folder, name) as file:
-                segment = pq.ParquetFile(file).read(use_threads=False)
+                segment = read_parquet(file)
             pieces.append(in_schema(segment.take(pa.array([row for row, _ in pairs]))))
             order += [position for _, position in pairs]
         results = pa.concat_tables(pieces).take(pc.array_sort_indices(pa.array(order, pa.int64())))

@@ -14,6 +14,7 @@ from trbatch.config import SAMPLING_FIELDS
 from trbatch.errors import InputError
 from trbatch.input_limits import too_large
 from trbatch.merging import BadRow, is_absent
+from trbatch.parquet_files import open_parquet
 from trbatch.passthrough import UNREADABLE
 from trbatch.rows import Row, RowChecker
 from trbatch.shaping import CHAT_ARGUMENTS
@@ -73,13 +74,13 @@ def read_parquet(
 
 def _opened(file: BinaryIO, name: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        return open_parquet(file)
     except UnicodeDecodeError as error:  # of damaged names of columns
         raise InputError(f"cannot read {name}: {error}") from error
 
 
 def _batches(parquet: pq.ParquetFile, name: str, size: int) -> Iterator[pa.RecordBatch]:
-    batches = parquet.iter_batches(size)
+    batches = parquet.iter_batches(size, use_threads=False)
     while True:
         try:
             batch = next(batches)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-import pyarrow.parquet as pq
-
 from trbatch import card
 from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.logs import note
 from trbatch.masking import mask_url
+from trbatch.parquet_files import open_parquet
 from trbatch.receipt import Receipt
 from trbatch.storage import Folder, folder, place, writing
 
@@ -88,7 +87,7 @@ def push(job: JobFolder, receipt: Receipt, url: str) -> Receipt:
 def _write_card(job: JobFolder, receipt: Receipt, where: Folder, files: str, name: str) -> str:
     source, base = place(receipt.output)
     with source.open(base) as file:
-        schema = pq.read_schema(file)
+        schema = open_parquet(file).schema_arrow
     where.write(card.NAME, card.card(job, receipt, schema, files, name).encode())
     return where.join(card.NAME)
 

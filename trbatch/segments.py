@@ -23,6 +23,7 @@ from trbatch.errors import JobFailed
 from trbatch.figures import Figures
 from trbatch.keymap import KeyMap
 from trbatch.naming import slug
+from trbatch.parquet_files import open_parquet, read_parquet
 from trbatch.retries import Retries
 from trbatch.schema import KEY_COLUMNS, SCHEMA, Key
 from trbatch.storage import Folder
@@ -211,7 +212,7 @@ class Ledger:
             trace = Trace()
             for name in names:
                 with reading(self._job, name) as file:
-                    trace.add(_trace_in(name, pq.read_metadata(file).metadata))
+                    trace.add(_trace_in(name, open_parquet(file).metadata.metadata))
             return trace
 
         return consistently(self.names, read)
@@ -250,7 +251,7 @@ class Ledger:
         found: dict[str, set[str]] = {}
         for name in self.names():
             with reading(self._job, name) as file:
-                metadata = pq.read_metadata(file).metadata
+                metadata = open_parquet(file).metadata.metadata
             for key, value in orjson.loads(metadata[_FACTS]).items():
                 found.setdefault(key, set()).add(value)
         return {key: sorted(values) for key, values in found.items()}
@@ -263,7 +264,7 @@ def read_outcomes(file: BinaryIO, void: Callable[[str | None], bool]) -> list[tu
         void: whether a failure of this error code is to be retried; its reason becomes "".
     """
     columns = [*KEY_COLUMNS, "finish_reason", "error_code"]
-    table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
+    table = read_parquet(file, columns)
     ids, marks, samples, reasons, codes = (table[name].to_pylist() for name in columns)
     if "error" in reasons:
         pairs = zip(reasons, codes, strict=True)
@@ -272,13 +273,13 @@ def read_outcomes(file: BinaryIO, void: Callable[[str | None], bool]) -> list[tu
 
 
 def _failed_codes(file: BinaryIO) -> list[str]:
-    table = pq.ParquetFile(file).read(columns=["finish_reason", "error_code"], use_threads=False)
+    table = read_parquet(file, ["finish_reason", "error_code"])
     pairs = zip(table["finish_reason"].to_pylist(), table["error_code"].to_pylist(), strict=True)
     return [code or "" for reason, code in pairs if reason == "error"]
 
 
 def _read_footer(name: str, file: BinaryIO) -> Footer:
-    metadata = pq.read_metadata(file).metadata
+    metadata = open_parquet(file).metadata.metadata
     start, end = orjson.loads(metadata[_SPAN])
     trace = _trace_in(name, metadata)
     worker = next(iter(trace.spans)) if len(trace.spans) == 1 else ""
