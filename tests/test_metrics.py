@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from trbatch import metrics as metrics_module
 from trbatch.cli import commands
 from trbatch.errors import UsageError
 from trbatch.job import JobFolder
-from trbatch.metrics import Metrics, metrics_on
+from trbatch.metrics import Metrics, Moment, metrics_on
 from trbatch.queue import JobQueue
 from trbatch.worker import BatchWorker
 
@@ -103,6 +104,7 @@ def test_a_scrape_in_the_middle_of_work_sees_queue_pages_and_rows_in_flight(
     submit(jobs, tmp_path, prompts(12), sampling={"max_tokens": 60, "ignore_eos": True})
     worker = BatchWorker(config(jobs.url, chunks_in_flight=1), jobs, LoadedTiny(), metrics=served)
     finish = worker._finish_chunks
+    began = time.monotonic()
 
     def looking() -> None:
         seen.append(scrape(port))
@@ -117,7 +119,18 @@ def test_a_scrape_in_the_middle_of_work_sees_queue_pages_and_rows_in_flight(
     assert max(one["trbatch_chunks_in_flight"] for one in seen) == 1
     used = [one["trbatch_kv_cache_usage_ratio"] for one in seen]
     assert 0 < max(value for value in used if not math.isnan(value)) <= 1
+    busy = [one["trbatch_engine_busy_seconds_total"] for one in seen]
+    assert busy == sorted(busy) and 0 < busy[-1] < time.monotonic() - began
     assert seen[-1]["trbatch_last_beat_timestamp_seconds"] > 1.7e9
+
+
+def test_busy_seconds_go_on_when_another_engine_counts_anew(
+    served: Metrics, port: int, monkeypatch: pytest.MonkeyPatch, jobs: JobQueue
+) -> None:
+    monkeypatch.setattr(metrics_module, "MOMENT_S", 0.0)
+    for busy_s in (2.0, 5.0, 1.0, 1.5):  # the third is a new engine's first
+        served.moment(Moment(0, 0, 0, 0, {"busy_s": busy_s}), jobs)
+    assert scrape(port)["trbatch_engine_busy_seconds_total"] == 6.5
 
 
 def test_failures_are_counted(

@@ -139,6 +139,9 @@ class PrometheusMetrics(Metrics):
         self._chunks_now = gauge("chunks_in_flight", "Chunks held by this worker.")
         self._rows_now = gauge("rows_in_flight", "Rows of these not decoded yet.")
         self._unpublished = gauge("rows_unpublished", "Rows decoded and not in a segment yet.")
+        self._busy = counter(
+            "engine_busy_seconds", "Time in which the engine prefilled or decoded."
+        )
         self._kv = gauge("kv_cache_usage_ratio", "Pages of the K/V cache in use, of all.")
         self._queue = gauge("queue_chunks", "Chunks in the queue.", ["model", "state"])
         self._beat = gauge("last_beat_timestamp_seconds", "When the worker's loop last turned.")
@@ -147,6 +150,7 @@ class PrometheusMetrics(Metrics):
         )
         self._looked_at = self._read_at = float("-inf")
         self._failures_before = 0
+        self._busy_before = 0.0
         self._sums = dict.fromkeys(("decoded", "forwards", "drafted", "accepted"), 0)
         self._times = dict.fromkeys(("compared", "baseline"), 0.0)
         self._server, self._thread = prometheus.start_http_server(
@@ -210,6 +214,10 @@ class PrometheusMetrics(Metrics):
         self._failures.inc(now.publish_failures - self._failures_before)
         self._failures_before = now.publish_failures
         stats = now.engine
+        busy_s = stats.get("busy_s", 0.0)
+        # Less than before: another model's engine, which counts from its own start.
+        self._busy.inc(busy_s - self._busy_before if busy_s >= self._busy_before else busy_s)
+        self._busy_before = busy_s
         self._kv.set(_ratio(stats.get("kv_pages_used", 0), stats.get("kv_pages", 0)))
         if time.monotonic() - self._looked_at >= QUEUES_S:
             self._looked_at = time.monotonic()
