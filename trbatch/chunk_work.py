@@ -171,7 +171,7 @@ class Folders:
     """
 
     def __init__(self, confinement: Confinement) -> None:
-        self._confinement = confinement
+        self.confinement = confinement
         self._open: dict[str, JobFolder] = {}
 
     def open(self, lease: Lease) -> JobFolder:
@@ -182,7 +182,7 @@ class Folders:
         """
         folder = self._open.pop(lease.folder, None)
         if folder is None or folder.manifest.generation != lease.generation:
-            self._confinement.check_folder(lease.folder)
+            self.confinement.check_folder(lease.folder)
             folder = JobFolder.open(lease.folder)
         self._open[lease.folder] = folder  # behind the others: the order is by last use
         return folder

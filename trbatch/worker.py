@@ -11,14 +11,12 @@ import contextlib
 import logging
 import signal
 import socket
-import time
 from collections.abc import Hashable
 from functools import partial
 
 from trbatch import server
 from trbatch.aftermath import settle_broken
 from trbatch.backoff import Backoff
-from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_lease import BadChunk, Lease
 from trbatch.chunk_work import ChunkWork, Folders
 from trbatch.config import WorkerConfig
@@ -37,12 +35,13 @@ from trbatch.engine_thread import (
     Whole,
     load_engine,
 )
-from trbatch.errors import JobFailed, ModelError, TrbatchError, Unreachable, WorkerError
+from trbatch.errors import JobFailed, TrbatchError, Unreachable
 from trbatch.flight import FlightRecord
 from trbatch.holds import Holds, asked_again, requeue_if_wanted
 from trbatch.job import JobFolder
 from trbatch.lease import LeaseWorker
 from trbatch.metrics import Metrics, Moment, metrics_on
+from trbatch.model_choice import IDLE_S, ModelChoice, watched
 from trbatch.naming import worker_name
 from trbatch.publishing import Publisher
 from trbatch.queue import JobQueue
@@ -54,7 +53,6 @@ from trbatch.telling import Telling
 
 logger = logging.getLogger("trbatch.worker")
 
-IDLE_S = 0.2  # between looks at an empty queue
 BUSY_S = 0.05  # the longest wait for the engine while it works
 ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
 LEAVE_S = 0.5  # the same when somebody is tired of waiting
@@ -113,26 +111,21 @@ class BatchWorker:
         self.config = config
         self.jobs = jobs
         self.name = worker_name(config.name or f"{socket.gethostname()}-{config.engine.device}")
-        self.fixed = ModelKey.of(config.model, config.revision) if config.model else None
-        self.model: ModelKey | None = None  # that the engine holds
-        self.loading: ModelKey | None = None
-        self.capacity = 0
         self.chunks: dict[str, ChunkWork] = {}
-        self.refused = 0
         self.stop = Stops(config.grace_s, config.until)
         self._flight = flight or FlightRecord.create()
         own = jobs.url == server.own_url()
-        self._confinement = Confinement(config.roots, anywhere=own)
-        self._folders = Folders(self._confinement)
+        self._folders = Folders(Confinement(config.roots, anywhere=own))
         self._reading = Backoff()  # job folders
         self._witness = Witness()
         self._engine = EngineThread(load, flight=self._flight)
         self._sharing = Sharing(self._engine, jobs)
         self._publisher = Publisher(self.name, config.publish_s, self._was_published)
-        self._leases = LeaseWorker(jobs.connection, self.name, self._watched(), self._flight)
+        fixed = ModelKey.of(config.model, config.revision) if config.model else None
+        self._leases = LeaseWorker(jobs.connection, self.name, watched(jobs, fixed), self._flight)
+        self._models = ModelChoice(fixed, jobs, self._leases, self._engine.load, self._folders)
         self._tell = Telling(self.name, metrics or Metrics())
         self._holds = Holds()
-        self._looked_at = 0.0
 
     def run(self) -> int:
         """Work until there is a reason to stop. See `run_worker`."""
@@ -143,7 +136,8 @@ class BatchWorker:
             while not self._may_stop():
                 with undisturbed():
                     self._beat()
-                    self._choose_model()
+                    if not (self.stop.count or self.chunks):
+                        self._models.choose()
                     self._take_chunks()
                 self._feed_engine()
                 self._hear_engine()
@@ -152,7 +146,7 @@ class BatchWorker:
                     self._finish_chunks()
         finally:
             self._wind_up()
-        return self.stop.exit_code or (JobFailed.exit_code if self.refused else 0)
+        return self.stop.exit_code or (JobFailed.exit_code if self._models.refused else 0)
 
     def _may_stop(self) -> bool:
         if self._leases.shutdown_asked and not self.stop.count:
@@ -183,11 +177,7 @@ class BatchWorker:
 
     def _nothing_waits(self) -> bool:
         """Whether nothing is left that is nobody's; what the dead have left comes back yet."""
-        if self.fixed is not None:
-            waits = self.jobs.waiting(self.fixed) > 0
-        else:
-            waits = self.jobs.longest_waiting() is not None
-        return not waits and self._witness.all_live(self._leases.queues)
+        return not self._models.waits() and self._witness.all_live(self._leases.queues)
 
     def _beat(self) -> None:
         for lease in self._leases.beat():
@@ -220,75 +210,22 @@ class BatchWorker:
         if work is not None:
             self._engine.abort([(lease.id, place) for place in work.given])
 
-    def _choose_model(self) -> None:
-        """See to it that the engine holds the model that the next chunk needs."""
-        if self.stop.count or self.loading or self.chunks:
-            return
-        if self.fixed is not None:
-            wanted: ModelKey | None = self.fixed
-        elif not (self.model and self.jobs.waiting(self.model)) and not self._look_again():
-            return
-        else:
-            if len(self._leases.queues) != len(queues := self._watched()):
-                self._leases.watch(queues)
-            wanted = self.jobs.longest_waiting(self.model)
-        if wanted is not None and wanted != self.model:
-            self._load(wanted)
-
-    def _load(self, model: ModelKey) -> None:
-        if self.fixed is None:  # then its name is Redis's
-            try:
-                self._confinement.check_model(model.name)
-            except BadChunk as error:
-                self._refuse(model, ModelError(error.message))
-                return
-        logger.info("loading %s", model)
-        self.model, self.loading = None, model
-        self._leases.say("loading", str(model))
-        self._engine.load(model)
-
-    def _watched(self) -> list[ChunkQueue]:
-        names = self.fixed.queue_names if self.fixed is not None else self.jobs.models()
-        return [self.jobs.queue(name) for name in names]
-
     def _take_chunks(self) -> None:
-        if self.stop.count or self.model is None or not self._room():
-            return
-        if self._looked_at and not self._look_again():
-            return
-        if self.fixed is None and self.jobs.longest_waiting(self.model) != self.model:
-            # Another model's chunks are more urgent, or none wait.
-            self._looked_at = time.monotonic()
-            return
-        queues = [self.jobs.queue(name) for name in self.model.queue_names]
-        while self._room() and not self.stop.count:
-            lease = self._leases.take_first(queues)
-            if lease is None:
-                self._looked_at = time.monotonic()
-                return
+        for lease in self._models.take(self._room):
             self._begin(lease)
-        self._looked_at = 0.0
-
-    def _look_again(self) -> bool:
-        """Whether an empty queue is due for another look."""
-        now = time.monotonic()
-        if now - self._looked_at < IDLE_S:
-            return False
-        self._looked_at = now
-        return True
 
     def _room(self) -> bool:
         """Whether to take another chunk: the engine should never see the end of what it has.
 
         While a storage is away or full nothing more is taken.
         """
-        if any(work.quarantined for work in self.chunks.values()):
+        if self.stop.count or any(work.quarantined for work in self.chunks.values()):
             return False
         if self._publisher.failing or self._reading.resting:
             return False
         if self.config.chunks_in_flight:
             return len(self.chunks) < self.config.chunks_in_flight
-        return self._owed_rows() < 2 * self.capacity
+        return self._owed_rows() < 2 * self._models.capacity
 
     def _owed_rows(self) -> int:
         return sum(len(work.owed) for work in self.chunks.values())
@@ -322,7 +259,9 @@ class BatchWorker:
 
     def _feed_engine(self) -> None:
         """Give the engine rows: more than it decodes together, not all samples of all at once."""
-        room = max(AHEAD, 4 * self.capacity) - sum(w.in_engine for w in self.chunks.values())
+        room = max(AHEAD, 4 * self._models.capacity) - sum(
+            w.in_engine for w in self.chunks.values()
+        )
         for work in self.chunks.values():
             if work.quarantined and len(self.chunks) > 1:  # first the others come to their end
                 continue
@@ -340,7 +279,7 @@ class BatchWorker:
             self._sharing.open(folder.task_key, model)
 
     def _hear_engine(self) -> None:
-        busy = bool(self.chunks) or self.loading is not None
+        busy = bool(self.chunks) or self._models.loading is not None
         for event in self._engine.next_events(BUSY_S if busy else IDLE_S):
             self._heed(event)
 
@@ -355,14 +294,11 @@ class BatchWorker:
                 self._sharing.heed(event)
             case Ready(model, capacity, seconds, facts):
                 self._sharing.forget()
-                self.model, self.loading, self.capacity = model, None, capacity
-                self._looked_at = 0.0
+                self._models.loaded(model, capacity)
                 self._publisher.facts = facts
-                self._leases.say("idle", str(model))
                 self._tell.model_ready(model, capacity, seconds, facts)
             case LoadFailed(model, error):
-                self.loading = None
-                self._refuse(model, error)
+                self._models.refuse(model, error)
             case Broken(error):
                 self._break(error)
 
@@ -401,23 +337,6 @@ class BatchWorker:
                 self._sharing.finish(work.folder.task_key)
                 self._folders.close_idle(work.lease.folder for work in self.chunks.values())
 
-    def _refuse(self, model: ModelKey, error: Exception) -> None:
-        """A model cannot be loaded: a job's own fails that model's chunks, all else ends us."""
-        if not isinstance(error, TrbatchError):
-            kind = WorkerError if isinstance(error, OSError | MemoryError) else ModelError
-            error = kind(f"loading {model} failed: {type(error).__name__}: {error}")
-        its_fault = isinstance(error, ModelError) and not isinstance(error, WorkerError)
-        if self.fixed is not None or not its_fault:
-            raise error
-        logger.error("%s cannot be loaded, its chunks fail: %s", model, error)
-        queues = [self.jobs.queue(name) for name in model.queue_names]
-        while lease := self._leases.take_first(queues):
-            if self._folders.has_results(lease):
-                self._leases.hand_back(lease)
-                raise WorkerError(f"{model} could be loaded before, and now not: {error}")
-            self._leases.fail(lease, error, final=True)
-            self.refused += 1
-
     def _break(self, error: BaseException) -> None:
         """The engine raised. Keep what is finished, put the rest back, end."""
         self._publisher.publish()
@@ -447,7 +366,7 @@ class BatchWorker:
                 self._sharing.close()
         finally:
             patient = self.stop.count <= 2  # else somebody is tired of waiting
-            nothing_to_save = self.loading is not None
+            nothing_to_save = self._models.loading is not None
             wait_s = ENGINE_STOP_S if patient and not nothing_to_save else LEAVE_S
             if not self._engine.stop(wait_s) and not nothing_to_save:
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
