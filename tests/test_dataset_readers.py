@@ -120,7 +120,7 @@ def test_datasets_opens_the_output_and_a_pushed_folder_by_its_card(
     beside = datasets.load_dataset(str(tmp_path / "alone"), **kept)  # finds the files by the card
     assert list(beside) == ["train"]
     assert beside["train"].num_rows == 4
-    job.collect(tmp_path / "out.parquet", push=f"file://{tmp_path}/pushed")
+    api.collect(job, tmp_path / "out.parquet", push=f"file://{tmp_path}/pushed")
     pushed = datasets.load_dataset(str(tmp_path / "pushed"), **kept)["train"]
     assert pushed.to_list() == rows.to_list()
 

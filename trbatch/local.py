@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from trbatch.api import POLL_S, Job, Report
 from trbatch.errors import JobFailed, Unreachable
+from trbatch.job_handle import POLL_S, Job, Report
 from trbatch.job_status import JobStatus, job_failure
 
 WORKER_COMMAND = (sys.executable, "-m", "trbatch", "worker")

@@ -17,7 +17,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trbatch.api import Job, JobStatus
 from trbatch.config import default_store
 from trbatch.errors import (
     EXIT_OK,
@@ -29,6 +28,8 @@ from trbatch.errors import (
     Unreachable,
 )
 from trbatch.job import JobFolder
+from trbatch.job_handle import Job
+from trbatch.job_status import JobStatus
 from trbatch.masking import printable
 from trbatch.naming import MATRICES
 from trbatch.progress import describe, duration
