@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,36 @@ def test_a_worker_writes_its_steps_and_when_it_worked(home: Path, tmp_path: Path
     rows = pq.read_table(job.collect().output).to_pylist()
     begin, end = trace.busy[0][0], trace.busy[-1][1]
     assert all(begin <= row["finished_at"] <= end for row in rows)
+
+
+def short_rows(job: JobFolder, ends: list[float]) -> list[dict[str, Any]]:
+    """The first rows of a job, each decoded alone in a tenth of a second up to these times."""
+    rows = job.chunk_rows(0)[: len(ends)]
+    return [
+        result(job, row, finished_at=end, prefill_s=0.02, decode_s=0.08)
+        for row, end in zip(rows, ends, strict=True)
+    ]
+
+
+def test_rows_much_shorter_than_a_segment_fill_its_span(home: Path, tmp_path: Path) -> None:
+    job = JobFolder.open(submit(tmp_path).path)
+    now = time.time()
+    job.publish("w", short_rows(job, [now - 4, now - 3, now - 2, now - 1]))
+    (footer,) = job.ledger.footers()
+    assert footer.span == pytest.approx((now - 4.1, now - 1))
+    assert job.progress().busy_s == pytest.approx(3.1)
+    assert job.progress().tokens_per_s == pytest.approx(4 * 9 / 3.1)
+    assert footer.longest_s == pytest.approx(0.1)
+
+
+def test_spans_of_one_writer_do_not_overlap_though_its_rows_do(home: Path, tmp_path: Path) -> None:
+    job = JobFolder.open(submit(tmp_path).path)
+    now = time.time()
+    first, *others = short_rows(job, [now - 3, now - 2, now - 1])
+    job.publish("w", [first, others[0]])
+    job.publish("w", [others[1] | {"decode_s": 50.0}])
+    spans = [footer.span for footer in job.ledger.footers()]
+    assert spans == [pytest.approx((now - 3.1, now - 2)), pytest.approx((now - 2, now - 1))]
 
 
 def test_steps_with_rows_of_two_jobs_count_for_both(home: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from trbatch.config import (
     WorkerConfig,
     refuse_unknown,
 )
+from trbatch.extras import require_worker
 from trbatch.job import JobFolder
 from trbatch.job_files import is_job_file, read_job_file
 from trbatch.job_handle import Job, Report
@@ -201,7 +202,11 @@ def work(config: WorkerConfig, flight: FlightRecord | None = None) -> int:
 
     Args:
         flight: its supervisor's record of it, if it has one; without, a crash ends it for good.
+
+    Raises:
+        MissingExtra: torch is not installed. Nothing is taken from the queue.
     """
+    require_worker("a worker")
     from trbatch.worker import run_worker
 
     return run_worker(config, flight=flight)
@@ -233,8 +238,10 @@ def generate(
 
     Raises:
         InputError: a prompt is neither a text nor a list of messages.
+        MissingExtra: torch is not installed.
         ModelError: the model cannot be loaded or run.
     """
+    require_worker("trbatch.generate")
     from trbatch.direct import generate_with
     from trbatch.engine.engine import Engine
     from trbatch.models import load_model

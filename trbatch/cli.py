@@ -49,6 +49,7 @@ from trbatch.errors import (
     Unreachable,
     UsageError,
 )
+from trbatch.extras import require_worker
 from trbatch.figures import Progress
 from trbatch.hooks import on_complete
 from trbatch.logs import log_to_stderr
@@ -147,6 +148,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     """
     from trbatch.local import run
 
+    require_worker("`trbatch run`")
     log_to_stderr("WARNING", settings["log_format"])
     spec = configs.job_spec(input, settings)
     engine = configs.engine_config(settings)  # wrong values are told before anything is enqueued
@@ -228,6 +230,7 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     from trbatch.stopping import leave
     from trbatch.supervisor import die_with_parent, supervise
 
+    require_worker("`trbatch worker`")
     log_to_stderr("INFO", settings["log_format"])
     config = configs.worker_config(settings)
     if (flight := FlightRecord.inherited()) is not None:

@@ -15,6 +15,7 @@ from trbatch.cli_output import print_table
 from trbatch.config import TREES, EngineConfig
 from trbatch.engine.shapes import SHAPES
 from trbatch.errors import UsageError
+from trbatch.extras import require_worker
 
 _EXAMPLE = "trbatch bench speed --prompts prompts.jsonl --batch 1,8"
 
@@ -129,6 +130,7 @@ def bench_acceptance(as_json: bool, **settings: Any) -> None:
     The mean acceptance length is (tokens - 1) / decode forwards: plain decoding has 1. Progress
     goes to stderr, the table (with --json: one line) to stdout.
     """
+    require_worker("`trbatch bench`")
     from trbatch.engine.bench_acceptance import acceptance
 
     print_table(acceptance(**configs.with_adapter(settings), progress=_note), as_json=as_json)
@@ -196,6 +198,7 @@ def bench_speed(as_json: bool, method: str, **settings: Any) -> None:
     much on a machine that others use. Progress goes to stderr, the table (with --json: one line) to
     stdout.
     """
+    require_worker("`trbatch bench`")
     from trbatch.engine.bench_method import measure_speed
 
     print_table(

@@ -143,7 +143,8 @@ class ModelChoice:
         """
         self.loading = None
         if not isinstance(error, TrbatchError):
-            kind = WorkerError if isinstance(error, OSError | MemoryError) else ModelError
+            ours = isinstance(error, OSError | MemoryError | ImportError)
+            kind = WorkerError if ours else ModelError
             error = kind(f"loading {model} failed: {type(error).__name__}: {error}")
         its_fault = isinstance(error, ModelError) and not isinstance(error, WorkerError)
         if self._fixed is not None or not its_fault:

@@ -203,7 +203,11 @@ def _convert(gguf: Path, folder: Path, *, sha256: str) -> None:
         with quiet_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    except (ValueError, KeyError, OSError, ImportError, NotImplementedError) as error:
+    except ImportError as error:
+        raise WorkerError(
+            f"transformers cannot read {gguf} here: {error}", hint="pip install 'trbatch[worker]'"
+        ) from error
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise ModelError(f"transformers cannot read {gguf}: {error}") from error
     # `loaded` counts as quantised and refuses to be saved: a fresh model with its weights does not.
     config = type(loaded.config).from_dict(loaded.config.to_dict())

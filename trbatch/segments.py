@@ -27,7 +27,7 @@ from trbatch.parquet_files import open_parquet, read_parquet
 from trbatch.retries import Retries
 from trbatch.schema import KEY_COLUMNS, SCHEMA, Key
 from trbatch.storage import Folder
-from trbatch.trace import Steps, Trace
+from trbatch.trace import Span, Steps, Trace
 
 FOLDER = "segments"
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class SegmentWriter:
         self._now = now
         self._token = secrets.token_hex(4)
         self._last = 0  # microseconds
+        self._reached = 0.0  # the end of the last span, Unix seconds
 
     def publish(
         self,
@@ -60,9 +61,8 @@ class SegmentWriter:
         unknown = set().union(*rows) - set(SCHEMA.names)
         assert not unknown, f"no such result columns: {sorted(unknown)}"
         ended = max(int(self._now() * 1e6), self._last + 1)
-        longest = max((r.get("prefill_s") or 0.0) + (r.get("decode_s") or 0.0) for r in rows)
-        # The work on these rows began so long ago, but not before the segment before.
-        span = (max(ended / 1e6 - longest, self._last / 1e6), ended / 1e6)
+        longest = max(took for _, took in _work_on(rows, ended / 1e6))
+        span = self._span(rows, ended / 1e6)
         trace = Trace.of(worker, span, steps or {}, longest)
         metadata = footer(Figures.of(rows), span, facts, trace)
         table = pa.Table.from_pylist(list(rows), SCHEMA).replace_schema_metadata(metadata)
@@ -70,8 +70,29 @@ class SegmentWriter:
         pq.write_table(table, sink, compression="zstd")
         name = segment_name(worker, self._token, ended)
         self._job.write(f"{FOLDER}/{name}", memoryview(sink.getvalue()))
-        self._last = ended
+        self._last, self._reached = ended, span[1]
         return name
+
+    def _span(self, rows: Sequence[Mapping[str, Any]], now: float) -> Span:
+        """From when the first of the rows began until the last one was done, Unix seconds.
+
+        Not before the span before has ended: spans of one writer tile its time, so that the rows of
+        some of them over the length of these are a pace.
+        """
+        work = _work_on(rows, now)
+        end = max(self._reached, max(done for done, _ in work))
+        return max(self._reached, min(done - took for done, took in work)), end
+
+
+def _work_on(rows: Sequence[Mapping[str, Any]], now: float) -> list[tuple[float, float]]:
+    """When each row was done, Unix seconds (`now` if it is not said), and how many it took."""
+    return [
+        (
+            min(row.get("finished_at") or now, now),
+            (row.get("prefill_s") or 0.0) + (row.get("decode_s") or 0.0),
+        )
+        for row in rows
+    ]
 
 
 def footer(

@@ -26,7 +26,8 @@ def loading(name: str) -> Iterator[None]:
     """Turn whatever is raised inside, our own errors apart, into an error of loading this model.
 
     Raises:
-        WorkerError: memory, disk, device or network failed: elsewhere or later it may be loaded.
+        WorkerError: memory, disk, device or network failed, or a package is missing: elsewhere or
+            later it may be loaded.
         ModelError: everything else, since model files can make anything raise anything.
     """
     try:
@@ -43,6 +44,8 @@ def loading(name: str) -> Iterator[None]:
 def _worker_lacks(error: BaseException) -> str:
     """What to do about it if it is no fault of the model, else ""."""
     for one in _chain(error):
+        if isinstance(one, ImportError):
+            return "install the package that it lacks on this machine"
         if _is_memory(one):
             return "needs more memory, or a lower --max-num-seqs or --max-model-len"
         if isinstance(one, torch.AcceleratorError):

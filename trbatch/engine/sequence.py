@@ -106,6 +106,25 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None  # of each of `token_ids`, if asked for
     prompt_logprobs: list[TokenLogprob | None] | None = None  # the first is None
 
+    def failed(self, code: str, message: str) -> Completion:
+        """The same request as an error: without its text, and without the figures of one.
+
+        What its forwards gave is in no sum of tokens, so they are in no sum of forwards either.
+        The times stay: they have passed.
+        """
+        return Completion(
+            key=self.key,
+            finish_reason="error",
+            error_code=code,
+            error_message=message,
+            prompt_tokens=self.prompt_tokens,
+            seed=self.seed,
+            sample_index=self.sample_index,
+            queued_s=self.queued_s,
+            prefill_s=self.prefill_s,
+            decode_s=self.decode_s,
+        )
+
     @property
     def cumulative_logprob(self) -> float | None:
         """Sum of the tokens' log probabilities, where they were asked for."""
@@ -250,18 +269,14 @@ class Sequence:
     def completion(self) -> Completion:
         """The finished request as the caller gets it."""
         figures, error, params = self.figures, self.error, self.request.sampling
-        reasoning, text = (
-            (None, "") if error else self.stop.parts(self.tokens[: self.prompt_length])
-        )
-        told = error is None
-        return Completion(
+        prompt, output = self.tokens[: self.prompt_length], self.tokens[self.prompt_length :]
+        reasoning, text = (None, "") if error else self.stop.parts(prompt)
+        completion = Completion(
             key=self.request.key,
-            finish_reason="error" if error else self.finish_reason,
+            finish_reason=self.finish_reason,
             text=text,
             reasoning=reasoning,
-            token_ids=[] if error else self.tokens[self.prompt_length :],
-            error_code=error.code if error else None,
-            error_message=error.message if error else None,
+            token_ids=output,
             prompt_tokens=self.prompt_length,
             seed=self.request.seed,
             sample_index=self.request.sample_index,
@@ -273,17 +288,16 @@ class Sequence:
             num_draft_tokens=figures.drafted,
             num_accepted_draft_tokens=figures.accepted,
             acceptance_histogram=figures.histogram,
-            prompt_token_ids=(
-                self.tokens[: self.prompt_length] if told and params.return_token_ids else None
-            ),
+            prompt_token_ids=prompt if params.return_token_ids else None,
             logprobs=(
                 self.stop.spelled(self.logprobs[: self.generated])
-                if told and params.logprobs is not None
+                if params.logprobs is not None
                 else None
             ),
             prompt_logprobs=(
                 [None, *self.stop.spelled(self.prompt_logprobs)]
-                if told and params.prompt_logprobs is not None
+                if params.prompt_logprobs is not None
                 else None
             ),
         )
+        return completion.failed(error.code, error.message) if error else completion
