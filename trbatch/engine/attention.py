@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ from trbatch.engine import reference
 from trbatch.engine.kv_cache import KVCache, Room
 
 ATTENTION = "trbatch"
+# Of what models hand to their attention: where tokens stand, which a plan knows itself, and what to
+# keep or to give back beside the output.
+_WITHOUT_EFFECT = {"position_ids", "cache_position", "is_causal", "use_cache"}
 _active = threading.local()
 
 
@@ -185,26 +188,40 @@ def attention_forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention over the active plan's cache.
 
     Args:
         query: [1, heads, N, head_dim], the step's tokens one sequence after the other.
         key, value: [1, kv_heads, N, head_dim] of the same tokens.
+        others: whatever else the model hands over; the probe has seen that none of it matters.
 
     Returns:
-        [1, N, heads, head_dim], and no attention weights.
+        [1, N, heads, head_dim], contiguous as some models need it, and no attention weights.
     """
     plan: Plan | ShapeProbe = _active.plan
     layer: Any = module.layer_idx
     if isinstance(plan, ShapeProbe):
+        _refuse(module, others)
         return _probe(plan, layer, query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = plan.attend(
         layer, query[0], key[0], value[0], scale=scale, window=sliding_window, softcap=softcap
     )
-    return out[None], None
+    return out[None].contiguous(), None
+
+
+def _refuse(module: nn.Module, others: Mapping[str, Any]) -> None:
+    """Raise TypeError for attention that would be another if it were computed as ours is.
+
+    Sinks, biases and selected blocks come as arguments that transformers' own functions know.
+    """
+    if not (getattr(module, "is_causal", True) and others.get("is_causal", True)):
+        raise TypeError("its attention looks both ways")
+    given = {name for name, value in others.items() if value is not None and value is not False}
+    if unknown := sorted(given - _WITHOUT_EFFECT):
+        raise TypeError(f"its attention takes {', '.join(unknown)}")
 
 
 def _probe(
