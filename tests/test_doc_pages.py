@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
+import tomllib
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,9 +44,18 @@ def test_a_page_says_what_its_commands_print(page: str, session: doc_pages.Sessi
     assert not wrong, "\n\n".join(wrong)
 
 
+def lowest_versions() -> str:
+    """The oldest of what the client says that it works with, as constraints."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = [re.fullmatch(r"([a-z0-9]+)>=([\d.]+)(?:,<\d+)?", one) for one in project["dependencies"]]
+    assert all(lowest), "a dependency without a lower bound"
+    return "".join(f"{one[1]}=={one[2]}\n" for one in lowest if one)
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("versions", ["pinned", "lowest"])
 def test_the_client_installs_into_an_empty_environment_without_torch(
-    home: Path, tmp_path: Path
+    home: Path, tmp_path: Path, versions: str
 ) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     binaries = tmp_path / "venv" / "bin"
@@ -61,10 +72,20 @@ def test_the_client_installs_into_an_empty_environment_without_torch(
         return done.stdout
 
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    constraints = ("--constraint", tmp_path / "clone" / "constraints.txt")
-    run(binaries / "python", *pip, *constraints, tmp_path / "clone")
+    constraints = tmp_path / "clone" / "constraints.txt"
+    if versions == "lowest":
+        constraints.write_text(lowest_versions())
+    run(binaries / "python", *pip, "--constraint", constraints, tmp_path / "clone")
     assert run(binaries / "trbatch", "submit", rows, "--name", "first") == "first\n"
     assert "0/1 rows" in run(binaries / "trbatch", "status", "first")
     assert "trbatch worker" in run(binaries / "trbatch", "status")
+    worker = subprocess.run(
+        [binaries / "trbatch", "worker", "--burst"], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert worker.returncode == 2 and "needs torch and transformers" in worker.stderr
+    assert "1 queued, 0 running, 0 failed" in run(binaries / "trbatch", "status", "first")
+    run(binaries / "trbatch", "cancel", "first")
+    assert run(binaries / "trbatch", "report", "first", "-o", "first.html")
     installed = run(binaries / "python", "-m", "pip", "list", "--format=freeze")
     assert "rq==" in installed and "torch" not in installed
