@@ -141,10 +141,20 @@ def own_costs(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return folder
 
 
+ROOT = Path(__file__).parent.parent
+SPEC_BENCH = ROOT.parent / "shared" / "data" / "spec_bench.jsonl"
+
+
 @pytest.fixture(scope="session")
 def spec_bench() -> Path:
     """The prompts of Spec-Bench, which do not come with the repository."""
-    file = Path(__file__).parent.parent.parent / "shared" / "data" / "spec_bench.jsonl"
-    if not file.is_file():
+    if not SPEC_BENCH.is_file():
         pytest.skip("shared/data/spec_bench.jsonl is absent beside the repository")
-    return file
+    return SPEC_BENCH
+
+
+@pytest.fixture(scope="session")
+def real_prompts() -> Path:
+    """Spec-Bench, else the hundred prompts that come with the repository."""
+    own = ROOT / "docs" / "measurements" / "prompts-of-another-kind.jsonl"
+    return SPEC_BENCH if SPEC_BENCH.is_file() else own

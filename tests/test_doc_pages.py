@@ -47,7 +47,9 @@ def test_a_page_says_what_its_commands_print(page: str, session: doc_pages.Sessi
 def lowest_versions() -> str:
     """The oldest of what the client says that it works with, as constraints."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lowest = [re.fullmatch(r"([a-z0-9]+)>=([\d.]+)(?:,<\d+)?", one) for one in project["dependencies"]]
+    lowest = [
+        re.fullmatch(r"([a-z0-9]+)>=([\d.]+)(?:,<\d+)?", one) for one in project["dependencies"]
+    ]
     assert all(lowest), "a dependency without a lower bound"
     return "".join(f"{one[1]}=={one[2]}\n" for one in lowest if one)
 

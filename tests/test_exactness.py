@@ -33,7 +33,8 @@ class Divergence:
 
 def first_turns(file: Path, count: int) -> list[str]:
     with file.open(encoding="utf-8") as lines:
-        return [json.loads(line)["turns"][0] for _, line in zip(range(count), lines, strict=False)]
+        rows = [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+    return [row["turns"][0] if "turns" in row else row["prompt"] for row in rows]
 
 
 def generated(network: Any, ids: Sequence[int], max_tokens: int) -> list[int]:
@@ -72,12 +73,12 @@ def divergence(
         pytest.param(64, 128, {}, id="64 prompts", marks=pytest.mark.long),
     ],
 )
-def test_spec_bench_in_a_drafted_batch_equals_generate(
-    spec_bench: Path, small_model: Path, count: int, max_tokens: int, settings: dict[str, Any]
+def test_real_prompts_in_a_drafted_batch_equal_generate(
+    real_prompts: Path, small_model: Path, count: int, max_tokens: int, settings: dict[str, Any]
 ) -> None:
     loaded = load_model(DEFAULT_MODEL, device="cpu", dtype="float32")
     network = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
-    messages = [[{"role": "user", "content": text}] for text in first_turns(spec_bench, count)]
+    messages = [[{"role": "user", "content": text}] for text in first_turns(real_prompts, count)]
     prompts = [
         loaded.tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)
         for one in messages

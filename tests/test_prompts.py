@@ -406,3 +406,16 @@ def test_reading_and_checking_grow_by_at_most_24_bytes_a_row(tmp_path: Path) -> 
         path.write_bytes(b"".join(b'{"prompt": "some text %d"}\n' % i for i in range(rows)))
         peaks.append(peak_memory(path))
     assert (peaks[1] - peaks[0]) / 50_000 <= 24
+
+
+def test_a_row_with_a_bad_id_brings_no_columns_that_a_good_one_does_not(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    rows = write_lines(
+        tmp_path / "in.jsonl",
+        {"id": True, "prompt": "x", "temperature": 0.5, "sampling": {}, "tag": 1},
+        {"id": [], "messages": chat, "chat_template_kwargs": {}, "tag": 2},
+        {"custom_id": 1.5, "url": "/v1/completions", "method": "POST", "body": {"prompt": "x"}},
+    )
+    (batch,) = read_batches(str(rows), 8)
+    assert [row.error.code for row in batch.rows if row.error] == ["invalid_id"] * 3
+    assert [row.passthrough for row in batch.rows] == [{"tag": 1}, {"tag": 2}, {}]

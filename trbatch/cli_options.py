@@ -47,7 +47,11 @@ engine_options = grouped(
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     ),
     setting(EngineConfig, "max_num_seqs", "Rows decoded together; 0: by the machine."),
-    setting(EngineConfig, "max_model_len", "Most tokens of prompt and output; 0: the model's."),
+    setting(
+        EngineConfig,
+        "max_model_len",
+        "Most tokens of prompt and output; 0: the model's, 8,192 at most.",
+    ),
     setting(EngineConfig, "gpu_memory_utilization", "Share of the GPU's memory to use."),
     setting(EngineConfig, "prefill_chunk", "Prompt tokens run at once; 0: by the machine."),
     setting(

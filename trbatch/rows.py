@@ -78,7 +78,7 @@ class RowChecker:
             name = self._take_id(fields)
             request = self._take_request(fields, columns)
         except BadRow as error:
-            return self.bad(index, line, error.code, error.text, name, fields)
+            return self.bad(index, line, error.code, error.text, name, self._passing(fields))
         return Row(index, line, name or str(index + 1), request, fields, None, name != "")
 
     def bad(
@@ -93,6 +93,15 @@ class RowChecker:
         """The error row of a line; `text` says what is wrong and how to cure it."""
         error = RowError(code, f"{self._where(line)}: {text}")
         return Row(index, line, name or str(index + 1), None, fields or {}, error, name != "")
+
+    def _passing(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """What passes through of a bad row: the same columns as of a good one."""
+        taken = _SAMPLING_KEYS | {CHAT_ARGUMENTS}
+        if self.template is None:
+            taken |= {self._prompt_column, "messages"}
+            if type(fields.get("body")) is dict:
+                taken |= {"body", "method", "url"}
+        return {name: value for name, value in fields.items() if name not in taken}
 
     def _take_id(self, fields: dict[str, Any]) -> str:
         if self._id_column:
