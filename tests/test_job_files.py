@@ -61,6 +61,37 @@ def test_hub_names_and_absolute_paths_stay(tmp_path: Path) -> None:
     assert read_job_file(file) == {"input": "/data/in.jsonl", "model": "org/model"}
 
 
+def test_a_template_beside_the_spec_is_read_wherever_the_command_is_started(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs, elsewhere = tmp_path / "specs", tmp_path / "elsewhere"
+    for folder in (specs, elsewhere):
+        folder.mkdir()
+        (folder / "judge.j2").write_text(f"of {folder.name}: {{{{ answer }}}}")
+    write_rows(specs / "in.jsonl", [{"answer": "4"}])
+    text = f'input = "in.jsonl"\nmodel = "{MODEL}"\nname = "t"\ntemplate = "judge.j2"\n'
+    monkeypatch.chdir(elsewhere)
+    submitted = invoke("submit", spec_file(specs, text))
+    assert submitted.exit_code == 0, submitted.stderr
+    assert api.Job.open("t").folder.spec.template == "of specs: {{ answer }}"
+    (specs / "judge.j2").unlink()
+    missing = invoke("submit", specs / "x.toml")
+    assert f"there is no template file {specs}/judge.j2" in missing.stderr
+    flag = invoke("submit", specs / "x.toml", "--template", "judge.j2", "--name", "u")
+    assert flag.exit_code == 0, flag.stderr
+    assert api.Job.open("u").folder.spec.template == "of elsewhere: {{ answer }}"
+
+
+def test_a_templates_text_stays_and_a_file_with_braces_in_its_name_is_a_file(
+    tmp_path: Path,
+) -> None:
+    file = spec_file(tmp_path, 'input = "/in.jsonl"\ntemplate = "a/{{ b }}.j2"\n')
+    assert read_job_file(file)["template"] == "a/{{ b }}.j2"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "{{ b }}.j2").write_text("{{ b }}")
+    assert read_job_file(file)["template"] == str(tmp_path / "a" / "{{ b }}.j2")
+
+
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [

@@ -81,6 +81,8 @@ def read_job_file(path: str | Path, today: datetime.date | None = None) -> dict[
     for name in _PATHS:
         if fields.get(name):
             fields[name] = resolved(fields[name], folder)
+    if fields.get("template"):
+        fields["template"] = _template(fields["template"], folder)
     if is_local_path(model := fields.get("model", "")) or model.endswith(".gguf"):
         fields["model"] = resolved(model, folder)
     return fields | ({SAMPLING: sampling} if sampling else {})
@@ -91,6 +93,12 @@ def resolved(path: str, folder: Path) -> str:
     if "://" in path:
         return path
     return os.path.normpath(folder / os.path.expanduser(path))
+
+
+def _template(given: str, folder: Path) -> str:
+    from trbatch.templates import template_file  # here: few jobs need Jinja
+
+    return resolved(given, folder) if template_file(given, folder) else given
 
 
 def _check(file: TomlFile, key: str, make: Callable[[], Any], table: str = "") -> None:
