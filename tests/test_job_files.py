@@ -110,6 +110,11 @@ def test_a_templates_text_stays_and_a_file_with_braces_in_its_name_is_a_file(
         ('input = "a"\nname = "x-{day}"\n', "x.toml:2: {day} in name is unknown", "{date}"),
         ('input = "a"\nname = 5\n', "x.toml:2: name must be a text", 'name = "5"'),
         ('input = "a"\nchunk_size = 2.5\n', "x.toml:2: chunk_size must be a whole number", ""),
+        (
+            'input = "a"\nignore_body_fields = "model"\n',
+            "x.toml:2: ignore_body_fields must be a list, not 'model'",
+            'write ignore_body_fields = ["model"]',
+        ),
         ('input = "a"\nsampling = 3\n', "x.toml:2: sampling must be a table", ""),
         ('name = "a"\n', "x.toml: a job needs an input", "input ="),
         ("input = a\n", "x.toml is not valid TOML: Invalid value (at line 1", ""),
