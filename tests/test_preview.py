@@ -193,6 +193,35 @@ def test_what_submit_refuses_is_refused(tmp_path: Path, no_transformers: None) -
     assert result.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "code", "said"),
+    [
+        (None, ["--deadline", "2020-01-01"], 2, "the deadline has passed already"),
+        (None, ["--deadline", "soon"], 2, "no point in time"),
+        (None, ["--resume", "always"], 7, "there is no job 'j'"),
+        ([], ["--n", "2"], 7, "n was 1, now 2"),
+        ([], ["--resume", "never"], 7, "is there already"),
+        (["changed"], [], 7, "1 of its rows have no id"),
+        ([], ["--deadline", "2020-01-01"], 0, ""),  # as `submit`, which continues it
+    ],
+)
+def test_what_submit_refuses_a_dry_run_refuses_in_the_same_words(
+    home: Path, tmp_path: Path, no_transformers: None,
+    before: list[str] | None, now: list[str], code: int, said: str,
+) -> None:  # fmt: skip
+    path = write_lines(tmp_path / "in.jsonl", {"prompt": "p"})
+    command = ("submit", path, "--store", tmp_path / "s", "--model", "m", "--name", "j")
+    if before is not None:
+        assert invoke(*command).exit_code == 0
+    if before:
+        write_lines(path, {"prompt": before[0]})
+    dry, real = invoke(*command, *now, "--dry-run"), invoke(*command, *now)
+    assert (dry.exit_code, real.exit_code) == (code, code), dry.stderr + real.stderr
+    assert said in dry.stderr
+    if code:
+        assert dry.stderr == real.stderr
+
+
 def test_the_exit_code_tells_of_bad_rows_and_nothing_reaches_the_terminal_raw(
     tmp_path: Path, no_transformers: None
 ) -> None:
