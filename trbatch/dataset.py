@@ -154,6 +154,7 @@ def receipt_of(
         output=target,
         errors_output=errors,
         rows_in=job.manifest.samples,
+        input_rows=job.manifest.rows,
         rows_ok=figures.rows_ok,
         rows_failed=figures.rows_failed,
         rows_cancelled=figures.rows_cancelled,
