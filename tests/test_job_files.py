@@ -104,6 +104,28 @@ def test_a_templates_text_stays_and_a_file_with_braces_in_its_name_is_a_file(
             "above [sampling]",
         ),
         ('input = "a"\n[sampling]\ntop_p = 2\n', "x.toml:3: top_p must be", ""),
+        (
+            'input = "a"\n[sampling]\nseeds = 4\n',
+            "x.toml:3: unknown setting 'seeds'",
+            "top_k",
+        ),
+        (
+            'input = "a"\n[sampling]\nmax_tokens = 4\nmin_tokens = 5\n',
+            "x.toml:4: min_tokens must be at most max_tokens, which is 4",
+            "",
+        ),
+        (
+            'input = "a"\n[sampling]\nstructured = { regex = "(" }\n',
+            "x.toml:3: structured.regex",
+            "",
+        ),
+        (
+            'input = "a"\n\n[sampling.structured]\njson = \'{"type": "objekt"}\'\n',
+            "x.toml:3: structured.json",
+            "",
+        ),
+        ('input = "a"\n[sampling]\nstop_token_ids = "7"\n', "x.toml:3: stop_token_ids", '["7'),
+        ('input = "a"\nadapter = 4\n', "x.toml:2: adapter must be a text", ""),
         ('input = "a"\npriority = "urgent"\n', "x.toml:2: priority must be one of", ""),
         ('input = "a"\ndeadline = "soon"\n', "x.toml:2: 'soon' is no point in time", "07:00"),
         ('input = "a"\ndeadline = 07:00:00\n', "x.toml:2: deadline must be a text", ""),
@@ -127,6 +149,31 @@ def test_what_is_wrong_in_a_spec_is_told_with_file_line_and_cure(
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     assert f"{tmp_path}/{message}" in result.stderr
     assert hint in result.stderr
+    assert "seed," not in result.stderr, "it is refused where it would be offered"
+
+
+def test_settings_that_belong_together_are_checked_together(tmp_path: Path) -> None:
+    text = 'input = "/a"\n[sampling]\nmin_tokens = 300\nmax_tokens = 400\n'
+    assert api.job_spec(spec_file(tmp_path, text), {}).sampling.min_tokens == 300
+
+
+def test_a_spec_names_an_adapter_beside_it_and_flags_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("weights", "lora"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    monkeypatch.setenv("TRBATCH_MODEL", "org/default")
+    text = 'input = "/a"\nmodel = "weights"\nadapter = "lora"\n'
+    file = str(spec_file(tmp_path, text))
+    assert parsed([file]).model == f"{tmp_path}/weights + {tmp_path}/lora"
+    assert parsed([file, "--adapter", "org/b"]).model == f"{tmp_path}/weights + org/b"
+    assert parsed([file, "--model", "org/m"]).model == f"org/m + {tmp_path}/lora"
+    spec_file(tmp_path, 'input = "/a"\nmodel = "org/m + ./lora"\n')
+    assert parsed([file]).model == f"org/m + {tmp_path}/lora"
+    assert api.job_spec("in.jsonl", {"adapter": "org/b"}).model == "org/default + org/b"
+    assert api.job_spec("in.jsonl", {"adapter": ""}).model == ""
 
 
 def parsed(arguments: list[str]) -> JobSpec:

@@ -10,17 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trbatch import control_verbs, pruning
+from trbatch import adapters, control_verbs, pruning
 from trbatch.config import (
     SAMPLING_FIELDS,
     EngineConfig,
     JobSpec,
     SamplingParams,
     WorkerConfig,
+    default_model,
     refuse_unknown,
 )
 from trbatch.job import JobFolder
-from trbatch.job_files import is_job_file, read_job_file
+from trbatch.job_files import ADAPTER, is_job_file, read_job_file
 from trbatch.job_handle import Job, Report
 from trbatch.job_status import JobStatus, job_failure
 from trbatch.moments import seconds_of
@@ -66,7 +67,8 @@ def submit(input: str | Path | JobSpec, *, redis_url: str = "", **settings: Any)
         input: the prompts' file, a job spec (`.toml`, over which settings win), or a complete
             `JobSpec`.
         redis_url: the queue; "" takes `TRBATCH_REDIS_URL`, `REDIS_URL`, the embedded server.
-        settings: fields of `JobSpec`; fields of `SamplingParams` may stand beside them.
+        settings: fields of `JobSpec`; fields of `SamplingParams` may stand beside them, and
+            `adapter`, a LoRA that is merged into the model: the model is then `MODEL + ADAPTER`.
 
     Raises:
         UsageError: a setting is unknown or wrong.
@@ -93,9 +95,12 @@ def job_spec(input: str | Path | JobSpec, settings: Mapping[str, Any]) -> JobSpe
         given = read_job_file(input)
     else:
         given = {"input": str(input)}
-    refuse_unknown(settings, [*_JOB_FIELDS, *SAMPLING_FIELDS])
-    values = given | {name: value for name, value in settings.items() if name in _JOB_FIELDS}
-    beside = {name: value for name, value in settings.items() if name not in _JOB_FIELDS}
+    of_job = (*_JOB_FIELDS, ADAPTER)
+    refuse_unknown(settings, [*of_job, *SAMPLING_FIELDS])
+    values = given | {name: value for name, value in settings.items() if name in of_job}
+    beside = {name: value for name, value in settings.items() if name not in of_job}
+    if adapter := values.pop(ADAPTER, ""):
+        values["model"] = adapters.joined(values.get("model") or default_model(), adapter)
     sampling = values.get("sampling") or SamplingParams()
     if isinstance(sampling, Mapping):
         sampling = SamplingParams.from_dict(sampling)
