@@ -297,6 +297,9 @@ class WorkerConfig(_Config):
         _number("grace_s", self.grace_s, 0.0, 24 * 3600.0)
 
 
+PROJECT_SETTINGS = ("model", "worker")  # of `trbatch.toml`; the latter is `profiles`'
+
+
 def default_model(folder: Path | None = None) -> str:
     """The model of `TRBATCH_MODEL`, else of `model = "…"` in `trbatch.toml`, else the small one.
 
@@ -312,10 +315,10 @@ def default_model(folder: Path | None = None) -> str:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not valid TOML: {error}") from error
-    known = ("model", "worker")  # the latter is `profiles`'
     for key in settings:
-        if key not in known:
-            raise UsageError(f"{file}: unknown setting {key!r}", hint=_nearest(key, known))
+        if key not in PROJECT_SETTINGS:
+            hint = _nearest(key, PROJECT_SETTINGS)
+            raise UsageError(f"{file}: unknown setting {key!r}", hint=hint)
     return str(settings.get("model", DEFAULT_MODEL))
 
 
