@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from job_tools import decode, write_lines
 
-from trbatch import cli, cli_preview
+from trbatch import cli, cli_preview, earlier_jobs
 from trbatch.config import JobSpec, SamplingParams
 from trbatch.engine.sequence import Request
 from trbatch.engine.text import encode
@@ -159,6 +159,22 @@ def test_time_is_told_by_earlier_jobs_of_the_model_alone(
     path = tmp_path / "in.jsonl"
     told = invoke("submit", path, "--dry-run", "--store", tmp_path / "store", "--model", "m")
     assert "36 tokens/s and 9 tokens a sample of the last job of this model" in told.stdout
+
+
+def test_of_many_jobs_the_newest_tell_the_time_whatever_they_are_called(
+    tmp_path: Path, no_transformers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(earlier_jobs, "_MOST_READ", 2)
+    for age, name in enumerate(("zz", "a", "b", "c")):
+        rows = [{"id": f"{name}{i}", "prompt": "p"} for i in range(4)]
+        job = JobFolder.submit(spec_of(tmp_path, rows, name=name))
+        decode(job, 0, completion_tokens=10 * (age + 1))
+        os.utime(Path(job.path) / "manifest.json", (1e9 - age, 1e9 - age))
+    pace = earlier_jobs.earlier_pace(str(tmp_path / "store"), "m", "", job.spec.task)
+    assert pace is not None
+    assert (pace.jobs, pace.tokens_per_sample) == (2, 15)
+    paths = earlier_jobs.newest_first(str(tmp_path / "store"))
+    assert [Path(path).name for path in paths] == ["zz", "a", "b", "c"]
 
 
 def test_of_a_job_that_is_there_only_what_it_lacks_counts(
