@@ -211,3 +211,22 @@ def test_leaving_a_worker_that_ignores_sigterm_kills_it(monkeypatch: pytest.Monk
         while not lines:
             time.sleep(0.02)
     assert worker.poll() == -9
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message", "cure"),
+    [
+        ("hello", "prompts must be a list of prompts, not 'hello'", "generate([prompt])"),
+        ({"role": "user", "content": "Hi"}, "prompts must be a list", "generate([[message]])"),
+        ([{"role": "user", "content": "Hi"}], "prompt 1 is a message", "generate([messages])"),
+        (["a", 5], "prompt 2 is neither a text nor a list of messages: 5", '"role": "user"'),
+        (["a", ["b"]], "prompt 2 is neither a text nor a list of messages", '"role": "user"'),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_told_before_a_model_is_loaded(
+    prompts: Any, message: str, cure: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        api.generate(prompts, model="/nowhere")
+    assert message in caught.value.message
+    assert cure in (caught.value.hint or "")

@@ -237,10 +237,14 @@ def generate(
         One completion a sample, in the order of the prompts; `key` is (prompt, sample), from 0.
 
     Raises:
-        InputError: a prompt is neither a text nor a list of messages.
+        InputError: a prompt is neither a text nor a list of messages, or there is only one of them
+            and no list around it.
         ModelError: the model cannot be loaded or run.
     """
-    from trbatch.direct import generate_with
+    from trbatch.direct import checked, generate_with
+
+    given = checked(prompts)  # before torch and a model are loaded
+
     from trbatch.engine.engine import Engine
     from trbatch.models import load_model
 
@@ -252,9 +256,7 @@ def generate(
         dtype=settings.dtype,
         trust_remote_code=trust_remote_code,
     )
-    return generate_with(
-        Engine(loaded, settings), list(prompts), sampling or SamplingParams(), seed=seed
-    )
+    return generate_with(Engine(loaded, settings), given, sampling or SamplingParams(), seed=seed)
 
 
 def _opened(job: str | Path | Job, store: str | Path, redis_url: str) -> Job:

@@ -28,6 +28,37 @@ class Engine(Protocol):
     def step(self) -> list[Completion]: ...
 
 
+def checked(prompts: Iterable[Any]) -> list[str | Sequence[Mapping[str, Any]]]:
+    """The prompts of a call as a list, each a text or a list of messages.
+
+    Raises:
+        InputError: they are one text or one message, whose letters or keys would become prompts, or
+            one of them is neither of the two.
+    """
+    if isinstance(prompts, str | Mapping):
+        cure = "[prompt]" if isinstance(prompts, str) else "[[message]]"
+        raise InputError(
+            f"prompts must be a list of prompts, not {prompts!r:.80}",
+            hint=f"put it into a list: generate({cure})",
+        )
+    found = list(prompts)
+    for number, prompt in enumerate(found, 1):
+        if isinstance(prompt, str):
+            continue
+        if isinstance(prompt, Mapping):
+            raise InputError(
+                f"prompt {number} is a message; a prompt is a text or a list of messages",
+                hint="put the messages of a chat into a list of their own: generate([messages])",
+            )
+        is_chat = isinstance(prompt, Sequence) and all(isinstance(one, Mapping) for one in prompt)
+        if not is_chat:
+            raise InputError(
+                f"prompt {number} is neither a text nor a list of messages: {prompt!r:.80}",
+                hint='a message is {"role": "user", "content": "Hi"}',
+            )
+    return found
+
+
 def generate_with(
     engine: Engine,
     prompts: Sequence[str | Sequence[Mapping[str, Any]]],
