@@ -179,11 +179,25 @@ def test_generate_returns_completions_in_order_with_the_seeds_of_a_job(
     assert [c.seed for c in completions[::2]] == [row.seed for row in job.folder.chunk_rows(0)]
 
 
-def test_generate_takes_messages_and_refuses_what_is_neither() -> None:
+def test_generate_takes_messages() -> None:
     messages = [{"role": "user", "content": "hello"}]
     assert direct.generate_with(EchoEngine(), [messages], SamplingParams())[0].text == "HELLO"
-    with pytest.raises(InputError, match="prompt 2"):
-        direct.generate_with(EchoEngine(), ["fine", ""], SamplingParams())
+
+
+def test_a_bad_prompt_of_generate_costs_no_other() -> None:
+    half = "half a \ud83d"
+    done = direct.generate_with(EchoEngine(), ["fine", "", half, "x"], SamplingParams(n=2))
+    assert [c.key for c in done] == [(0, 0), (0, 1), (1, 0), (2, 0), (3, 0), (3, 1)]
+    assert [c.text for c in done] == ["FINE", "FINE", "", "", "X", "X"]
+    assert [c.error_code for c in done[2:4]] == ["empty_prompt", "invalid_characters"]
+    assert "prompt 2" in (done[2].error_message or "")
+
+
+def test_settings_of_generate_are_checked_before_a_model_is_loaded() -> None:
+    with pytest.raises(UsageError, match="max_tokns"):
+        api.generate(["a"], max_tokns=3, model="/nowhere")
+    with pytest.raises(UsageError, match="max_tokens"):
+        api.generate(["a"], SamplingParams(max_tokens=4), max_tokens=0, model="/nowhere")
 
 
 def test_a_password_reaches_the_worker_by_its_environment_and_not_by_its_arguments(
@@ -211,3 +225,22 @@ def test_leaving_a_worker_that_ignores_sigterm_kills_it(monkeypatch: pytest.Monk
         while not lines:
             time.sleep(0.02)
     assert worker.poll() == -9
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message", "cure"),
+    [
+        ("hello", "prompts must be a list of prompts, not 'hello'", "generate([prompt])"),
+        ({"role": "user", "content": "Hi"}, "prompts must be a list", "generate([[message]])"),
+        ([{"role": "user", "content": "Hi"}], "prompt 1 is a message", "generate([messages])"),
+        (["a", 5], "prompt 2 is neither a text nor a list of messages: 5", '"role": "user"'),
+        (["a", ["b"]], "prompt 2 is neither a text nor a list of messages", '"role": "user"'),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_told_before_a_model_is_loaded(
+    prompts: Any, message: str, cure: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        api.generate(prompts, model="/nowhere")
+    assert message in caught.value.message
+    assert cure in (caught.value.hint or "")

@@ -63,6 +63,20 @@ def test_commands_and_their_options_are_completed() -> None:
     assert completed("submit", "--top") == answered("submit", "--top") == ["--top-p", "--top-k"]
 
 
+def test_values_of_options_are_completed() -> None:
+    assert completed("submit", "--priority", "") == ["high", "normal", "low"]
+    assert completed("submit", "--priority", "n") == ["normal"]
+    assert completed("worker", "--profile", "h") == ["h100", "h200", "h"]  # the last: as a file
+    assert {"cpu", "none"} <= set(completed("worker", "--profile", ""))
+
+
+def test_a_missing_shell_is_told_in_one_line() -> None:
+    result = CliRunner().invoke(cli.commands, ["completion"])
+    line, hint = result.stderr.splitlines()
+    assert line == "error: missing argument 'SHELL'. Choose from: bash, zsh, fish"
+    assert hint.startswith("hint: ")
+
+
 def test_an_unknown_shell_is_refused_with_those_that_are_known() -> None:
     result = CliRunner().invoke(cli.commands, ["completion", "tcsh"])
     assert result.exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,29 @@ def test_an_unknown_key_names_the_nearest_valid_one() -> None:
     with pytest.raises(UsageError, match="max_token'") as caught:
         SamplingParams.from_dict({"max_token": 5})
     assert caught.value.hint == "did you mean 'max_tokens'?"
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (lambda value: JobSpec(input="x", ignore_body_fields=value), "ignore_body_fields", "model"),
+        (lambda value: WorkerConfig(roots=value), "roots", "/data"),
+        (lambda value: SamplingParams(stop_token_ids=value), "stop_token_ids", "50256"),
+    ],
+)
+def test_a_text_in_the_place_of_a_list_is_refused_and_not_taken_for_its_letters(
+    make: Callable[[Any], Any], name: str, value: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{name} must be a list, not '{value}'") as caught:
+        make(value)
+    assert caught.value.hint == f'write {name} = ["{value}"]'
+
+
+def test_a_list_of_texts_holds_texts_and_a_stop_text_may_stand_alone() -> None:
+    with pytest.raises(UsageError, match="must be a list of texts; 5 is none"):
+        JobSpec(input="x", ignore_body_fields=("model", 5))  # type: ignore[arg-type]
+    assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
+    assert JobSpec.from_dict({"input": "x", "ignore_body_fields": ["model"]}).ignore_body_fields
 
 
 def test_an_unknown_key_like_no_other_lists_the_valid_ones() -> None:

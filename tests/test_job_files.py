@@ -61,6 +61,37 @@ def test_hub_names_and_absolute_paths_stay(tmp_path: Path) -> None:
     assert read_job_file(file) == {"input": "/data/in.jsonl", "model": "org/model"}
 
 
+def test_a_template_beside_the_spec_is_read_wherever_the_command_is_started(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs, elsewhere = tmp_path / "specs", tmp_path / "elsewhere"
+    for folder in (specs, elsewhere):
+        folder.mkdir()
+        (folder / "judge.j2").write_text(f"of {folder.name}: {{{{ answer }}}}")
+    write_rows(specs / "in.jsonl", [{"answer": "4"}])
+    text = f'input = "in.jsonl"\nmodel = "{MODEL}"\nname = "t"\ntemplate = "judge.j2"\n'
+    monkeypatch.chdir(elsewhere)
+    submitted = invoke("submit", spec_file(specs, text))
+    assert submitted.exit_code == 0, submitted.stderr
+    assert api.Job.open("t").folder.spec.template == "of specs: {{ answer }}"
+    (specs / "judge.j2").unlink()
+    missing = invoke("submit", specs / "x.toml")
+    assert f"there is no template file {specs}/judge.j2" in missing.stderr
+    flag = invoke("submit", specs / "x.toml", "--template", "judge.j2", "--name", "u")
+    assert flag.exit_code == 0, flag.stderr
+    assert api.Job.open("u").folder.spec.template == "of elsewhere: {{ answer }}"
+
+
+def test_a_templates_text_stays_and_a_file_with_braces_in_its_name_is_a_file(
+    tmp_path: Path,
+) -> None:
+    file = spec_file(tmp_path, 'input = "/in.jsonl"\ntemplate = "a/{{ b }}.j2"\n')
+    assert read_job_file(file)["template"] == "a/{{ b }}.j2"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "{{ b }}.j2").write_text("{{ b }}")
+    assert read_job_file(file)["template"] == str(tmp_path / "a" / "{{ b }}.j2")
+
+
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
@@ -73,12 +104,39 @@ def test_hub_names_and_absolute_paths_stay(tmp_path: Path) -> None:
             "above [sampling]",
         ),
         ('input = "a"\n[sampling]\ntop_p = 2\n', "x.toml:3: top_p must be", ""),
+        (
+            'input = "a"\n[sampling]\nseeds = 4\n',
+            "x.toml:3: unknown setting 'seeds'",
+            "top_k",
+        ),
+        (
+            'input = "a"\n[sampling]\nmax_tokens = 4\nmin_tokens = 5\n',
+            "x.toml:4: min_tokens must be at most max_tokens, which is 4",
+            "",
+        ),
+        (
+            'input = "a"\n[sampling]\nstructured = { regex = "(" }\n',
+            "x.toml:3: structured.regex",
+            "",
+        ),
+        (
+            'input = "a"\n\n[sampling.structured]\njson = \'{"type": "objekt"}\'\n',
+            "x.toml:3: structured.json",
+            "",
+        ),
+        ('input = "a"\n[sampling]\nstop_token_ids = "7"\n', "x.toml:3: stop_token_ids", '["7'),
+        ('input = "a"\nadapter = 4\n', "x.toml:2: adapter must be a text", ""),
         ('input = "a"\npriority = "urgent"\n', "x.toml:2: priority must be one of", ""),
         ('input = "a"\ndeadline = "soon"\n', "x.toml:2: 'soon' is no point in time", "07:00"),
         ('input = "a"\ndeadline = 07:00:00\n', "x.toml:2: deadline must be a text", ""),
         ('input = "a"\nname = "x-{day}"\n', "x.toml:2: {day} in name is unknown", "{date}"),
         ('input = "a"\nname = 5\n', "x.toml:2: name must be a text", 'name = "5"'),
         ('input = "a"\nchunk_size = 2.5\n', "x.toml:2: chunk_size must be a whole number", ""),
+        (
+            'input = "a"\nignore_body_fields = "model"\n',
+            "x.toml:2: ignore_body_fields must be a list, not 'model'",
+            'write ignore_body_fields = ["model"]',
+        ),
         ('input = "a"\nsampling = 3\n', "x.toml:2: sampling must be a table", ""),
         ('name = "a"\n', "x.toml: a job needs an input", "input ="),
         ("input = a\n", "x.toml is not valid TOML: Invalid value (at line 1", ""),
@@ -91,6 +149,31 @@ def test_what_is_wrong_in_a_spec_is_told_with_file_line_and_cure(
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     assert f"{tmp_path}/{message}" in result.stderr
     assert hint in result.stderr
+    assert "seed," not in result.stderr, "it is refused where it would be offered"
+
+
+def test_settings_that_belong_together_are_checked_together(tmp_path: Path) -> None:
+    text = 'input = "/a"\n[sampling]\nmin_tokens = 300\nmax_tokens = 400\n'
+    assert api.job_spec(spec_file(tmp_path, text), {}).sampling.min_tokens == 300
+
+
+def test_a_spec_names_an_adapter_beside_it_and_flags_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("weights", "lora"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    monkeypatch.setenv("TRBATCH_MODEL", "org/default")
+    text = 'input = "/a"\nmodel = "weights"\nadapter = "lora"\n'
+    file = str(spec_file(tmp_path, text))
+    assert parsed([file]).model == f"{tmp_path}/weights + {tmp_path}/lora"
+    assert parsed([file, "--adapter", "org/b"]).model == f"{tmp_path}/weights + org/b"
+    assert parsed([file, "--model", "org/m"]).model == f"org/m + {tmp_path}/lora"
+    spec_file(tmp_path, 'input = "/a"\nmodel = "org/m + ./lora"\n')
+    assert parsed([file]).model == f"org/m + {tmp_path}/lora"
+    assert api.job_spec("in.jsonl", {"adapter": "org/b"}).model == "org/default + org/b"
+    assert api.job_spec("in.jsonl", {"adapter": ""}).model == ""
 
 
 def parsed(arguments: list[str]) -> JobSpec:

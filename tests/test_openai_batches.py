@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion
 
 from trbatch import openai_format
 from trbatch.config import SAMPLING_FIELDS, JobSpec
+from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.merging import BadRow
 from trbatch.openai_results import result_line
@@ -20,6 +21,7 @@ from trbatch.prompts import read_rows
 from trbatch.results import collect
 from trbatch.rows import Row
 from trbatch.shaping import Shaping
+from trbatch.sinks import check_error_file
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 HELLO = [{"role": "system", "content": "Be helpful."}, {"role": "user", "content": "Hello world!"}]
@@ -254,12 +256,46 @@ def test_log_probabilities_are_asked_for_as_their_urls_do(
         openai_format.take_body(fields, Shaping())
 
 
-def test_the_error_file_comes_and_goes_with_failed_rows(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "x"})
+def one_row(tmp_path: Path, name: str, row: dict[str, Any]) -> JobFolder:
+    """A job whose one row is done."""
+    path = write_lines(tmp_path / f"{name}.jsonl", row)
     job = JobFolder.submit(JobSpec(input=str(path), out=str(tmp_path / "store"), model="m"))
-    left = tmp_path / "out.errors.jsonl"
-    left.write_text("of an earlier collection\n")
-    decode(job, 0)
-    receipt = collect(job, str(tmp_path / "out.jsonl"), "jsonl")
+    if row["prompt"]:  # without, it is a bad row, which needs no worker
+        decode(job, 0)
+    return job
+
+
+def test_the_error_file_comes_and_goes_with_failed_rows(tmp_path: Path) -> None:
+    left, output = tmp_path / "out.errors.jsonl", str(tmp_path / "out.jsonl")
+    bad = one_row(tmp_path, "bad", {"id": "a", "prompt": ""})
+    for _ in range(2):  # the second time over its own
+        assert collect(bad, output, "jsonl").errors_output == str(left)
+    assert left.exists()
+    receipt = collect(one_row(tmp_path, "good", {"id": "a", "prompt": "x"}), output, "jsonl")
     assert receipt.errors_output == ""
     assert not left.exists()
+
+
+@pytest.mark.parametrize("is_bad", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "notes\n",
+        "",
+        '{"id": "batch_req_1", "custom_id": "a", "response": null, "error": {"code": "x"}}\n',
+        '{"custom_id": "a", "error": {}, "trbatch": {}}\nand a line of mine\n',
+    ],
+)
+def test_an_error_file_that_trbatch_has_not_written_is_neither_replaced_nor_removed(
+    tmp_path: Path, text: str, *, is_bad: bool
+) -> None:
+    own = tmp_path / "out.errors.jsonl"
+    own.write_text(text)
+    job = one_row(tmp_path, "in", {"id": "a", "prompt": "" if is_bad else "x"})
+    with pytest.raises(UsageError, match=r"out\.errors\.jsonl was not written by trbatch"):
+        collect(job, str(tmp_path / "out.jsonl"), "jsonl")
+    assert own.read_text() == text
+    assert not (tmp_path / "out.jsonl").exists(), "it is told before anything is written"
+    assert collect(job, str(tmp_path / "out.parquet")).complete
+    with pytest.raises(UsageError, match=r"was not written by trbatch"):
+        check_error_file(str(tmp_path / "out.jsonl"), "jsonl")  # as `run` asks, before it decodes

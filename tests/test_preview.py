@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from job_tools import decode, write_lines
 
-from trbatch import cli, cli_preview
+from trbatch import cli, cli_preview, earlier_jobs
 from trbatch.config import JobSpec, SamplingParams
 from trbatch.engine.sequence import Request
 from trbatch.engine.text import encode
@@ -161,6 +161,22 @@ def test_time_is_told_by_earlier_jobs_of_the_model_alone(
     assert "36 tokens/s and 9 tokens a sample of the last job of this model" in told.stdout
 
 
+def test_of_many_jobs_the_newest_tell_the_time_whatever_they_are_called(
+    tmp_path: Path, no_transformers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(earlier_jobs, "_MOST_READ", 2)
+    for age, name in enumerate(("zz", "a", "b", "c")):
+        rows = [{"id": f"{name}{i}", "prompt": "p"} for i in range(4)]
+        job = JobFolder.submit(spec_of(tmp_path, rows, name=name))
+        decode(job, 0, completion_tokens=10 * (age + 1))
+        os.utime(Path(job.path) / "manifest.json", (1e9 - age, 1e9 - age))
+    pace = earlier_jobs.earlier_pace(str(tmp_path / "store"), "m", "", job.spec.task)
+    assert pace is not None
+    assert (pace.jobs, pace.tokens_per_sample) == (2, 15)
+    paths = earlier_jobs.newest_first(str(tmp_path / "store"))
+    assert [Path(path).name for path in paths] == ["zz", "a", "b", "c"]
+
+
 def test_of_a_job_that_is_there_only_what_it_lacks_counts(
     tmp_path: Path, no_transformers: None
 ) -> None:
@@ -191,6 +207,35 @@ def test_what_submit_refuses_is_refused(tmp_path: Path, no_transformers: None) -
         seen(tmp_path, [{"id": "a", "prompt": "p"}, {"id": "a", "prompt": "q"}])
     result = invoke("submit", tmp_path / "none.jsonl", "--dry-run", "--model", "m")
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "code", "said"),
+    [
+        (None, ["--deadline", "2020-01-01"], 2, "the deadline has passed already"),
+        (None, ["--deadline", "soon"], 2, "no point in time"),
+        (None, ["--resume", "always"], 7, "there is no job 'j'"),
+        ([], ["--n", "2"], 7, "n was 1, now 2"),
+        ([], ["--resume", "never"], 7, "is there already"),
+        (["changed"], [], 7, "1 of its rows have no id"),
+        ([], ["--deadline", "2020-01-01"], 0, ""),  # as `submit`, which continues it
+    ],
+)
+def test_what_submit_refuses_a_dry_run_refuses_in_the_same_words(
+    home: Path, tmp_path: Path, no_transformers: None,
+    before: list[str] | None, now: list[str], code: int, said: str,
+) -> None:  # fmt: skip
+    path = write_lines(tmp_path / "in.jsonl", {"prompt": "p"})
+    command = ("submit", path, "--store", tmp_path / "s", "--model", "m", "--name", "j")
+    if before is not None:
+        assert invoke(*command).exit_code == 0
+    if before:
+        write_lines(path, {"prompt": before[0]})
+    dry, real = invoke(*command, *now, "--dry-run"), invoke(*command, *now)
+    assert (dry.exit_code, real.exit_code) == (code, code), dry.stderr + real.stderr
+    assert said in dry.stderr
+    if code:
+        assert dry.stderr == real.stderr
 
 
 def test_the_exit_code_tells_of_bad_rows_and_nothing_reaches_the_terminal_raw(

@@ -199,3 +199,7 @@ def test_a_rows_own_processors_come_behind_those_of_its_sampling() -> None:
     assert with_processors(plain, [1], {2}, 9) is plain
     with pytest.raises(EncodingFailed, match="names token 3; the model's last one is 2"):
         with_processors(request, [1], {2}, 3)
+    for asked in ({"stop_token_ids": (9, 2)}, {"logit_bias": {"9": 1}}):
+        bad = Request(key=0, sampling=SamplingParams(**asked))
+        with pytest.raises(EncodingFailed, match="names token 9; the model's last one is 8"):
+            with_processors(bad, [1], {2}, 9)

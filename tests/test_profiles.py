@@ -128,6 +128,24 @@ def test_what_is_wrong_in_trbatch_toml_is_told_with_its_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "line", "hint"),
+    [
+        ("[wroker]\nmax_num_seqs = 4\n", "1: unknown setting 'wroker'", "'worker'"),
+        ('\nmodle = "m"\n', "2: unknown setting 'modle'", "'model'"),
+    ],
+)
+def test_a_worker_refuses_a_misspelt_table_or_key_of_trbatch_toml(
+    text: str, line: str, hint: str
+) -> None:
+    Path("trbatch.toml").write_text(text)
+    result = CliRunner().invoke(cli.commands, ["worker", "--burst"])
+    assert result.exit_code == 2, result.output
+    assert f"trbatch.toml:{line}" in result.stderr
+    assert f"did you mean {hint}?" in result.stderr
+    assert config("--profile", "none") == WorkerConfig()
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ("h1000", "did you mean 'h100'?"),

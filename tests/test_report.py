@@ -326,6 +326,23 @@ def test_rows_are_grouped_by_the_column_that_is_named(tmp_path: Path) -> None:
     assert make_report(job, category="absent").rows.categories == {}
 
 
+def test_a_column_that_is_not_there_is_told_with_those_that_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_lines(tmp_path / "in.jsonl", {"id": "a", "prompt": "p", "kind": "x", "level": 1})
+    job = JobFolder.submit(JobSpec(input=str(path), out=str(tmp_path / "store"), model="m"))
+    decode(job, 0)
+    assert make_report(job).category == ""
+    assert make_report(job, category="kind").category == "kind"
+    assert not caplog.messages, "the usual column need not be there"
+    assert make_report(job, category="nosuch").category == ""
+    told = "the input has no column 'nosuch' to group rows by; it has kind, level"
+    assert caplog.messages == [told]
+    arguments = ["report", job.path, "--category", "nosuch", "-o", str(tmp_path / "r.html")]
+    result = CliRunner().invoke(cli.commands, arguments)
+    assert (result.exit_code, told in result.stderr) == (0, True), result.output
+
+
 def test_wrong_wishes_are_refused(job: JobFolder, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="must be positive"):
         api.report(api.Job(job), gpu_hour_price=-1.0)

@@ -10,14 +10,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trbatch import passthrough
+from trbatch import cli, passthrough
 from trbatch.config import JobSpec, SamplingParams
 from trbatch.engine.sequence import Completion
 from trbatch.errors import JobFailed, UsageError
 from trbatch.job import ChunkRow, JobFolder
+from trbatch.report_page import page
+from trbatch.reporting import make_report
 from trbatch.results import SCHEMA, Receipt, collect, result_row, schema_table
 
 
@@ -100,6 +103,25 @@ def test_every_row_comes_once_in_input_order(tmp_path: Path) -> None:
     assert [row["prompt_index"] for row in rows_of(receipt)] == [0, 1, 2, 3, 4]
     assert str(receipt) == ("complete: 5 rows in = 5 ok + 0 failed + 0 cancelled, each id once")
     assert receipt.exit_code == 0
+
+
+def test_where_rows_have_several_samples_these_are_counted_and_called_so(tmp_path: Path) -> None:
+    job = make_job(tmp_path, {"id": "a", "prompt": "x", "n": 4}, {"id": "b"}, *prompts("c"))
+    decode_all(job)
+    receipt = collect(job)
+    words = "complete: 6 samples of 3 rows in = 5 ok + 1 failed + 0 cancelled, each sample once"
+    assert str(receipt) == words
+    assert (receipt.rows_in, receipt.input_rows, receipt.sampled) == (6, 3, True)
+    done = CliRunner().invoke(
+        cli.commands, ["collect", job.path, "-o", str(tmp_path / "d" / "o.parquet"), "--card"]
+    )
+    assert f"\nreceipt                 {words}\n" in done.stdout
+    assert done.stdout.startswith("samples                 5 ok, 1 failed, of 3 rows\n")
+    assert words in (tmp_path / "d" / "README.md").read_text()
+    shown = page(make_report(job))
+    assert "Complete: 1 failed of 6 samples" in shown
+    assert "5 ok, 1 failed, of 3 rows" in shown
+    assert words[1:] in shown
 
 
 def test_bad_rows_and_failed_rows_are_rows_of_the_dataset(tmp_path: Path) -> None:

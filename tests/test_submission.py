@@ -57,6 +57,19 @@ def test_resume_always_takes_a_job_over_with_new_settings(spec: JobSpec) -> None
     assert job.missing_chunks() == [0, 1, 2]
 
 
+def test_more_samples_of_a_named_job_are_decoded_where_that_is_asked_for(spec: JobSpec) -> None:
+    first = JobFolder.submit(changed(spec, name="night"))
+    decode(first, 0, 1, 2)
+    more = changed(spec, name="night", sampling=SamplingParams(n=3))
+    with pytest.raises(ResumeRefused, match="n was 1, now 3"):
+        JobFolder.submit(more)
+    job = JobFolder.submit(changed(more, resume="always"))
+    assert {sample for _, sample in job.missing(0)} == {1, 2}
+    assert job.manifest.job_seed == first.manifest.job_seed
+    unnamed = JobFolder.submit(changed(spec, sampling=SamplingParams(n=3)))
+    assert {sample for _, sample in unnamed.missing(0)} == {0, 1, 2}
+
+
 def test_resume_always_insists_on_a_job(spec: JobSpec) -> None:
     with pytest.raises(ResumeRefused, match="no job"):
         JobFolder.submit(changed(spec, resume="always"))

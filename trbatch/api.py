@@ -10,18 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trbatch import control_verbs, pruning
+from trbatch import adapters, control_verbs, pruning
 from trbatch.config import (
     SAMPLING_FIELDS,
     EngineConfig,
     JobSpec,
     SamplingParams,
     WorkerConfig,
+    default_model,
     refuse_unknown,
 )
 from trbatch.extras import require_worker
 from trbatch.job import JobFolder
-from trbatch.job_files import is_job_file, read_job_file
+from trbatch.job_files import ADAPTER, is_job_file, read_job_file
 from trbatch.job_handle import Job, Report
 from trbatch.job_status import JobStatus, job_failure
 from trbatch.moments import seconds_of
@@ -67,7 +68,8 @@ def submit(input: str | Path | JobSpec, *, redis_url: str = "", **settings: Any)
         input: the prompts' file, a job spec (`.toml`, over which settings win), or a complete
             `JobSpec`.
         redis_url: the queue; "" takes `TRBATCH_REDIS_URL`, `REDIS_URL`, the embedded server.
-        settings: fields of `JobSpec`; fields of `SamplingParams` may stand beside them.
+        settings: fields of `JobSpec`; fields of `SamplingParams` may stand beside them, and
+            `adapter`, a LoRA that is merged into the model: the model is then `MODEL + ADAPTER`.
 
     Raises:
         UsageError: a setting is unknown or wrong.
@@ -94,9 +96,12 @@ def job_spec(input: str | Path | JobSpec, settings: Mapping[str, Any]) -> JobSpe
         given = read_job_file(input)
     else:
         given = {"input": str(input)}
-    refuse_unknown(settings, [*_JOB_FIELDS, *SAMPLING_FIELDS])
-    values = given | {name: value for name, value in settings.items() if name in _JOB_FIELDS}
-    beside = {name: value for name, value in settings.items() if name not in _JOB_FIELDS}
+    of_job = (*_JOB_FIELDS, ADAPTER)
+    refuse_unknown(settings, [*of_job, *SAMPLING_FIELDS])
+    values = given | {name: value for name, value in settings.items() if name in of_job}
+    beside = {name: value for name, value in settings.items() if name not in of_job}
+    if adapter := values.pop(ADAPTER, ""):
+        values["model"] = adapters.joined(values.get("model") or default_model(), adapter)
     sampling = values.get("sampling") or SamplingParams()
     if isinstance(sampling, Mapping):
         sampling = SamplingParams.from_dict(sampling)
@@ -221,10 +226,12 @@ def generate(
     seed: int | None = None,
     trust_remote_code: bool = False,
     engine: EngineConfig | None = None,
+    **settings: Any,
 ) -> list[Completion]:
     """Decode prompts in this process, without a queue or a job folder.
 
     The same prompts in a file without ids, submitted with the same `seed`, give the same tokens.
+    A bad prompt (an empty one, say) costs no other: it comes back with `finish_reason` "error".
 
     Args:
         prompts: texts, or lists of messages `{"role": …, "content": …}`.
@@ -232,31 +239,35 @@ def generate(
         model: hub name, folder or GGUF file; "" takes `config.default_model()`.
         seed: of the whole call; None draws one.
         engine: device, sizes and how to speculate.
+        settings: fields of `SamplingParams`, over those of `sampling`.
 
     Returns:
         One completion a sample, in the order of the prompts; `key` is (prompt, sample), from 0.
 
     Raises:
-        InputError: a prompt is neither a text nor a list of messages.
+        InputError: a prompt is neither a text nor a list of messages, or there is only one of them
+            and no list around it.
+        UsageError: a setting is unknown or wrong.
         MissingExtra: torch is not installed.
         ModelError: the model cannot be loaded or run.
     """
+    from trbatch.direct import checked, generate_with
+
+    given = checked(prompts)  # before torch and a model are loaded
+    params = (sampling or SamplingParams()).merged(settings)
     require_worker("trbatch.generate")
-    from trbatch.direct import generate_with
     from trbatch.engine.engine import Engine
     from trbatch.models import load_model
 
-    settings = engine or EngineConfig()
+    config = engine or EngineConfig()
     loaded = load_model(
         model,
         revision=revision,
-        device=settings.device,
-        dtype=settings.dtype,
+        device=config.device,
+        dtype=config.dtype,
         trust_remote_code=trust_remote_code,
     )
-    return generate_with(
-        Engine(loaded, settings), list(prompts), sampling or SamplingParams(), seed=seed
-    )
+    return generate_with(Engine(loaded, config), given, params, seed=seed)
 
 
 def _opened(job: str | Path | Job, store: str | Path, redis_url: str) -> Job:

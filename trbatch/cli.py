@@ -57,6 +57,7 @@ from trbatch.outputs import check_output
 from trbatch.profiles import NONE
 from trbatch.progress import Reporter, reporter
 from trbatch.results import Receipt
+from trbatch.sinks import check_error_file
 from trbatch.watching import jobs_in
 from trbatch.wording import counted
 
@@ -153,6 +154,7 @@ def run_command(context: click.Context, /, input: str, **settings: Any) -> None:
     spec = configs.job_spec(input, settings)
     engine = configs.engine_config(settings)  # wrong values are told before anything is enqueued
     check_output(spec.output, os.path.abspath(spec.input), settings["format"])
+    check_error_file(spec.output, settings["format"])
     job = api.submit(spec, redis_url=settings["redis_url"])
     manifest = job.folder.manifest
     worker = dataclasses.asdict(engine) | {

@@ -12,7 +12,7 @@ import click
 from trbatch import adapters, api, gpus, profiles, structured
 from trbatch.config import EngineConfig, JobSpec, SamplingParams, WorkerConfig, default_model
 from trbatch.errors import UsageError
-from trbatch.job_files import is_job_file
+from trbatch.job_files import ADAPTER, is_job_file
 from trbatch.moments import moment_of
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,8 @@ def job_spec(input: str, settings: Mapping[str, Any]) -> JobSpec:
     """
     if is_job_file(input):
         given = _given(settings)
-        if given.get("adapter") and not given.get("model"):
-            raise UsageError(
-                f"--adapter cannot be added to the model of {input}",
-                hint="give --model as well, or write 'BASE + ADAPTER' as the model there",
-            )
-        return api.job_spec(input, _sampling(given) | picked(JobSpec, with_adapter(given)))
+        adapter = {name: given[name] for name in (ADAPTER,) if name in given}
+        return api.job_spec(input, _sampling(given) | picked(JobSpec, given) | adapter)
     fields = picked(JobSpec, with_adapter(settings))
     sampling = _sampling(settings)
     params = SamplingParams(**sampling)

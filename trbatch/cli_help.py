@@ -149,7 +149,7 @@ def summary(command: click.Command) -> str:
 
 def told(error: click.UsageError) -> UsageError:
     """What click says about wrong usage, in the form of our own errors."""
-    message = error.format_message().rstrip(".")
+    message = error.format_message().replace("\n\t", " ").rstrip(".")  # it lists choices in lines
     hint = f"{error.ctx.command_path} -h" if error.ctx is not None else "trbatch -h"
     # It guesses one name, or several in brackets.
     text, separator, guess = message.replace("(Did", "Did").partition(" Did you mean ")

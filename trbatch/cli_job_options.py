@@ -8,6 +8,7 @@ from typing import Any
 import click
 import orjson
 
+from trbatch.cli_completion import offering
 from trbatch.cli_fields import Decorator, grouped, setting
 from trbatch.cli_options import adapter_option, store_option
 from trbatch.config import PRIORITIES, JobSpec, SamplingParams, check_chat_template_kwargs
@@ -196,6 +197,7 @@ job_options = grouped(
         "priority",
         "Workers take the chunks of more urgent jobs first. Without it: normal, or as it was.",
         metavar=f"[{'|'.join(PRIORITIES)}]",
+        shell_complete=offering(PRIORITIES),
     ),
     setting(
         JobSpec,

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from trbatch import profiles
+from trbatch.cli_completion import offering
 from trbatch.cli_configs import picked
 from trbatch.cli_fields import Decorator, grouped, setting
 from trbatch.config import EngineConfig, JobSpec, WorkerConfig
@@ -171,6 +172,7 @@ profile_option = click.option(
     is_eager=True,  # it has to be read before what it is a default of
     callback=_apply_profile,
     metavar="NAME|FILE",
+    shell_complete=offering([*profiles.shipped(), profiles.NONE], or_file=True),
     help=f"Settings for a kind of machine: {', '.join(profiles.shipped())}, or a .toml file. Flags "
     "win over it, and it over [worker] in trbatch.toml; 'none' ignores both.",
 )

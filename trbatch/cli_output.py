@@ -58,11 +58,13 @@ def print_summary(receipt: Receipt, progress: Progress, *, as_json: bool) -> Non
     rows = f"{receipt.rows_ok:,} ok, {receipt.rows_failed:,} failed"
     if receipt.rows_cancelled:
         rows += f", {receipt.rows_cancelled:,} cancelled"
+    if receipt.sampled:
+        rows += f", of {counted(receipt.input_rows, 'row')}"
     if progress.rows_repetitive:
         rows += f"; {progress.rows_repetitive:,} go round in circles (column repetitive)"
     tokens = f"{progress.completion_tokens:,} generated, {progress.prompt_tokens:,} of prompts"
     table = {
-        "rows": rows,
+        "samples" if receipt.sampled else "rows": rows,
         "tokens": tokens,
         "tokens/s": _number(progress.tokens_per_s, ",.1f"),
         "mean acceptance length": _number(progress.mean_acceptance_length, ".2f"),

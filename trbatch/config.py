@@ -91,9 +91,7 @@ class SamplingParams(_Config):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name) or ()
-            if not isinstance(value, list | tuple):
-                raise UsageError(f"{name} must be a list, not {value!r}")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, _listed(name, value))
         for name in _WHOLE_NUMBERS:
             object.__setattr__(self, name, _whole(getattr(self, name)))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
@@ -206,7 +204,8 @@ class JobSpec(_Config):
         _integer("max_row_bytes", self.max_row_bytes, 1, 1 << 30)
         check_chat_template_kwargs(self.chat_template_kwargs or {})
         object.__setattr__(self, "chat_template_kwargs", self.chat_template_kwargs or None)
-        object.__setattr__(self, "ignore_body_fields", tuple(self.ignore_body_fields))
+        fields = _texts("ignore_body_fields", self.ignore_body_fields)
+        object.__setattr__(self, "ignore_body_fields", fields)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**63 - 1)
         _choice("resume", self.resume, ("never", "always", "if_possible"))
@@ -291,11 +290,14 @@ class WorkerConfig(_Config):
     def __post_init__(self) -> None:
         if isinstance(self.engine, Mapping):
             object.__setattr__(self, "engine", EngineConfig.from_dict(self.engine))
-        object.__setattr__(self, "roots", tuple(self.roots))
+        object.__setattr__(self, "roots", _texts("roots", self.roots))
         _number("publish_s", self.publish_s, 0.0, 3600.0)
         _integer("chunks_in_flight", self.chunks_in_flight, 0)
         _integer("metrics_port", self.metrics_port, 0, 65_535)
         _number("grace_s", self.grace_s, 0.0, 24 * 3600.0)
+
+
+PROJECT_SETTINGS = ("model", "worker")  # of `trbatch.toml`; the latter is `profiles`'
 
 
 def default_model(folder: Path | None = None) -> str:
@@ -313,10 +315,10 @@ def default_model(folder: Path | None = None) -> str:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not valid TOML: {error}") from error
-    known = ("model", "worker")  # the latter is `profiles`'
     for key in settings:
-        if key not in known:
-            raise UsageError(f"{file}: unknown setting {key!r}", hint=_nearest(key, known))
+        if key not in PROJECT_SETTINGS:
+            hint = _nearest(key, PROJECT_SETTINGS)
+            raise UsageError(f"{file}: unknown setting {key!r}", hint=hint)
     return str(settings.get("model", DEFAULT_MODEL))
 
 
@@ -363,6 +365,23 @@ def _nearest(key: str, names: Sequence[str]) -> str:
 
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _listed(name: str, value: Any) -> tuple[Any, ...]:
+    """A list as a tuple. A text is none: it would become the list of its letters."""
+    if not isinstance(value, list | tuple):
+        spelled = f'"{value}"' if isinstance(value, str) else str(value)  # in TOML and in Python
+        hint = f"write {name} = [{spelled}]" if isinstance(value, str | int) else None
+        raise UsageError(f"{name} must be a list, not {value!r:.80}", hint=hint)
+    return tuple(value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = _listed(name, value)
+    for text in texts:
+        if not isinstance(text, str):
+            raise UsageError(f"{name} must be a list of texts; {text!r} is none")
+    return texts
 
 
 def _bias(value: Any) -> dict[str, float]:

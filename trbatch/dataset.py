@@ -18,7 +18,7 @@ from trbatch.job import JobFolder
 from trbatch.joining import Index, Joiner
 from trbatch.outputs import check_output, errors_of, target
 from trbatch.receipt import Receipt
-from trbatch.sinks import Group, JsonSink, ParquetSink, Sink, error_file
+from trbatch.sinks import Group, JsonSink, ParquetSink, Sink, check_error_file, error_file
 from trbatch.storage import exists, writing
 
 
@@ -38,11 +38,13 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
             lines of a file of their own, `<output>.errors.jsonl`, as in OpenAI's API.
 
     Raises:
-        UsageError: the format is unknown, or the output's name promises another one.
+        UsageError: the format is unknown, the output's name promises another one, or a file lies
+            where failed rows belong that trbatch has not written.
     """
     place = output_of(job, output or "", format)
     failed = errors_of(place) if format == "jsonl" else ""
     check_output(failed, job.manifest.input.path, format)
+    check_error_file(place, format)
     inputs = job.passthrough_schema()
     index = Index.of(job)
     joiner = Joiner(job, index, inputs, job.control().row_end())
@@ -152,6 +154,7 @@ def receipt_of(
         output=target,
         errors_output=errors,
         rows_in=job.manifest.samples,
+        input_rows=job.manifest.rows,
         rows_ok=figures.rows_ok,
         rows_failed=figures.rows_failed,
         rows_cancelled=figures.rows_cancelled,

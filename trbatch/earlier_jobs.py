@@ -1,7 +1,8 @@
-"""How fast a model was in earlier jobs of a store: what an estimate of time is made of."""
+"""The jobs of a store, and how fast a model was in them: what an estimate of time is made of."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from trbatch.errors import TrbatchError
@@ -9,10 +10,11 @@ from trbatch.figures import Figures, covered_seconds
 from trbatch.job import JobFolder
 from trbatch.manifest import Manifest
 from trbatch.naming import MATRICES
-from trbatch.storage import folder
+from trbatch.storage import LocalFolder, folder
 from trbatch.submission import MANIFEST
 
-_MOST_LOOKED_AT = 500  # job folders; in an object store each takes a request
+MOST_OBJECTS = 200  # jobs of an object store that are looked at: each look is a request or three
+_MOST_READ = 500  # manifests, the newest
 _MOST_USED = 5  # jobs
 
 
@@ -25,6 +27,26 @@ class Pace:
     tokens_per_sample: float  # generated, on average
 
 
+def newest_first(store: str) -> list[str]:
+    """The job folders of a store, those first whose manifest was written last.
+
+    Of an object store with more than `MOST_OBJECTS` jobs, those of the last names.
+
+    Raises:
+        Unreachable: the storage fails.
+    """
+    place = folder(store)
+    names = [name for name in place.folders("") if name != MATRICES]
+    if not isinstance(place, LocalFolder):
+        names = names[-MOST_OBJECTS:]
+    dated = []
+    for name in names:
+        inner = folder(place.join(name))
+        with contextlib.suppress(FileNotFoundError):  # no job, or one that is removed now
+            dated.append((inner.stat(MANIFEST).modified, inner.path))
+    return [path for _, path in sorted(dated, reverse=True)]
+
+
 def earlier_pace(store: str, model: str, revision: str, task: str) -> Pace | None:
     """The pace of a model's last jobs, of this task if there are any; None if there are none.
 
@@ -32,10 +54,8 @@ def earlier_pace(store: str, model: str, revision: str, task: str) -> Pace | Non
         Unreachable: the storage fails.
     """
     found: list[tuple[bool, str, str]] = []
-    for name in folder(store).folders("")[:_MOST_LOOKED_AT]:
-        inner = folder(folder(store).join(name))
-        if name == MATRICES or not inner.exists(MANIFEST):
-            continue
+    for path in newest_first(store)[:_MOST_READ]:
+        inner = folder(path)
         try:
             manifest = Manifest.from_json(inner.read(MANIFEST), inner.join(MANIFEST))
         except (TrbatchError, FileNotFoundError):  # another's damage is not this job's matter

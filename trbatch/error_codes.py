@@ -35,6 +35,16 @@ FROM_DECODING: tuple[tuple[str, str, str], ...] = (
     ("chat_template_failed", "the model's chat template refuses these messages", "change them"),
     ("invalid_token", "the tokenizer gave a token that the model lacks", "use its own tokenizer"),
     ("out_of_memory", "the row does not fit into memory, even alone", "a larger device"),
+    (
+        "structured_output_failed",
+        "the text ended by itself and has not the form that was asked for",
+        "see the message; report it",
+    ),
+    (
+        "structured_output_unavailable",
+        "the worker lacks llguidance, or the model's tokenizer cannot be used with it",
+        "see the message; `pip install 'trbatch[structured]'` where the worker runs",
+    ),
     ("sampling_failed", "choosing a token failed", "report it with the message"),
     ("poison", "decoding this row alone ended the worker three times", "see the message"),
     ("deadline", "the job's deadline passed first", "`trbatch resume --deadline …`"),

@@ -16,19 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trbatch import structured
+from trbatch.adapters import CONFIG, JOINT
 from trbatch.config import JobSpec, SamplingParams
 from trbatch.control import Control
-from trbatch.errors import UsageError
+from trbatch.errors import MissingExtra, UsageError
 from trbatch.naming import is_local_path
 from trbatch.toml_files import TomlFile
 
 SUFFIX = ".toml"
 DATED = ("input", "output", "name")
 SAMPLING = "sampling"
+ADAPTER = "adapter"  # is no field: it becomes a part of the model's name
 
 _JOB = {field.name: field.default for field in dataclasses.fields(JobSpec)}
 _SAMPLED = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 _NAMES = {"store" if name == "out" else name: name for name in _JOB}  # in the file -> the field
+_DEFAULTS = {name: _JOB[field] for name, field in _NAMES.items()} | {"input": "", ADAPTER: ""}
 _PATHS = ("input", "out", "output")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
@@ -39,7 +43,7 @@ def is_job_file(given: str) -> bool:
 
 
 def read_job_file(path: str | Path, today: datetime.date | None = None) -> dict[str, Any]:
-    """The fields of `JobSpec` that a spec sets; `sampling` is a dictionary of its own.
+    """The fields of `JobSpec` that a spec sets, and the adapter; the sampling is a dictionary.
 
     Args:
         path: the spec.
@@ -53,36 +57,38 @@ def read_job_file(path: str | Path, today: datetime.date | None = None) -> dict[
     for name in file.values:
         if name in _SAMPLED and name not in _NAMES:
             raise file.wrong(name, f"{name} belongs to the sampling", hint=f"below [{SAMPLING}]")
-    file.refuse_unknown(list(_NAMES))
+    file.refuse_unknown(list(_DEFAULTS))
     sampling = dict(file.table(SAMPLING))
     if "seed" in sampling:
         raise file.wrong(
             "seed", "a seed is the job's, not the sampling's", table=SAMPLING,
             hint=f"write it above [{SAMPLING}]",
         )  # fmt: skip
-    file.refuse_unknown(list(_SAMPLED), SAMPLING)
+    file.refuse_unknown([name for name in _SAMPLED if name != "seed"], SAMPLING)
     if not file.values.get("input"):
         raise UsageError(f"{file.path}: a job needs an input", hint='e.g. input = "prompts.jsonl"')
     values = {name: value for name, value in file.values.items() if name != SAMPLING}
     for name, value in values.items():
-        file.check_type(name, value, _JOB[_NAMES[name]] if name != "input" else "")
-        _check(file, name, partial(JobSpec.from_dict, {"input": "x", _NAMES[name]: value}))
+        file.check_type(name, value, _DEFAULTS[name])
+        if name != ADAPTER:
+            _check(file, name, partial(JobSpec.from_dict, {"input": "x", _NAMES[name]: value}))
         if name == "deadline":
             _check(file, name, partial(Control().asked, deadline=value))
-    for name, value in sampling.items():
-        file.check_type(name, value, _SAMPLED[name], SAMPLING)
-        _check(file, name, partial(SamplingParams.from_dict, {name: value}), SAMPLING)
+    _check_sampling(file, sampling)
     day = (today or datetime.date.today()).isoformat()
     for name in DATED:
         if name in values:
             values[name] = _dated(file, name, values[name], day)
-    fields = {_NAMES[name]: value for name, value in values.items()}
+    fields = {_NAMES.get(name, name): value for name, value in values.items()}
     folder = file.path.absolute().parent
     for name in _PATHS:
         if fields.get(name):
             fields[name] = resolved(fields[name], folder)
-    if is_local_path(model := fields.get("model", "")) or model.endswith(".gguf"):
-        fields["model"] = resolved(model, folder)
+    if fields.get("template"):
+        fields["template"] = _template(fields["template"], folder)
+    for name in ("model", ADAPTER):
+        if fields.get(name):
+            fields[name] = _weights(fields[name], folder)
     return fields | ({SAMPLING: sampling} if sampling else {})
 
 
@@ -93,10 +99,48 @@ def resolved(path: str, folder: Path) -> str:
     return os.path.normpath(folder / os.path.expanduser(path))
 
 
+def _template(given: str, folder: Path) -> str:
+    from trbatch.templates import template_file  # here: few jobs need Jinja
+
+    return resolved(given, folder) if template_file(given, folder) else given
+
+
+def _weights(name: str, folder: Path) -> str:
+    """A model or an adapter, or both in one name; what can be a hub name only stays as it is."""
+    return JOINT.join(
+        resolved(one, folder)
+        if is_local_path(one) or one.endswith(".gguf") or _lies_at(folder / one)
+        else one
+        for one in name.split(JOINT)
+    )
+
+
+def _lies_at(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", CONFIG))
+
+
+def _check_sampling(file: TomlFile, sampling: dict[str, Any]) -> None:
+    """Check the table: each value's type, all of them together, and what only a grammar can tell.
+
+    Together, because `min_tokens` alone may be more than the default of `max_tokens`.
+    """
+    for name, value in sampling.items():
+        file.check_type(name, value, _SAMPLED[name], SAMPLING)
+    try:
+        made = SamplingParams.from_dict(sampling)
+    except UsageError as error:
+        named = re.split(r"\W", error.message, maxsplit=1)[0]  # messages begin with the setting
+        raise file.wrong(named, error.message, table=SAMPLING, hint=error.hint) from error
+    if made.structured is not None:
+        _check(file, "structured", partial(structured.check, made.structured), SAMPLING)
+
+
 def _check(file: TomlFile, key: str, make: Callable[[], Any], table: str = "") -> None:
     """Refuse a value with which something cannot be made, with the line it stands in."""
     try:
         make()
+    except MissingExtra:
+        raise
     except UsageError as error:
         raise file.wrong(key, error.message, table=table, hint=error.hint) from error
 

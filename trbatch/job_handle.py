@@ -161,7 +161,8 @@ class Job:
                 dataset that lacks rows is not pushed.
 
         Raises:
-            UsageError: the output's name does not suit the format, or no card can be written there.
+            UsageError: the output's name does not suit the format, or a card or an error file would
+                take the place of one that trbatch has not written.
             Unreachable: the storage fails, or the place to push to.
         """
         if push:

@@ -32,7 +32,7 @@ def check_output(output: str, input: str, format: str = "") -> None:
     """
     if format not in (*FORMATS, ""):
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
-    if not output or _is_folder(output):
+    if not output or is_folder(output):
         return
     if all(_misleads(output, one) for one in ([format] if format else FORMATS)):
         raise UsageError(
@@ -52,7 +52,7 @@ def target(output: str, asked: str, job_id: str, format: str) -> str:
         format: what will be written.
     """
     place = output or asked
-    if place and _is_folder(place):
+    if place and is_folder(place):
         return f"{place.rstrip('/')}/{job_id}.{format}"
     return "" if not output and _misleads(asked, format) else place
 
@@ -64,7 +64,8 @@ def errors_of(output: str) -> str:
     return f"{stem if named else output}.errors.jsonl"
 
 
-def _is_folder(output: str) -> bool:
+def is_folder(output: str) -> bool:
+    """Whether a file that is named after the job goes into what was named as the output."""
     return output.endswith("/") or ("://" not in output and os.path.isdir(output))
 
 

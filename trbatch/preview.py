@@ -29,7 +29,16 @@ from trbatch.rows import Row
 from trbatch.schema import Key
 from trbatch.shaping import CHAT_ARGUMENTS
 from trbatch.storage import folder
-from trbatch.submission import MANIFEST, batches, changed_settings, job_id_of, resolved
+from trbatch.submission import (
+    MANIFEST,
+    batches,
+    changed_settings,
+    check_named,
+    control_of_new,
+    has_same_input,
+    job_id_of,
+    resolved,
+)
 from trbatch.tokenizing import Counted, NoTokenizer, PromptCounter
 
 SHOWN_PROMPTS = 3
@@ -98,13 +107,18 @@ def preview(spec: JobSpec, *, report: Callable[[int], None] | None = None) -> Pr
     job_id = job_id_of(spec, store)
     path = store.join(job_id)
     job = JobFolder.open(path) if folder(path).exists(MANIFEST) else None
-    if job is not None:
+    if job is None:
+        control_of_new(spec, job_id)
+    else:
         changed_settings(job.manifest, spec)
     found = Preview(
         job=job_id, continues=job is not None, input=spec.input, model=spec.model, task=spec.task
     )
     found.pace = earlier_pace(spec.out, spec.model, spec.revision, spec.task)
-    _Reader(spec, found, job).read(report)
+    reader = _Reader(spec, found, job)
+    reader.read(report)
+    if job is not None and not has_same_input(job.manifest, spec):
+        check_named(job.manifest, reader.unnamed_rows)
     return found
 
 
@@ -118,6 +132,7 @@ class _Reader:
         seed = (spec.seed or 0) if job is None or spec.seed is not None else job.manifest.job_seed
         self._hasher = RowHasher(spec.model, spec.revision, spec.sampling, seed)
         self._merger = SamplingMerger(spec.sampling)
+        self.unnamed_rows = 0  # good ones whose id is their number
         self._likely = 0.0  # tokens to generate, with texts as long as earlier ones
         self._counter: PromptCounter | None = None
         try:
@@ -142,6 +157,7 @@ class _Reader:
             for row in batch.rows:
                 if row.error is None:
                     good.append(row)
+                    self.unnamed_rows += not row.named
                 else:
                     self._count_bad(row.error.code, row.error.message)
             self._take(good)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trbatch.config import PROJECT_SETTINGS
 from trbatch.errors import UsageError
 from trbatch.job_files import resolved
 from trbatch.naming import is_local_path
@@ -71,6 +72,7 @@ def settings(
     project = (folder or Path.cwd()) / PROJECT
     if project.is_file():
         file = TomlFile.read(project)
+        file.refuse_unknown(PROJECT_SETTINGS)
         own = _checked(file, {**defaults, "profile": ""}, WORKER)
         named = str(own.pop("profile", (file, ""))[1])
         if named not in ("", NONE):

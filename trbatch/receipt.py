@@ -1,4 +1,4 @@
-"""The proof that a dataset is complete: rows in = ok + failed + cancelled, each id once."""
+"""The proof that a dataset is complete: rows in = ok + failed + cancelled, each once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trbatch.errors import EXIT_OK, EXIT_ROWS_FAILED, Cancelled, Expired, JobFailed
+from trbatch.wording import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,7 @@ class Receipt:
     card: str = ""  # the README.md that was written with it
     pushed: str = ""  # the copy that was pushed
     rows_in: int  # asked for
+    input_rows: int = 0  # rows of the input, fewer where some have several samples; 0: not known
     rows_ok: int
     rows_failed: int
     rows_cancelled: int
@@ -39,6 +41,18 @@ class Receipt:
         return self.rows_in == self.rows_out and not self.rows_missing and not self.repeated
 
     @property
+    def sampled(self) -> bool:
+        """Whether rows of the input have several samples: what is counted are samples then."""
+        return 0 < self.input_rows < self.rows_in
+
+    @property
+    def counted_in(self) -> str:
+        """What was asked for: `17 rows`, or `17 samples of 11 rows`."""
+        if not self.sampled:
+            return f"{self.rows_in} rows"
+        return f"{self.rows_in} samples of {counted(self.input_rows, 'row')}"
+
+    @property
     def exit_code(self) -> int:
         """What the command line exits with."""
         if not self.complete:
@@ -55,14 +69,15 @@ class Receipt:
         dropped = f"; {self.duplicates} duplicates left out" if self.duplicates else ""
         if self.complete:
             late = f"; the deadline cut {self.rows_expired} off" if self.rows_expired else ""
-            return f"complete: {self.rows_in} rows in = {out}, each id once{dropped}{late}"
+            once = "each sample once" if self.sampled else "each id once"
+            return f"complete: {self.counted_in} in = {out}, {once}{dropped}{late}"
         problems = []
         if self.rows_missing:
             problems.append(f"{self.rows_missing} missing")
         if self.repeated:
             problems.append(f"{self.repeated} repeated")
         return (
-            f"NOT complete: {self.rows_in} rows in, {out}, {', '.join(problems) or 'too many'}"
+            f"NOT complete: {self.counted_in} in, {out}, {', '.join(problems) or 'too many'}"
             f"{dropped}"
         )
 

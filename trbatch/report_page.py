@@ -15,8 +15,10 @@ from trbatch import report_pictures as pictures
 from trbatch.figures import Figures
 from trbatch.masking import mask_text
 from trbatch.progress import duration
+from trbatch.receipt import Receipt
 from trbatch.report_html import Child, Markup, joined, number, table, tag
 from trbatch.reporting import Report, settings_of
+from trbatch.wording import counted
 
 SHOWN_CATEGORIES = 25  # those with the most rows
 LONGEST_NAME = 80  # characters of a row's id, below of an error code
@@ -73,11 +75,11 @@ def _sections(report: Report) -> Iterable[Child]:
 def _head(report: Report) -> Markup:
     manifest, receipt = report.manifest, report.receipt
     if not receipt.complete:
-        kind, words = "bad", f"Not complete: {receipt.rows_missing:,} rows missing"
+        kind, words = "bad", f"Not complete: {receipt.rows_missing:,} {_noun(receipt)} missing"
     elif receipt.rows_failed or receipt.rows_cancelled:
         counts = {"failed": receipt.rows_failed, "cancelled": receipt.rows_cancelled}
         told = ", ".join(f"{rows:,} {what}" for what, rows in counts.items() if rows)
-        kind, words = "warn", f"Complete: {told} of {receipt.rows_in:,} rows"
+        kind, words = "warn", f"Complete: {told} of {receipt.rows_in:,} {_noun(receipt)}"
     else:
         kind, words = "good", "Complete"
     return tag(
@@ -93,13 +95,19 @@ def _head(report: Report) -> Markup:
     )
 
 
+def _noun(receipt: Receipt) -> str:
+    """What is counted where it says how many there are."""
+    return "samples" if receipt.sampled else "rows"
+
+
 def _tiles(report: Report) -> Markup:
     receipt, total, cost = report.receipt, report.rows.total, report.cost
     parts = [f"{receipt.rows_ok:,} ok"]
     parts += [f"{receipt.rows_failed:,} failed"] if receipt.rows_failed else []
     parts += [f"{receipt.rows_cancelled:,} cancelled"] if receipt.rows_cancelled else []
+    parts += [f"of {counted(receipt.input_rows, 'row')}"] if receipt.sampled else []
     shown = [
-        ("Rows", number(receipt.rows_out), ", ".join(parts)),
+        (_noun(receipt).capitalize(), number(receipt.rows_out), ", ".join(parts)),
         (
             "Tokens generated",
             number(total.completion_tokens),

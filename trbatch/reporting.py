@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from trbatch.report_figures import COLUMNS, NO_CATEGORY, RowCount, RowFigures
 from trbatch.report_time import Clock
 from trbatch.storage import writing
 from trbatch.trace import Trace
+
+logger = logging.getLogger(__name__)
 
 CATEGORY = "category"  # the column of the input that rows are grouped by
 LONGEST_CATEGORY = 80  # characters
@@ -98,7 +101,8 @@ def make_report(
 
     Args:
         gpu_hour_price: of one worker for an hour, in any currency; None: costs are not of interest.
-        category: the input's column to group rows by; rows are not grouped if there is none.
+        category: the input's column to group rows by; rows are not grouped if there is none,
+            and a warning says so where it is another than the usual one.
 
     Raises:
         UsageError: the price is not positive.
@@ -109,6 +113,9 @@ def make_report(
     trace = job.ledger.trace()
     inputs = job.passthrough_schema()
     grouped = {name: kind for name, kind in inputs.types.items() if name == category}
+    if category not in ("", CATEGORY, *grouped):
+        columns = ", ".join(inputs.types) or "none beside its prompts"
+        logger.warning("the input has no column %r to group rows by; it has %s", category, columns)
     inputs = passthrough.Schema(grouped, inputs.as_json & grouped.keys())
     index = Index.of(job)
     joiner = Joiner(job, index, inputs, job.control().row_end())

@@ -16,9 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trbatch import passthrough
+from trbatch.errors import UsageError
+from trbatch.masking import mask_url
 from trbatch.openai_results import result_line
+from trbatch.outputs import errors_of, is_folder
 from trbatch.schema import LEADING_COLUMNS, SCHEMA
-from trbatch.storage import place, writing
+from trbatch.storage import Folder, place, writing
+
+_OF_AN_ERROR_LINE = {"custom_id", "error", "trbatch"}  # keys; the last is nobody else's
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +110,49 @@ class JsonSink:
         }
 
 
+def check_error_file(output: str, format: str) -> None:
+    """Refuse an output whose error file would take the place of somebody's own.
+
+    An earlier collection's is known by its lines: each is a row's, as `JsonSink` writes it.
+
+    Args:
+        output: the dataset's file; "" or a folder, where it is not decided yet, is always fine.
+        format: in which it will be written.
+
+    Raises:
+        UsageError: there is a file that trbatch has not written, or to which something was added.
+    """
+    if format != "jsonl" or not output or is_folder(output):
+        return
+    path = errors_of(output)
+    folder, name = place(path)
+    if folder.exists(name) and not _is_ours(folder, name):
+        raise UsageError(
+            f"{mask_url(folder.join(name))} was not written by trbatch, and failed rows would "
+            "take its place",
+            hint="move it, or choose another --output",
+        )
+
+
+def _is_ours(folder: Folder, name: str) -> bool:
+    with folder.open(name) as file:
+        ours = [_is_error_line(text) for text in file]
+    return bool(ours) and all(ours)
+
+
+def _is_error_line(text: bytes) -> bool:
+    try:
+        line = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(line, dict) and line.keys() >= _OF_AN_ERROR_LINE
+
+
 @contextmanager
 def error_file(path: str) -> Iterator[BinaryIO]:
     """A file that appears under `path` on success, if anything was written to it.
 
-    What an earlier collection left there is gone if not.
+    What an earlier collection left there is gone if not; see `check_error_file`.
     """
     with tempfile.TemporaryFile() as file:
         yield cast(BinaryIO, file)

@@ -65,11 +65,6 @@ def submit(spec: JobSpec) -> Submission:
     job_id = job_id_of(spec, store)
     job = folder(store.join(job_id))
     if not job.exists(MANIFEST):
-        if spec.resume == "always":
-            raise ResumeRefused(
-                f"there is no job {job_id!r} in {spec.out} to resume",
-                hint="leave --resume away to make it",
-            )
         if _make(job, job_id, spec):
             return Submission(job.path, continued=False)
         if spec.resume == "never":  # another number, or a refusal
@@ -143,12 +138,7 @@ def job_id_of(spec: JobSpec, store: Folder) -> str:
 def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
     """Make the job; False if another command has made it in the meantime: that one counts."""
     seed = secrets.randbits(63) if spec.seed is None else spec.seed
-    control = Control().asked(priority=spec.priority, deadline=spec.deadline)
-    if control.expired and control.deadline is not None:
-        raise UsageError(
-            f"the deadline has passed already: {written(control.deadline)}",
-            hint="give a later one, e.g. 8h or 07:00",
-        )
+    control = control_of_new(spec, job_id)
     manifest = _read_input(job, job_id, spec, seed, generation=0)
     if control != Control():
         control.write(job)  # before the manifest: from that on the job is there
@@ -158,10 +148,31 @@ def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
     return False
 
 
+def control_of_new(spec: JobSpec, job_id: str) -> Control:
+    """What is wanted of a job that is not there yet.
+
+    Raises:
+        ResumeRefused: it has to be there.
+        UsageError: its deadline has passed, or is no point in time.
+    """
+    if spec.resume == "always":
+        raise ResumeRefused(
+            f"there is no job {job_id!r} in {spec.out} to resume",
+            hint="leave --resume away to make it",
+        )
+    control = Control().asked(priority=spec.priority, deadline=spec.deadline)
+    if control.expired and control.deadline is not None:
+        raise UsageError(
+            f"the deadline has passed already: {written(control.deadline)}",
+            hint="give a later one, e.g. 8h or 07:00",
+        )
+    return control
+
+
 def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
     """Continue a job. Returns whether its input was read anew."""
     changed = changed_settings(old, spec)
-    same_input = old.input.path == spec.input and old.input.holds()
+    same_input = has_same_input(old, spec)
     same_limits = old.spec.max_row_bytes == spec.max_row_bytes
     if same_input and same_limits and not changed:
         if spec.output != old.spec.output:
@@ -170,17 +181,35 @@ def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
         return False
     seed = old.job_seed if spec.seed is None else spec.seed
     new = _read_input(job, old.id, spec, seed, generation=old.generation + 1)
-    if not same_input and (old.unnamed_rows or new.unnamed_rows):
-        job.remove(new.chunk_folder)
-        raise ResumeRefused(
-            f"the input of job {old.id!r} has changed and {new.unnamed_rows or old.unnamed_rows}"
-            " of its rows have no id, so that their numbers may mean other rows now",
-            hint="give every row a 'custom_id' or 'id', or start a new job with --resume never",
-        )
+    if not same_input:
+        with _removed_on_error(job, new.chunk_folder):
+            check_named(old, new.unnamed_rows)
     job.write(MANIFEST, dataclasses.replace(new, created=old.created).to_json())
     for mark in MARKS:
         job.remove(mark)
     return True
+
+
+def has_same_input(old: Manifest, spec: JobSpec) -> bool:
+    """Whether a job's input is the one of the spec, and as it was."""
+    return old.input.path == spec.input and old.input.holds()
+
+
+def check_named(old: Manifest, unnamed_rows: int) -> None:
+    """Refuse to continue a job with a changed input whose rows nobody can tell apart.
+
+    Args:
+        unnamed_rows: of the changed input, good ones whose id is their number.
+
+    Raises:
+        ResumeRefused: the numbers may mean other rows now.
+    """
+    if unnamed_rows or old.unnamed_rows:
+        raise ResumeRefused(
+            f"the input of job {old.id!r} has changed and {unnamed_rows or old.unnamed_rows}"
+            " of its rows have no id, so that their numbers may mean other rows now",
+            hint="give every row a 'custom_id' or 'id', or start a new job with --resume never",
+        )
 
 
 def changed_settings(old: Manifest, spec: JobSpec) -> list[str]:

@@ -19,6 +19,7 @@ from trbatch.merging import BadRow
 
 OPTION = "--template"
 _MARKS = ("{{", "{%")
+_LONGEST_NAME = 1024  # characters of a file's name that has such marks in it
 # What the expressions of a template can raise, ours or a model's chat template.
 FAILURES = (
     TemplateError,
@@ -47,9 +48,7 @@ def read_template(given: str) -> str:
     Raises:
         UsageError: there is no such file, or it is no valid template; names its line.
     """
-    is_text = any(mark in given for mark in _MARKS)
-    path = os.path.expanduser(given)
-    if is_text and not (len(given) < 1024 and "\n" not in given and os.path.isfile(path)):
+    if not (path := template_file(given)):
         source, name = given, OPTION
     else:
         source, name = _read_file(given, path), given
@@ -60,6 +59,20 @@ def read_template(given: str) -> str:
             )
     RowTemplate(source, name)
     return source
+
+
+def template_file(given: str, folder: str | Path = "") -> str:
+    """The path of the file that a template is given by; "" where it is the text itself.
+
+    Args:
+        given: what stands in the place of the template.
+        folder: where a relative path starts from; "" is the working directory.
+    """
+    path = os.path.join(folder, os.path.expanduser(given))
+    if not any(mark in given for mark in _MARKS):
+        return path
+    may_be_name = len(given) < _LONGEST_NAME and "\n" not in given
+    return path if may_be_name and os.path.isfile(path) else ""
 
 
 def _read_file(given: str, path: str) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trbatch.config import default_store
+from trbatch.earlier_jobs import newest_first
 from trbatch.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
@@ -31,16 +32,14 @@ from trbatch.job import JobFolder
 from trbatch.job_handle import Job
 from trbatch.job_status import JobStatus
 from trbatch.masking import printable
-from trbatch.naming import MATRICES
 from trbatch.progress import describe, duration
-from trbatch.storage import LocalFolder, folder
-from trbatch.submission import MANIFEST, MARKS
+from trbatch.storage import folder
+from trbatch.submission import MARKS
 from trbatch.team import Share
 
 LOOK_S = 1.0  # between looks at the jobs
 EVERY_S = 30.0  # between lines
 BAR = 10  # characters
-MOST_OBJECTS = 200  # jobs of an object store that are looked at: each look is a request or three
 NO_WORKER = "no worker holds its model; start one with: trbatch worker"
 
 
@@ -103,17 +102,10 @@ def jobs_in(store: str, redis_url: str, *, unfinished: bool, most: int = 0) -> l
     Raises:
         Unreachable: the storage or the queue fails.
     """
-    place = folder(store or default_store())
-    names = [name for name in place.folders("") if name != MATRICES]
-    if not isinstance(place, LocalFolder):
-        names = names[-MOST_OBJECTS:]
-    dated = []
-    for name in names:
-        inner = folder(place.join(name))
-        if inner.exists(MANIFEST) and not (unfinished and inner.exists(MARKS[0])):
-            dated.append((inner.stat(MANIFEST).modified, inner.path))
     found: list[Job] = []
-    for _, path in sorted(dated, reverse=True):
+    for path in newest_first(str(store or default_store())):
+        if unfinished and folder(path).exists(MARKS[0]):
+            continue
         try:
             job = Job(JobFolder.open(path), redis_url)
             if unfinished and job.status().finished:

@@ -31,6 +31,7 @@ def with_processors(
     """
     params, prompt = request.sampling, len(prompt_ids)
     found: list[LogitsProcessor] = []
+    _check_known("stop_token_ids", params.stop_token_ids, vocab_size)
     if params.logit_bias:
         found.append(Bias(params, vocab_size))
     ends = sorted(token for token in stop_ids if token < vocab_size)
@@ -45,16 +46,20 @@ def with_processors(
     return replace(request, logits_processors=(*found, *request.logits_processors))
 
 
+def _check_known(name: str, ids: ListLike[int], vocab_size: int) -> None:
+    if (most := max(ids, default=0)) >= vocab_size:
+        raise EncodingFailed(
+            "invalid_sampling",
+            f"{name} names token {most}; the model's last one is {vocab_size - 1}",
+        )
+
+
 class Bias:
     """Adds a number to some tokens' logits."""
 
     def __init__(self, params: SamplingParams, vocab_size: int) -> None:
         ids = [int(token) for token in params.logit_bias]
-        if max(ids) >= vocab_size:
-            raise EncodingFailed(
-                "invalid_sampling",
-                f"logit_bias names token {max(ids)}; the model's last one is {vocab_size - 1}",
-            )
+        _check_known("logit_bias", ids, vocab_size)
         self._ids = torch.tensor(ids)
         self._values = torch.tensor(list(params.logit_bias.values()))
 
