@@ -54,17 +54,22 @@ def test_four_samples_of_a_hundred_prompts_take_one_prefill_each(on_device: bool
     # Each prompt was run once, and its last token by each further sample, for its logits. Whoever
     # comes when all others of its row have ended runs what does not fill a page, too.
     hits = one.stats()["prefix_hit_tokens"]
-    again = (SAMPLES - 1) * sum(len(ids) - 1 for ids in PROMPTS)
-    assert again - PAGE < hits <= again
-    rows = [
+    shared = (SAMPLES - 1) * sum(len(ids) - 1 for ids in PROMPTS)
+    assert shared - PAGE < hits <= shared
+    texts_of_rows = [
         {tuple(done[row * SAMPLES + sample].token_ids) for sample in range(SAMPLES)}
         for row in range(len(PROMPTS))
     ]
-    assert all(len(texts) == SAMPLES for texts in rows)
-    few = {key: done[key] for key in range(4 * SAMPLES)}
-    for settings in ({"max_num_seqs": 3}, {"max_num_seqs": 5, "prefix_sharing": False}):
-        again = tiny.decode(engine(on_device=on_device, **settings), requests(PROMPTS[:4]))
-        assert {k: again[k].token_ids for k in again} == {k: few[k].token_ids for k in few}
+    assert all(len(texts) == SAMPLES for texts in texts_of_rows)
+    for settings, rows in (
+        ({"max_num_seqs": 32}, 100),  # the same again
+        ({"max_num_seqs": 12}, 100),
+        ({"max_num_seqs": 3}, 4),
+        ({"max_num_seqs": 5, "prefix_sharing": False}, 4),
+    ):
+        again = tiny.decode(engine(on_device=on_device, **settings), requests(PROMPTS[:rows]))
+        assert len(again) == rows * SAMPLES
+        assert all(again[key].token_ids == done[key].token_ids for key in again), settings
 
 
 def test_samples_hold_the_same_pages_as_long_as_they_run() -> None:
