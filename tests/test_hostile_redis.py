@@ -355,6 +355,22 @@ def test_a_chunk_that_promises_itself_a_million_retries_gets_what_all_get(scene:
     scene.honest_job_is_done()
 
 
+@pytest.mark.parametrize("number", ["9" * 5000, "99999999999", "-99999999999"])
+@pytest.mark.parametrize("field", ["trbatch_lost", "retries_left"])
+def test_numbers_beyond_all_bounds_stop_no_worker_and_spoil_no_row(
+    scene: Scene, field: str, number: str
+) -> None:
+    scene.honest += 1
+    job = make_job(scene.folder, 4, name=f"counted-{scene.honest}")
+    scene.push(job.path, 0, 0, **{field: number})
+    scene.honest_job_is_done()
+    assert scene.worker.thread.is_alive()
+    if number.isdecimal() and field == "retries_left" and len(number) > 4300:
+        return  # an entry that cannot be read counts as absent
+    wait_for(lambda: len(rows_of(job)) == 4)
+    assert {1 <= row["attempts"] <= 4 for row in rows_of(job)} == {True}
+
+
 @pytest.mark.parametrize("data", [b"plain", zlib.compress(b"packed"), b""])
 def test_small_things_are_inflated_whole(data: bytes) -> None:
     assert inflated(data) in (b"plain", b"packed", b"")
