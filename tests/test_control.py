@@ -18,8 +18,10 @@ from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import Cancelled, Expired, JobFailed, UsageError
 from trbatch.job import JobFolder
 from trbatch.lease import LeaseWorker
+from trbatch.progress import duration
 from trbatch.queue import JobQueue
 from trbatch.queue_control import leases
+from trbatch.queue_names import ModelKey
 from workers import submit, wait_for, work, working
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -473,16 +475,43 @@ def test_status_names_the_worker_of_each_running_chunk(tmp_path: Path) -> None:
     assert status.to_dict()["leases"][0]["chunk"] == 0
 
 
+def test_a_lease_tells_the_attempt_that_its_rows_will_have(tmp_path: Path) -> None:
+    """What workers lost or let go of counts there as well as what failed."""
+    job = submit(tmp_path, 4)
+    with JobQueue.connect() as jobs:
+        queue = jobs.queue(ModelKey(job.folder.manifest.model).queue_name)
+        worker = LeaseWorker(jobs.connection, "w", [queue])
+        worker.open()
+        for expected in (1, 2, 3):
+            found = worker.take(queue)
+            assert found is not None
+            (lease,) = leases(jobs, job.folder)
+            assert lease.attempt == found.attempt == expected
+            worker.hand_back(found, lost=True)
+        failed = worker.take(queue)
+        assert failed is not None
+        worker.fail(failed, RuntimeError("no"))
+        again = worker.take(queue)
+        assert again is not None
+        (lease,) = leases(jobs, job.folder)
+        assert lease.attempt == again.attempt == 5
+        jobs.connection.zadd(again.job.started_job_registry.key, {f"{again.job.id}:x": "inf"})
+        duration(leases(jobs, job.folder)[0].left_s)
+        worker.close()
+
+
 def test_leases_are_told_whatever_redis_holds(tmp_path: Path) -> None:
     job = submit(tmp_path, 4)
     with working(EchoEngine(1.0)), JobQueue.connect() as jobs:
         wait_for(lambda: leases(jobs, job.folder))
         (rq_id,) = jobs.ids(job.id)
         poison = {"worker_name": b"\xff\xfe", "started_at": b"\xff", "retries_left": b"9" * 99}
+        poison["trbatch_lost"] = b"9" * 5000
         jobs.connection.hset(f"rq:job:{rq_id}", mapping=poison)
         (registry,) = (jobs.queue(name).started_job_registry.key for name in jobs.models())
         later = time.time() + 60
         jobs.connection.zadd(registry, {b"\xff:1": later, f"{rq_id}9x:1": later, "": later})
+        jobs.connection.zadd(registry, {f"{rq_id}{'9' * 5000}:1": later})
         (lease,) = leases(jobs, job.folder)
         assert (lease.chunk, lease.attempt, lease.running_s) == (0, 1, None)
 

@@ -35,6 +35,7 @@ from trbatch.confinement import Confinement
 from trbatch.job import JobFolder
 from trbatch.queue import FUNCTION, MODELS_KEY, JobQueue
 from trbatch.queue_names import ModelKey
+from trbatch.suspects import Suspects
 
 MODEL = ModelKey("maker/echo")
 
@@ -353,6 +354,59 @@ def test_a_chunk_that_promises_itself_a_million_retries_gets_what_all_get(scene:
     key = ChunkJob.key_for(entry)
     wait_for(lambda: scene.hostile.hget(key, "status") == b"failed")
     scene.honest_job_is_done()
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "99999999999", "-99999999999"])
+@pytest.mark.parametrize("field", ["trbatch_lost", "retries_left"])
+def test_numbers_beyond_all_bounds_stop_no_worker_and_spoil_no_row(
+    scene: Scene, field: str, number: str
+) -> None:
+    scene.honest += 1
+    job = make_job(scene.folder, 4, name=f"counted-{scene.honest}")
+    scene.push(job.path, 0, 0, **{field: number})
+    scene.honest_job_is_done()
+    assert scene.worker.thread.is_alive()
+    if number.isdecimal() and field == "retries_left" and len(number) > 4300:
+        return  # an entry that cannot be read counts as absent
+    wait_for(lambda: len(rows_of(job)) == 4)
+    assert {1 <= row["attempts"] <= 4 for row in rows_of(job)} == {True}
+
+
+def test_a_forged_verdict_costs_its_row_and_puts_only_letters_into_the_results(
+    scene: Scene,
+) -> None:
+    """`docs/security.md` says that who writes to Redis can do this, and how it is undone."""
+    job = make_job(scene.folder, 4, name="condemned")
+    forged = json.dumps([[[[1, 0], [1, 0]]], [[0, 0, 10**18]], "\x1b[2J\x00\n" + "x" * 999])
+    scene.push(job.path, 0, 0, trbatch_suspects=forged)
+    wait_for(lambda: len(rows_of(job)) == 4)
+    bad, *others = sorted(rows_of(job), key=lambda row: row["prompt_index"])
+    assert [row["finish_reason"] for row in others] == ["stop"] * 3
+    assert bad["error_code"] == "poison"
+    assert r"times: \x1b[2J\x00\nx" in bad["error_message"]
+    assert bad["error_message"].isprintable()
+    assert len(bad["error_message"]) < 700
+    scene.honest_job_is_done()
+
+
+SUSPECTS = [
+    b"[]", b"null", b"{}", b"[1, 2, 3]", b'[["ab"], [], ""]', b'[[[["1", 0]]], [], ""]',
+    b'[[[[-1, 0]]], [], ""]', b'[[[[1e300, 0]]], [], ""]',
+    b'[[[[18446744073709551615, 0]]], [], ""]',
+    b'[[], [[0, 0, "9"]], ""]', b'[[], [[0, 0, -1]], ""]', b"\xff", nested(5000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SUSPECTS, ids=lambda text: text[:20].decode("ascii", "replace"))
+def test_bookkeeping_that_is_none_suspects_nobody(text: bytes) -> None:
+    assert Suspects.from_json(text) == Suspects()
+
+
+def test_bookkeeping_with_counts_beyond_all_bounds_goes_on_after_a_crash() -> None:
+    found = Suspects.from_json(b'[[[[5, 0], [5, 0]]], [[5, 0, 9223372036854775807]], "x"]')
+    assert found.groups == (((5, 0),),)
+    after = found.after_crash([(5, 0)], "SIGSEGV", alone=True)
+    assert Suspects.from_json(after.to_json()).poison == {(5, 0)}
 
 
 @pytest.mark.parametrize("data", [b"plain", zlib.compress(b"packed"), b""])

@@ -11,8 +11,9 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
 from trbatch import lease as lease_module
+from trbatch.chunk_job import RETRIES
 from trbatch.lease import LeaseWorker
-from trbatch.queue import RETRIES, JobQueue
+from trbatch.queue import JobQueue
 from trbatch.queue_names import chunk_id
 
 

@@ -16,6 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from trbatch import cli, logs
+from trbatch.config import JobSpec, WorkerConfig
+from trbatch.job_handle import Job
 from trbatch.logs import JsonLines, TextLines, log_to_stderr, note
 from trbatch.masking import mask_text, printable
 
@@ -90,6 +92,36 @@ def test_run_writes_its_own_events_and_its_workers_as_they_are(
     assert (last["state"], last["rows_ok"], last["rows_failed"]) == ("completed", 1, 1)
 
 
+def test_the_end_of_the_command_of_on_complete_is_an_event_too(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = (sys.executable, str(TESTS / "echo_worker.py"), "worker")
+    monkeypatch.setattr("trbatch.local.WORKER_COMMAND", command)
+    file = tmp_path / "good.jsonl"
+    file.write_text('{"prompt": "say hello"}\n')
+    arguments = ["run", str(file), "--model", "maker/echo", "--log-format", "json"]
+    arguments += ["-o", str(tmp_path / "out.parquet"), "--on-complete", "exit 9"]
+    with pytest.raises(SystemExit) as ended:
+        cli.commands(arguments)
+    assert ended.value.code == 9
+    last = lines(capfd.readouterr().err)[-1]
+    assert last["exit_code"] == 9
+    assert "--on-complete ended with exit code 9" in last["message"]
+
+
+def test_a_stop_at_the_keyboard_is_an_event_too(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trbatch.api.submit", stop)
+    arguments = ["submit", write_prompts(tmp_path), "--log-format", "json"]
+    done = CliRunner().invoke(cli.commands, arguments)
+    assert done.exit_code == 130
+    assert [event["exit_code"] for event in lines(done.stderr)] == [130]
+
+
 def test_an_error_is_an_event_too(home: Path, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.jsonl")
     done = CliRunner().invoke(cli.commands, ["submit", missing, "--log-format", "json"])
@@ -128,6 +160,53 @@ def test_no_password_gets_into_a_log(text: str, formatter: logging.Formatter) ->
     shown = formatter.format(record)
     assert "ConnectionError" in shown
     assert SECRET not in shown.replace(f'ConnectionError("{text}")', "")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_password_gets_into_any_field_of_an_event(text: str) -> None:
+    fields = {"folder": text, "hint": [text, {"deep": (text,)}], "error": OSError(text), "n": 3}
+    record = logging.makeLogRecord({"name": "trbatch", "msg": "x", "event": "e", **fields})
+    shown = JsonLines().format(record)
+    assert SECRET not in shown
+    assert (json.loads(shown)["event"], json.loads(shown)["n"]) == ("e", 3)
+
+
+def test_what_json_cannot_hold_is_written_all_the_same() -> None:
+    record = logging.makeLogRecord({"msg": "lone \ud800", "rows": 2**70, "by": {3: "c"}})
+    shown = json.loads(JsonLines().format(record))
+    assert (shown["message"], shown["rows"], shown["by"]) == ("lone \ud800", 2**70, {"3": "c"})
+
+
+def test_no_password_gets_into_a_repr_or_into_what_commands_print(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = f"memory://me:{SECRET}@host/jobs"
+    settings = {"redis_url": f"redis://me:{SECRET}@host", "model": "m"}
+    reprs = [repr(WorkerConfig(**settings)), repr(JobSpec(input=store, out=store))]
+    assert "redis://me:***@host" in reprs[0]
+    file = write_prompts(tmp_path)
+    words = ["--model", "maker/echo", "--store", store]
+    printed = []
+    for command in (
+        ["submit", file, "--name", "a", *words],
+        ["submit", file, "--name", "b", *words, "--json"],
+        ["submit", file, "--name", "c", *words, "--log-format", "json"],
+        ["status", "a", "--store", store],
+        ["status", "a", "--store", store, "--json"],
+        ["status", "--store", store],
+        ["status", "--store", store, "--json"],
+        ["retry", "a", "--failed", "--store", store, "--json"],
+        ["resume", "a", "--store", store, "--json"],
+        ["status", "missing", "--store", store],
+    ):
+        done = CliRunner().invoke(cli.commands, command)
+        assert done.exit_code == (2 if "missing" in command else 0), done.output
+        printed.append(done.output)
+    job = Job.open("a", store=store)
+    assert repr(job) == "Job('memory://me:***@host/jobs/a')"
+    everything = "\n".join([*reprs, *printed, repr(job), repr(job.status())])
+    assert "memory://me:***@host/jobs/a" in printed[0]
+    assert SECRET not in everything
 
 
 @pytest.mark.parametrize("text", ["plain", "a@b.example", "s3://bucket/key", "3 @ 4", ""])

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from trbatch.cli import commands
 from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.metrics import Metrics, Moment, metrics_on
-from trbatch.queue import JobQueue
+from trbatch.queue import JobQueue, QueueInfo
+from trbatch.queue_names import ModelKey
 from trbatch.worker import BatchWorker
 
 OPERATIONS = Path(__file__).parent.parent / "docs" / "operations.md"
@@ -112,7 +114,8 @@ def test_a_scrape_in_the_middle_of_work_sees_queue_pages_and_rows_in_flight(
 
     monkeypatch.setattr(worker, "_finish_chunks", looking)
     worker.run()
-    states = [f"trbatch_queue_chunks{{model=maker/echo,state={s}}}" for s in ("queued", "started")]
+    labels = "model=maker/echo,priority=normal"
+    states = [f"trbatch_queue_chunks{{{labels},state={s}}}" for s in ("queued", "started")]
     assert {one.get(states[0]) for one in seen} >= {2.0, 1.0, 0.0}
     assert 1.0 in {one.get(states[1]) for one in seen}
     assert max(one["trbatch_rows_in_flight"] for one in seen) == 4
@@ -122,6 +125,43 @@ def test_a_scrape_in_the_middle_of_work_sees_queue_pages_and_rows_in_flight(
     busy = [one["trbatch_engine_busy_seconds_total"] for one in seen]
     assert busy == sorted(busy) and 0 < busy[-1] < time.monotonic() - began
     assert seen[-1]["trbatch_last_beat_timestamp_seconds"] > 1.7e9
+
+
+@dataclass
+class Queues:
+    """Queues of one model that are said to hold so many chunks."""
+
+    waiting: dict[str, int]  # by priority
+
+    def queues(self) -> list[QueueInfo]:
+        model = ModelKey("maker/echo")
+        return [
+            QueueInfo(model.queue_of(priority), model, priority, count, 1, 2, 1)
+            for priority, count in sorted(self.waiting.items())
+        ]
+
+
+def test_the_queues_of_a_model_are_counted_by_priority_and_forgotten_when_they_are_gone(
+    served: Metrics, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_module, "QUEUES_S", 0.0)
+    monkeypatch.setattr(metrics_module, "MOMENT_S", 0.0)
+
+    def counted(state: str) -> dict[str, float]:
+        got = scrape(port)
+        pattern = re.compile(rf"trbatch_queue_chunks\{{model=.*,priority=(.*),state={state}\}}")
+        found = {name: pattern.fullmatch(name) for name in got}
+        return {match[1]: got[name] for name, match in found.items() if match}
+
+    queues = Queues({"high": 5, "normal": 100, "low": 0})
+    served.moment(Moment(0, 0, 0, 0, {}), queues)
+    assert counted("queued") == queues.waiting
+    assert counted("started") == dict.fromkeys(queues.waiting, 1)
+    assert counted("failed") == dict.fromkeys(queues.waiting, 2)
+    served.moment(Moment(0, 0, 0, 0, {}), Queues({"normal": 7}))
+    assert counted("queued") == {"normal": 7}
+    served.moment(Moment(0, 0, 0, 0, {}), Queues({}))
+    assert counted("queued") == counted("failed") == {}
 
 
 def test_busy_seconds_go_on_when_another_engine_counts_anew(

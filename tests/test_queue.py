@@ -10,9 +10,9 @@ import pytest
 from queue_tools import MODEL, FakeFolder, counts, queue, take, take_all
 from rq.serializers import JSONSerializer
 
-from trbatch.chunk_job import ChunkJob
+from trbatch.chunk_job import RETRIES, ChunkJob
 from trbatch.lease import LeaseWorker
-from trbatch.queue import FUNCTION, RETRIES, JobQueue
+from trbatch.queue import FUNCTION, JobQueue
 from trbatch.queue_names import ModelKey, chunk_id
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from queue_tools import MODEL, FakeFolder, counts, queue, take, take_all
+from queue_tools import MODEL, FakeFolder, counts, queue, run_out, take, take_all
 from rq import Queue
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
@@ -18,6 +18,7 @@ from trbatch.chunk_lease import BadChunk
 from trbatch.lease import LeaseWorker
 from trbatch.queue import FUNCTION, JobQueue
 from trbatch.queue_names import chunk_id
+from trbatch.recovery import recover
 
 
 def push(jobs: JobQueue, job: ChunkJob) -> None:
@@ -103,3 +104,61 @@ def test_the_function_of_a_chunk_cannot_be_had(jobs: JobQueue) -> None:
     job = ChunkJob.fetch(chunk_id(FakeFolder(), 0), jobs.connection, JSONSerializer)
     with pytest.raises(PermissionError):
         job.perform()
+
+
+NUMBERS = ["9" * 5000, "99999999999", "-99999999999", str(2**63 - 1), "1e999", "nan", "½", ""]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:20] or "empty")
+@pytest.mark.parametrize(
+    "field", ["trbatch_lost", "retries_left", "result_ttl", "failure_ttl", "ttl", "timeout"]
+)
+def test_no_number_of_an_entry_is_believed_without_bounds(
+    jobs: JobQueue, worker: LeaseWorker, field: str, number: str
+) -> None:
+    """The attempt always fits its column; the chunk ends, or waits again, as any other does."""
+    folder = FakeFolder()
+    jobs.enqueue(folder, [0])
+    key = ChunkJob.key_for(chunk_id(folder, 0))
+    jobs.connection.hset(key, field, number)
+    found = worker.take(queue(jobs))
+    if found is None:  # what rq cannot read at all counts as absent
+        assert field != "trbatch_lost"
+        return
+    assert 1 <= found.attempt < 2**31
+    assert worker.hand_back(found, lost=True)
+    again = take(jobs, worker)
+    assert 1 <= again.attempt < 2**31
+    run_out(jobs, again)
+    assert recover(queue(jobs)) == 1
+    assert worker.fail(take(jobs, worker), BadChunk("no"))
+    if (last := worker.take(queue(jobs))) is not None:
+        assert worker.finish(last, {})
+
+
+def test_promises_of_delays_and_repeats_are_cut_to_what_all_get(
+    jobs: JobQueue, worker: LeaseWorker
+) -> None:
+    folder = FakeFolder()
+    jobs.enqueue(folder, [0])
+    key = ChunkJob.key_for(chunk_id(folder, 0))
+    promises = {"retry_intervals": "[1e300]", "repeats_left": "9", "repeat_intervals": '["x"]'}
+    jobs.connection.hset(key, mapping=promises)
+    assert worker.fail(take(jobs, worker), BadChunk("no"))
+    assert worker.finish(take(jobs, worker), {})
+    assert counts(jobs) == (0, 0, 0, 1)
+
+
+def test_an_entry_whose_other_keys_are_of_another_kind_does_not_stop_recovery(
+    jobs: JobQueue, worker: LeaseWorker
+) -> None:
+    folder = FakeFolder()
+    jobs.enqueue(folder, [0, 1])
+    leases = {lease.chunk: lease for lease in (take(jobs, worker), take(jobs, worker))}
+    for lease in leases.values():
+        run_out(jobs, lease)
+    jobs.connection.delete(f"rq:executions:{leases[0].job.id}")
+    jobs.connection.set(f"rq:executions:{leases[0].job.id}", b"no set")
+    jobs.connection.lpush(f"{queue(jobs).intermediate_queue_key}", leases[1].job.id)
+    jobs.connection.sadd(f"{queue(jobs).intermediate_queue_key}:seen:{leases[1].job.id}", b"x")
+    assert recover(queue(jobs)) >= 2

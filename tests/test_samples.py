@@ -44,10 +44,7 @@ def requests(prompts: list[list[int]], *, max_tokens: int = 4) -> list[Request]:
     return found
 
 
-@pytest.mark.parametrize(
-    "on_device",
-    [pytest.param(False, id="host", marks=pytest.mark.long), pytest.param(True, id="device")],
-)
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 def test_four_samples_of_a_hundred_prompts_take_one_prefill_each(on_device: bool) -> None:
     one = engine(on_device=on_device, max_num_seqs=32, max_model_len=128, speculate=False)
     done = tiny.decode(one, requests(PROMPTS))

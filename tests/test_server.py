@@ -434,3 +434,133 @@ def test_a_log_that_cannot_be_opened_is_left_where_it_is(
     with pytest.raises(Unreachable, match="No space left"):
         server.start()
     assert (folder / "appendonlydir").exists()
+
+
+# --- a folder, or a server, of somebody else ---
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to somebody else")
+
+
+class Stranger:
+    """A server that somebody else runs where this user's own would lie. Notes who has called."""
+
+    def __init__(self, address: Path) -> None:
+        self.calls = 0
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(str(address))
+        os.chmod(address, 0o777)
+        os.chown(address, NOBODY, NOBODY)
+        self.socket.listen()
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = self.socket.accept()
+                self.calls += 1
+                caller.close()
+
+    def close(self) -> int:
+        """Close. Returns how often somebody has called."""
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self.thread.join()
+        return self.calls
+
+
+@pytest.fixture(params=["home", "below /var/tmp", "long"])
+def folder(
+    request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """The server's folder in each of the places that it may have, made by hand."""
+    if request.param == "below /var/tmp":
+        monkeypatch.setattr(server_place, "_on_shared_filesystem", lambda path: True)
+    if request.param == "long":
+        monkeypatch.setenv("TRBATCH_HOME", str(home / ("d" * 120)))
+    found = server_place.server_folder()
+    found.mkdir(parents=True, mode=0o700)
+    yield found
+    for path in (found.parent, found):
+        os.chown(path, os.getuid(), -1)
+    if request.param == "below /var/tmp":
+        shutil.rmtree(found.parent)
+
+
+@as_root
+@pytest.mark.parametrize("whose", ["folder", "parent", "socket"])
+@pytest.mark.parametrize("command", ["start", "status", "stop"])
+def test_what_belongs_to_somebody_else_is_refused_before_anybody_is_called(
+    folder: Path, whose: str, command: str
+) -> None:
+    address = server_place.socket_path(folder)
+    stranger = Stranger(address)
+    try:
+        if whose != "socket":
+            os.chown(address, os.getuid(), -1)
+            os.chown(folder if whose == "folder" else folder.parent, NOBODY, -1)
+        refused = invoke("server", command)
+        with pytest.raises(Unreachable, match=f"belongs to user {NOBODY}"):
+            server.ensure()
+        own = server.own_url()
+    finally:
+        calls = stranger.close()
+        address.unlink()
+    assert refused.exit_code == Unreachable.exit_code
+    assert f"belongs to user {NOBODY}" in refused.stderr
+    assert own == "", "no URL is this user's own: a worker would trust what it names"
+    assert calls == 0
+
+
+@as_root
+def test_submit_and_status_use_no_server_of_somebody_else(home: Path, tmp_path: Path) -> None:
+    folder = server_place.server_folder()
+    folder.mkdir(parents=True)
+    stranger = Stranger(server_place.socket_path(folder))
+    os.chown(folder, NOBODY, -1)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a secret"}\n')
+    try:
+        for words in (["submit", str(rows), "--model=maker/echo"], ["status"]):
+            done = invoke(*words)
+            assert done.exit_code == Unreachable.exit_code
+            assert f"belongs to user {NOBODY}" in done.stderr
+    finally:
+        calls = stranger.close()
+        os.chown(folder, os.getuid(), -1)
+        server_place.socket_path(folder).unlink()
+    assert calls == 0
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_into_which_others_may_write_is_refused(home: Path, mode: int) -> None:
+    """What lies in it may be theirs by now."""
+    url = server.ensure()
+    folder = server_place.server_folder()
+    folder.chmod(mode)
+    for call in (server.ensure, server.start, server.status, server.stop):
+        with pytest.raises(Unreachable, match="others may write") as caught:
+            call()
+        assert "chmod 700" in caught.value.hint
+    assert server.own_url() == ""
+    folder.chmod(0o700)
+    assert server.ensure() == server.own_url() == url
+
+
+def test_a_folder_that_others_may_only_read_is_closed_to_them(home: Path) -> None:
+    server_place.server_folder().mkdir(parents=True, mode=0o755)
+    assert stat.S_IMODE(server.start().folder.stat().st_mode) == 0o700
+
+
+def test_a_link_in_place_of_the_folder_is_only_followed_to_what_is_ours(
+    home: Path, tmp_path: Path
+) -> None:
+    folder = server_place.server_folder()
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to("/" if os.getuid() else tmp_path)
+    if os.getuid() == 0:
+        os.chown(tmp_path, NOBODY, -1)
+    with pytest.raises(Unreachable, match="belongs to user"):
+        server.ensure()
+    os.unlink(folder)

@@ -18,6 +18,9 @@ logger = logging.getLogger("trbatch.queue")
 
 LOCK_S = 10  # a worker killed while it cleans, or while it takes a chunk, blocks others this long
 STUCK_S = 10  # an id popped so long ago without a lease is brought back
+RETRIES = 3  # of a chunk, a crash of its worker included
+RESULT_TTL_S = 24 * 3600
+FAILURE_TTL_S = 30 * 24 * 3600
 LARGEST = 1 << 20  # bytes of an entry, as it lies in Redis and unpacked; ours have about 1,500
 
 
@@ -77,11 +80,21 @@ class ChunkJob(Job):
             # rq inflates these without a limit, and takes them as they are if they are not packed.
             packed = (b"data", b"exc_info")
             limited = {k: inflated(v) if k in packed else v for k, v in raw_data.items()}
-            return super().restore(limited)
+            found = super().restore(limited)
         except NoSuchJobError:
             raise
         except Exception as error:
             raise _unreadable(self, f"{type(error).__name__}: {error}") from error
+        self._promise_what_all_get()
+        return found
+
+    def _promise_what_all_get(self) -> None:
+        """Take no time, delay or repetition from Redis, and no more retries than there can be."""
+        self.retries_left = min(max(self.retries_left or 0, 0), RETRIES)
+        self.timeout, self.ttl = -1, None
+        self.result_ttl, self.failure_ttl = RESULT_TTL_S, FAILURE_TTL_S
+        self.retry_intervals = self.repeat_intervals = self.repeats_left = None
+        self.rate_limit_key = self.rate_limit_concurrency = None
 
     def failure_text(self) -> str:
         """What its last failure said; "" if nothing did."""

@@ -95,7 +95,7 @@ class Commands(ProgramGroup):
             print_error(error)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("stopped; the same command again goes on", err=True)
+            logs.note("stopped; the same command again goes on", exit_code=INTERRUPTED)
             ctx.exit(INTERRUPTED)
 
 
@@ -364,7 +364,7 @@ def _newest_jobs(store: str, redis_url: str) -> Iterator[api.JobStatus]:
         for job in jobs_in(store, redis_url, unfinished=False, most=NEWEST):
             yield job.status()
     except Unreachable as error:  # of the storage: the queue can be shown all the same
-        click.echo(f"warning: jobs are not listed: {error.message}", err=True)
+        logs.note(f"warning: jobs are not listed: {error.message}")
 
 
 def _collect(job: api.Job, progress: Progress, settings: dict[str, Any]) -> Receipt:

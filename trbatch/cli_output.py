@@ -19,7 +19,7 @@ from trbatch.connection import mask_url
 from trbatch.errors import TrbatchError
 from trbatch.figures import Progress
 from trbatch.job_status import JobStatus
-from trbatch.masking import printable
+from trbatch.masking import mask_text, masked, printable
 from trbatch.moments import written
 from trbatch.progress import describe, duration
 from trbatch.pruning import Pruned
@@ -40,14 +40,14 @@ def print_error(error: TrbatchError) -> None:
         fields = {"event": "error", "hint": error.hint, "exit_code": error.exit_code}
         logger.error("%s", error.message, extra=fields)
         return
-    click.echo(f"error: {error.message}", err=True)
+    click.echo(f"error: {mask_text(error.message)}", err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        click.echo(f"hint: {mask_text(error.hint)}", err=True)
 
 
 def print_json(values: Any) -> None:
-    """One line of JSON on stdout."""
-    click.echo(orjson.dumps(values, default=_jsonable).decode())
+    """One line of JSON on stdout, without the password of any URL."""
+    click.echo(orjson.dumps(masked(values), default=_jsonable).decode())
 
 
 def print_summary(receipt: Receipt, progress: Progress, *, as_json: bool) -> None:
@@ -242,7 +242,7 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
     """Names and values, one pair a line."""
     width = max(map(len, pairs), default=0)
     for name, value in pairs.items():
-        click.echo(f"{name.ljust(width)}  {value}")
+        click.echo(f"{name.ljust(width)}  {mask_text(value)}")
 
 
 def print_rows(rows: Iterable[Mapping[str, Any]], otherwise: str) -> None:
@@ -271,7 +271,7 @@ def _cell(value: Any) -> str:
         return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_cell(inner) for inner in value)
-    return str(value)
+    return mask_text(str(value))
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
@@ -280,5 +280,5 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value)
+        return mask_text(str(value))
     raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from trbatch import structured
 from trbatch.errors import UsageError
+from trbatch.masking import mask_text
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TREE_SIZE = 81
@@ -45,6 +46,12 @@ class _Config:
         """
         refuse_unknown(values, [field.name for field in dataclasses.fields(cls)])  # type: ignore[arg-type]
         return cls(**values)
+
+    def __repr__(self) -> str:
+        """The settings, without the passwords of URLs."""
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}  # type: ignore[arg-type]
+        inner = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        return mask_text(f"{type(self).__name__}({inner})")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-serialisable values."""
@@ -166,7 +173,7 @@ _WHOLE_NUMBERS = ("max_tokens", "top_k", "seed", "n", "min_tokens", "logprobs", 
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class JobSpec(_Config):
     """What a job is: an input, a model, how to sample, where the job folder goes."""
 
@@ -268,7 +275,7 @@ class EngineConfig(_Config):
         _number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_below=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class WorkerConfig(_Config):
     """How a worker takes chunks from the queue."""
 

@@ -47,6 +47,7 @@ FROM_DECODING: tuple[tuple[str, str, str], ...] = (
     ),
     ("sampling_failed", "choosing a token failed", "report it with the message"),
     ("poison", "decoding this row alone ended the worker three times", "see the message"),
+    ("unwritable", "the text does not fit into a dataset", "report it with the message"),
     ("deadline", "the job's deadline passed first", "`trbatch resume --deadline …`"),
     ("cancelled", "the job was cancelled first", "`trbatch resume`"),
 )

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import subprocess
 
-import click
-
 from trbatch.errors import EXIT_OK
 from trbatch.job_status import JobStatus
+from trbatch.logs import note
 
 _STDERR = 2  # the file descriptor
 
@@ -51,5 +50,5 @@ def on_complete(command: str, status: JobStatus, exit_code: int, output: str = "
     )
     code = done.returncode if done.returncode >= 0 else 128 - done.returncode
     if code != EXIT_OK:
-        click.echo(f"the command of --on-complete ended with exit code {code}", err=True)
+        note(f"the command of --on-complete ended with exit code {code}", exit_code=code)
     return exit_code or code

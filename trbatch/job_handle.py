@@ -12,6 +12,7 @@ from trbatch.dataset import output_of
 from trbatch.errors import TimedOut
 from trbatch.job import JobFolder
 from trbatch.job_status import JobStatus, job_failure, job_status
+from trbatch.masking import mask_text
 from trbatch.reporting import CATEGORY, make_report, write_report
 from trbatch.reporting import Report as JobReport
 from trbatch.results import Receipt
@@ -35,7 +36,7 @@ class Job:
         self.redis_url = redis_url
 
     def __repr__(self) -> str:
-        return f"Job({self.path!r})"
+        return f"Job({mask_text(self.path)!r})"
 
     @classmethod
     def open(cls, job: str | Path, *, store: str | Path = "", redis_url: str = "") -> Self:

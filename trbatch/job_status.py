@@ -26,7 +26,7 @@ class JobStatus:
     """How far a job is and who works on it."""
 
     id: str
-    path: str
+    path: str = field(repr=False)  # or URL of its folder, which may hold a password
     state: str  # queued, in_progress, finalizing, completed, failed, cancelling, cancelled, expired
     model: str
     task: str

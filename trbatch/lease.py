@@ -28,7 +28,6 @@ from trbatch import recovery
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.chunk_lease import BadChunk, Lease, payload_of
 from trbatch.flight import FlightRecord
-from trbatch.queue import RETRIES
 from trbatch.queue_names import PREFIX
 from trbatch.suspects import Suspects
 
@@ -162,7 +161,6 @@ class LeaseWorker(SimpleWorker):
 
     def _lease(self, job: Job, queue: ChunkQueue) -> Lease | None:
         job.redis_server_version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
-        job.retries_left = min(job.retries_left or 0, RETRIES)  # Redis may promise a million
         execution = self.prepare_execution(job)
         try:
             self.prepare_job_execution(job, remove_from_intermediate_queue=True)
@@ -172,7 +170,7 @@ class LeaseWorker(SimpleWorker):
             self._fail(job, queue, execution, error, final=True)
             return None
         lost, suspects = recovery.history(self.connection, job.id)
-        attempt = RETRIES - (job.retries_left or 0) + lost + 1
+        attempt = recovery.attempt_of(job.retries_left or 0, lost)
         lease = Lease(job, queue, execution, folder, chunk, generation, attempt, suspects)
         self.leases[lease.id] = lease
         self._note()

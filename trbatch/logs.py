@@ -6,6 +6,7 @@ may want to act on has `event` and fields of its own beside them. Neither form s
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from trbatch.masking import mask_text, printable
+from trbatch.masking import mask_text, masked, printable
 
 FORMATS = ("text", "json")
 LOGGERS = ("trbatch", "rq")  # rq speaks of connections that were lost
@@ -48,6 +49,7 @@ def as_json() -> bool:
 
 def note(text: str, **fields: Any) -> None:
     """Say something whatever the level: a line on stderr, or an event with these fields."""
+    text = mask_text(text)
     if as_json():
         known = {"name": "trbatch", "levelname": "INFO", "msg": text, "event": "note"}
         text = JsonLines().format(logging.makeLogRecord(known | fields))
@@ -70,9 +72,17 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": mask_text(record.getMessage()),
+            "message": record.getMessage(),
         }
         values |= {name: v for name, v in record.__dict__.items() if name not in _KNOWN}
         if record.exc_info:
-            values["exception"] = mask_text(self.formatException(record.exc_info))
-        return orjson.dumps(values, default=lambda value: mask_text(str(value))).decode()
+            values["exception"] = self.formatException(record.exc_info)
+        values = masked(values)
+        try:
+            return orjson.dumps(values, default=_as_text).decode()
+        except TypeError:  # a lone surrogate, a number of over 64 bits
+            return json.dumps(values, default=_as_text)
+
+
+def _as_text(value: object) -> str:
+    return mask_text(str(value))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _PARTS = re.compile(r"(?s)([A-Za-z][\w+.-]*://)?(?:(.*)(@))?(.*)")
 _PASSWORD = re.compile(r"(?is)(password=).*?(?=&\w+=|$)")
@@ -30,6 +33,19 @@ def mask_text(text: str) -> str:
     """The text with the password of every URL in it replaced by stars."""
     text = _URL_IN_TEXT.sub(lambda found: mask_url(found.group()), text)
     return _OPTION_IN_TEXT.sub(r"\1***", text)
+
+
+def masked(value: Any) -> Any:
+    """What is to become JSON, with every text in it masked; keys are texts then."""
+    if isinstance(value, str):
+        return mask_text(value)
+    if isinstance(value, Mapping):
+        return {str(name): masked(inner) for name, inner in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return masked({one.name: getattr(value, one.name) for one in dataclasses.fields(value)})
+    if isinstance(value, list | tuple):
+        return [masked(inner) for inner in value]
+    return value
 
 
 def printable(text: str) -> str:

@@ -29,6 +29,7 @@ _KEEP_S = 24 * 3600
 _TURN_S = 30
 _MOST_ENTRIES = 1024  # if nobody manages to write a snapshot
 _TIMEOUT_S = 5.0
+_LONGEST = 42  # letters of a position: two numbers of 64 bits
 _LARGEST = 512 << 20  # bytes of a snapshot; one of 256,000 tokens has some 10 million
 
 
@@ -159,4 +160,5 @@ def _with_position(position: str, whole: bytes) -> bytes:
 def _position_of(snapshot: bytes) -> str:
     position = snapshot.partition(b"\n")[0].decode("ascii", "replace")
     milliseconds, _, number = position.partition("-")
-    return position if milliseconds.isdecimal() and number.isdecimal() else BEGIN
+    short = len(position) < _LONGEST  # it comes out of Redis
+    return position if short and milliseconds.isdecimal() and number.isdecimal() else BEGIN

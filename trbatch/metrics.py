@@ -7,7 +7,7 @@ what is there, so that it never waits for the queue or the engine. `docs/operati
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MOMENT_S = 0.5  # between two readings
 QUEUES_S = 10.0  # between two looks at how much waits
+_QUEUE_LABELS = ("model", "priority", "state")
 
 
 class Metrics:
@@ -143,11 +144,12 @@ class PrometheusMetrics(Metrics):
             "engine_busy_seconds", "Time in which the engine prefilled or decoded."
         )
         self._kv = gauge("kv_cache_usage_ratio", "Pages of the K/V cache in use, of all.")
-        self._queue = gauge("queue_chunks", "Chunks in the queue.", ["model", "state"])
+        self._queue = gauge("queue_chunks", "Chunks in the queue.", _QUEUE_LABELS)
         self._beat = gauge("last_beat_timestamp_seconds", "When the worker's loop last turned.")
         self._info = gauge(
             "worker_info", "Always 1.", ["worker", "model", "device", "dtype", "version"]
         )
+        self._queues_seen: set[tuple[str, str, str]] = set()  # the labels of each count
         self._looked_at = self._read_at = float("-inf")
         self._failures_before = 0
         self._busy_before = 0.0
@@ -221,10 +223,20 @@ class PrometheusMetrics(Metrics):
         self._kv.set(_ratio(stats.get("kv_pages_used", 0), stats.get("kv_pages", 0)))
         if time.monotonic() - self._looked_at >= QUEUES_S:
             self._looked_at = time.monotonic()
-            for queue in queues.queues():
-                for state in ("queued", "started", "failed"):
-                    count = getattr(queue, state)
-                    self._queue.labels(str(queue.model), state).set(count)
+            self._look_at(queues.queues())
+
+    def _look_at(self, queues: Sequence[QueueInfo]) -> None:
+        """Count what is in each queue; one that is no more has no count, and not its last."""
+        counts = {
+            (str(queue.model), queue.priority, state): getattr(queue, state)
+            for queue in queues
+            for state in ("queued", "started", "failed")
+        }
+        for labels in self._queues_seen - counts.keys():
+            self._queue.remove(*labels)
+        for labels, count in counts.items():
+            self._queue.labels(*labels).set(count)
+        self._queues_seen = set(counts)
 
 
 def _ratio(part: float, whole: float) -> float:

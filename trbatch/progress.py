@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from trbatch import logs
 from trbatch.job_status import JobStatus
+from trbatch.masking import mask_text
 
 LINE_S = 30.0  # between lines where there is no terminal
 
@@ -112,7 +113,7 @@ class _LiveLine:
         )
 
     def log(self, line: str, **fields: Any) -> None:
-        self._display.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._display.console.print(mask_text(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class _Lines:
@@ -128,7 +129,7 @@ class _Lines:
             self._show(status)
 
     def log(self, line: str, **fields: Any) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(mask_text(line), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._latest is not None and describe(self._latest) != self._shown:

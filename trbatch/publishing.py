@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from trbatch.backoff import Backoff
 from trbatch.engine.sequence import Completion
 from trbatch.errors import Unreachable
+from trbatch.schema import UNWRITABLE, fitted
 from trbatch.trace import Steps
 
 logger = logging.getLogger("trbatch.worker")
@@ -103,7 +104,9 @@ class Publisher:
         self._publish(self._waiting)
 
     def _publish(self, paths: Iterable[str]) -> None:
-        for path in list(paths):
+        again = list(paths)
+        while again:
+            path = again.pop()
             waiting = self._waiting[path]
             self._last = time.monotonic()
             try:
@@ -113,11 +116,29 @@ class Publisher:
             except (OSError, Unreachable) as error:
                 self._failed(path, waiting, error)
                 continue
+            except UNWRITABLE as error:
+                if self._mended(path, waiting):
+                    again.append(path)
+                else:
+                    self._failed(path, waiting, error)
+                continue
             if waiting.tries.failing:
                 logger.info("%s: can be written again", path)
             del self._waiting[path]
             for owner in waiting.owners:
                 self._published(owner)
+
+    def _mended(self, path: str, waiting: _Waiting) -> bool:
+        """Take out what no column takes, so that it holds up no other row. False: there is none."""
+        mended = [fitted(row) for row in waiting.rows]
+        waiting.rows = [row for row, _ in mended]
+        columns = Counter(name for _, lost in mended for name in lost)
+        if columns:
+            logger.error(
+                "%s: values that do not fit were left out of the results: %s", path, dict(columns),
+                extra={"event": "values_left_out", "folder": path, "columns": dict(columns)},
+            )  # fmt: skip
+        return bool(columns)
 
     def _failed(self, path: str, waiting: _Waiting, error: Exception) -> None:
         """Keep the rows. A full disk gets room sooner or later, and nothing is lost by waiting."""

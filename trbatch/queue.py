@@ -23,7 +23,14 @@ from rq.utils import get_version
 from rq.worker_registration import REDIS_WORKER_KEYS, get_keys
 
 from trbatch import server
-from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
+from trbatch.chunk_job import (
+    FAILURE_TTL_S,
+    LOCK_S,
+    RESULT_TTL_S,
+    RETRIES,
+    ChunkJob,
+    ChunkQueue,
+)
 from trbatch.config import PRIORITIES
 from trbatch.connection import Breaks, Patience, connect, mask_url, reaching
 from trbatch.errors import UsageError
@@ -32,10 +39,7 @@ from trbatch.untrusted import answers_of, entry_of, failure_of, number_of, text_
 
 MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
 FUNCTION = "trbatch.decode_chunk"  # what every rq job says; compared with, never imported
-RETRIES = 3  # of a chunk, a crash of its worker included
 BATCH = 64  # rq jobs a pipeline
-RESULT_TTL_S = 24 * 3600
-FAILURE_TTL_S = 30 * 24 * 3600
 MINIMUM_SERVER = (6, 2, 0)
 _STATUSES = {status.value.encode(): status for status in JobStatus}
 WAITING = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.DEFERRED})

@@ -9,10 +9,12 @@ from datetime import datetime
 
 from rq.job import JobStatus
 
-from trbatch.chunk_job import ChunkJob
+from trbatch.chunk_job import RETRIES, ChunkJob
 from trbatch.connection import reaching
-from trbatch.queue import BATCH, RETRIES, JobQueue
+from trbatch.queue import BATCH, JobQueue
 from trbatch.queue_names import Folder, ModelKey, chunk_id, index_key
+from trbatch.recovery import LOST, attempt_of
+from trbatch.untrusted import MOST, answers_of, number_of, text_of
 
 # Takes a chunk out of the queue unless a worker has popped it: the whole or nothing of it.
 # KEYS: the rq job, the index of the job's chunks, the queues; ARGV: the rq job's id.
@@ -26,6 +28,8 @@ for place = 3, #KEYS do
 end
 return 0
 """
+
+_FIELDS = ("worker_name", "started_at", "retries_left", LOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +99,22 @@ def leases(jobs: JobQueue, job: Folder) -> list[ChunkLease]:
                 key = jobs.queue(name).started_job_registry.key
                 pipeline.zrangebyscore(key, now, "+inf", withscores=True)
             pairs = [pair for answer in pipeline.execute() for pair in answer]
-        until = {_text(entry).partition(":")[0]: score for entry, score in pairs}
-        held = [i for i in until if i.startswith(ours) and i.removeprefix(ours).isdecimal()]
+        until = {text_of(entry).partition(":")[0]: score for entry, score in pairs}
+        chunks = {rq_id: number_of(rq_id.removeprefix(ours), -1) for rq_id in until}
+        held = [i for i, chunk in chunks.items() if i.startswith(ours) and chunk >= 0]
         with jobs.connection.pipeline(transaction=False) as pipeline:
             for rq_id in held:
-                pipeline.hmget(ChunkJob.key_for(rq_id), "worker_name", "started_at", "retries_left")
-            known = pipeline.execute()
+                pipeline.hmget(ChunkJob.key_for(rq_id), *_FIELDS)
+            known = [answer or [None] * len(_FIELDS) for answer in answers_of(pipeline)]
     found = [
         ChunkLease(
-            chunk=int(rq_id.removeprefix(ours)),
-            worker=_text(worker),
-            attempt=RETRIES - _number(left, RETRIES) + 1,
+            chunk=chunks[rq_id],
+            worker=text_of(worker or b""),
+            attempt=attempt_of(min(number_of(left, RETRIES), RETRIES), number_of(lost)),
             running_s=_seconds_since(started, now),
-            left_s=until[rq_id] - now,
+            left_s=min(until[rq_id] - now, MOST),
         )
-        for rq_id, (worker, started, left) in zip(held, known, strict=True)
+        for rq_id, (worker, started, left, lost) in zip(held, known, strict=True)
     ]
     return sorted(found, key=lambda lease: lease.chunk)
 
@@ -126,17 +131,8 @@ def _queue_of(model: ModelKey, priority: str) -> str:
     return model.queue_of(priority) if priority else ""
 
 
-def _text(value: bytes | str | None) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
-
-
-def _number(value: bytes | None, otherwise: int) -> int:
-    text = _text(value)
-    return int(text) if text.isdecimal() and len(text) < 10 else otherwise
-
-
 def _seconds_since(value: bytes | None, now: float) -> float | None:
     try:
-        return now - datetime.fromisoformat(_text(value)).timestamp()
-    except ValueError:
+        return now - datetime.fromisoformat(text_of(value or b"")).timestamp()
+    except (ValueError, OverflowError):
         return None

@@ -19,6 +19,7 @@ from rq.utils import as_text, current_timestamp, now, utcformat
 from trbatch import chunk_job
 from trbatch.chunk_job import ChunkJob, ChunkQueue
 from trbatch.suspects import Suspects
+from trbatch.untrusted import number_of
 
 LOST = "trbatch_lost"  # field of an entry: how often a worker lost it or let go of it half done
 SUSPECTS = "trbatch_suspects"  # field of an entry: see `suspects`
@@ -29,14 +30,16 @@ _MOST = 1000  # entries a call; the server does nothing else meanwhile
 _REQUEUE = """
 local function requeue(wip, queue, job, id, member, names, lost, suspects, front)
   if redis.call('ZREM', wip, member) == 0 then return 0 end
-  redis.call('DEL', names.execution)
-  redis.call('ZREM', names.executions, names.id)
   -- pcall: an entry may be anything that somebody put there, and must not stop the others.
+  redis.call('DEL', names.execution)
+  redis.pcall('ZREM', names.executions, names.id)
   if redis.pcall('HGET', job, 'status') ~= 'started' then return 0 end
   local worker = redis.call('HGET', job, 'worker_name')
-  if worker then redis.call('SREM', string.format(names.worker, worker), member) end
+  if worker then redis.pcall('SREM', string.format(names.worker, worker), member) end
   redis.call('HSET', job, 'status', 'queued', 'enqueued_at', names.now)
-  redis.call('HINCRBY', job, 'trbatch_lost', lost)
+  if type(redis.pcall('HINCRBY', job, 'trbatch_lost', lost)) == 'table' then
+    redis.call('HSET', job, 'trbatch_lost', lost)
+  end
   if suspects ~= '' then redis.call('HSET', job, 'trbatch_suspects', suspects) end
   redis.call(front and 'LPUSH' or 'RPUSH', queue, id)
   return 1
@@ -86,10 +89,11 @@ for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, tonumber(ARGV[4]))) do
     redis.call('LREM', KEYS[1], 1, id)
   else
     local key = KEYS[1] .. ':seen:' .. id
-    local seen = redis.call('GET', key)
+    local seen = redis.pcall('GET', key)
+    seen = type(seen) == 'string' and tonumber(seen)
     if not seen then
       redis.call('SET', key, ARGV[2], 'EX', 60)
-    elseif tonumber(ARGV[2]) - tonumber(seen) >= tonumber(ARGV[3]) then
+    elseif tonumber(ARGV[2]) - seen >= tonumber(ARGV[3]) then
       redis.call('DEL', key)
       redis.call('LREM', KEYS[1], 1, id)
       redis.call('LPUSH', KEYS[2], id)
@@ -167,8 +171,12 @@ def history(connection: redis.Redis, entry: str) -> tuple[int, Suspects]:
     """How often workers lost this entry, and who may have killed them."""
     key = as_text(ChunkJob.key_for(entry))
     lost, suspects = connection.hmget(key, LOST, SUSPECTS)
-    times = int(lost) if lost and lost.isdigit() else 0  # it comes out of Redis
-    return times, Suspects.from_json(suspects)
+    return number_of(lost), Suspects.from_json(suspects)
+
+
+def attempt_of(retries_left: int, lost: int) -> int:
+    """Which attempt at a chunk it is, from 1, after its failures and the workers that lost it."""
+    return chunk_job.RETRIES - retries_left + lost + 1
 
 
 def _call(queue: ChunkQueue, script: str, arguments: Sequence[str | int | float]) -> int:

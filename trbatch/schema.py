@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow as pa
+
+# What a value that does not fit its column raises.
+UNWRITABLE = (pa.ArrowException, ValueError, TypeError, OverflowError)
 
 FINISH_REASONS = ("stop", "length", "error", "cancelled")
 
@@ -73,6 +79,27 @@ def in_schema(table: pa.Table) -> pa.Table:
         for field in SCHEMA
     ]
     return pa.table(columns, names=SCHEMA.names).cast(SCHEMA)
+
+
+def fitted(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A result row that can be written, and the columns whose values had to go for that.
+
+    Such a value becomes null. Without its text the row is an error row.
+    """
+    found, lost = dict(row), []
+    for field in SCHEMA:
+        try:
+            pa.array([row.get(field.name)], field.type)
+        except UNWRITABLE:
+            found[field.name] = None
+            lost.append(field.name)
+    if "text" in lost:
+        found |= _error("unwritable", f"the result could not be written: {', '.join(lost)}")
+    return found, lost
+
+
+def _error(code: str, message: str) -> dict[str, str]:
+    return {"finish_reason": "error", "error_code": code, "error_message": message}
 
 
 def schema_table() -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import redis
 
 from trbatch.errors import Unreachable
-from trbatch.server_place import own_folder, server_binary, server_folder, socket_path
+from trbatch.server_place import make_own, server_binary, server_folder, socket_path
 from trbatch.server_process import (
     Answer,
     alive,
@@ -71,7 +71,8 @@ def ensure() -> str:
     """The URL of the embedded server, which is started if it does not run.
 
     Raises:
-        Unreachable: it does not start, or runs and does not answer; says why.
+        Unreachable: it does not start, or runs and does not answer, or its place is not safe from
+            others; says why.
         UsageError: there is no server binary for this machine.
     """
     url = url_of()
@@ -79,8 +80,14 @@ def ensure() -> str:
 
 
 def own_url() -> str:
-    """The URL of this user's embedded server on this host, whether it runs or not."""
-    return url_of()
+    """The URL of this user's embedded server on this host, whether it runs or not.
+
+    "" if its place is not safe: then no server is this user's own.
+    """
+    try:
+        return url_of()
+    except Unreachable:
+        return ""
 
 
 def start() -> ServerStatus:
@@ -323,8 +330,7 @@ def _signal(pid: int) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: one process at a time starts or stops the server."""
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        own_folder(folder)
+        make_own(folder)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise Unreachable(

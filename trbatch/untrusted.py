@@ -12,15 +12,21 @@ from rq.serializers import JSONSerializer
 from trbatch.chunk_job import ChunkJob
 from trbatch.masking import printable
 
+MOST = 10**9  # times and rows that are believed: sums of a few fit 32 bits
+_DIGITS = len(str(MOST))
+
 
 def text_of(value: bytes | str) -> str:
     """A value as text that a terminal shows and does not obey."""
     return printable(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
 
 
-def number_of(text: str | None) -> int:
-    """A count; 0 for what is none."""
-    return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 18 else 0
+def number_of(value: bytes | str | None, otherwise: int = 0) -> int:
+    """A count below `MOST`; `otherwise` for what is none. Numbers of Redis are read here alone."""
+    if not value or len(value) >= _DIGITS:
+        return otherwise
+    text = text_of(value)
+    return int(text) if text.isascii() and text.isdecimal() else otherwise
 
 
 def answers_of(pipeline: Pipeline) -> list[Any]:
