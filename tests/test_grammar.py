@@ -108,7 +108,7 @@ def test_a_mask_holds_for_the_ancestors_of_its_node_and_can_step_back() -> None:
     """The processor sees contexts in any order, as trees of several steps bring them."""
     grammars = Grammars(letters.loaded())
     asked = {"choice": ["abcd", "abXY", "aZ"]}
-    request = grammars.constrained(tiny.request(0, [5], ignore_eos=False, structured=asked), 1)
+    request = grammars.constrained(tiny.request(0, [5], ignore_eos=False, structured=asked), [5])
     (grammar,) = request.logits_processors
     assert isinstance(grammar, Grammar)
 
@@ -132,7 +132,7 @@ def test_behind_a_drafted_end_of_the_text_nothing_is_asked_of_the_grammar() -> N
     """Trees go on behind an end when the rows have learned what follows it."""
     grammars = Grammars(letters.loaded())
     form = {"choice": ["a"]}
-    request = grammars.constrained(tiny.request(0, [5], ignore_eos=False, structured=form), 1)
+    request = grammars.constrained(tiny.request(0, [5], ignore_eos=False, structured=form), [5])
     (grammar,) = request.logits_processors
     ids, (end,), logits = letters.tokenizer()("a")["input_ids"], grammars.ends, torch.randn(97)
     assert torch.equal(grammar([5, *ids, end], logits), logits)
@@ -162,6 +162,38 @@ def test_a_text_cut_by_a_stop_string_is_an_error_row() -> None:
     assert (done.finish_reason, done.error_code) == ("error", "structured_output_failed")
     assert "do without 'stop'" in (done.error_message or "")
     assert (done.text, done.token_ids) == ("", [])
+
+
+@pytest.mark.parametrize("by", ["text", "token"])
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [({"regex": "[a-z]{1,8}!"}, "an!"), ({"choice": ["yes!", "no!"]}, "yes!"),
+     ({"regex": "[a-z]{1,8}!?"}, "an!"), ({"choice": ["yes!", "yes"]}, "yes!")],
+)  # fmt: skip
+def test_what_a_stop_leaves_of_a_text_is_proved(by: str, form: dict[str, Any], said: str) -> None:
+    """What was cut away counts for nothing; a text that is of the form without it is a good one."""
+    (mark,) = letters.tokenizer()("!")["input_ids"]
+    stop = {"stop": ["!"]} if by == "text" else {"stop_token_ids": [mark]}
+    bias = dict.fromkeys(letters.tokenizer()(said)["input_ids"], 50)
+    row = tiny.request(0, [7, 8], ignore_eos=False, structured=form, logit_bias=bias, **stop)
+    done = tiny.decode(tiny.engine(letters.loaded()), [row])[0]
+    if done.finish_reason == "stop":
+        assert fits(form, done.text) and done.text, done.text
+        assert "!?" in str(form) or "yes'" in str(form)
+    else:
+        assert (done.finish_reason, done.error_code) == ("error", "structured_output_failed")
+        assert "do without 'stop'" in (done.error_message or "")
+        assert "!?" not in str(form) and "yes'" not in str(form)
+
+
+def test_an_error_row_keeps_nothing_of_its_text() -> None:
+    row = tiny.request(
+        0, [7, 8], ignore_eos=False, structured={"choice": ["yes!"]}, stop=["!"], logprobs=1,
+        prompt_logprobs=0, return_token_ids=True,
+    )  # fmt: skip
+    done = tiny.decode(tiny.engine(letters.loaded()), [row])[0]
+    assert (done.finish_reason, done.text, done.token_ids) == ("error", "", [])
+    assert done.logprobs is done.prompt_logprobs is done.prompt_token_ids is done.reasoning is None
 
 
 def test_the_grammar_wins_over_settings_that_forbid_all_it_allows() -> None:

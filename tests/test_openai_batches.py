@@ -222,14 +222,15 @@ def test_log_probabilities_take_the_forms_of_their_urls() -> None:
         "request_fingerprint": "f", "model": "m", "prompt_tokens": 1, "completion_tokens": 2,
         "logprobs": tokens, "reasoning": "hm",
     }  # fmt: skip
-    of_chat = result_line([row], {}, 5, is_chat=True)["response"]["body"]
+    line, other = (result_line([row], {}, 5, is_chat=is_chat) for is_chat in (True, False))
+    assert line is not None and other is not None
+    of_chat = line["response"]["body"]
     chosen = ChatCompletion.model_validate(of_chat).choices[0]
     assert chosen.logprobs is not None and chosen.logprobs.content is not None
     assert [one.token for one in chosen.logprobs.content] == [" yes", "!"]
     assert chosen.logprobs.content[0].top_logprobs[0].bytes == list(b" yes")
     assert chosen.message.model_extra == {"reasoning": "hm"}
-    raw = result_line([row], {}, 5, is_chat=False)["response"]["body"]
-    logprobs = Completion.model_validate(raw).choices[0].logprobs
+    logprobs = Completion.model_validate(other["response"]["body"]).choices[0].logprobs
     assert logprobs is not None
     assert logprobs.text_offset == [0, 4]
     assert logprobs.top_logprobs == [{" yes": -0.1}, {}]

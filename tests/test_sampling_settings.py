@@ -199,7 +199,14 @@ def test_settings_stand_beside_those_of_the_job_in_python() -> None:
 
 def test_what_was_asked_for_goes_from_a_completion_to_the_dataset(spec: JobSpec) -> None:
     job = JobFolder.submit(spec)
-    said = TokenLogprob("Hi", 7, -0.5, 2, [Alternative("He", 6, -0.25), Alternative("Hi", 7, -0.5)])
+    said = TokenLogprob(
+        "Hi",
+        7,
+        -0.5,
+        2,
+        [Alternative("He", 6, -0.25), Alternative("Hi", 7, -0.5, b"\xf0")],
+        b"\xf0",
+    )
     told = Completion(
         key=0, finish_reason="stop", text="Hi", reasoning="thought", token_ids=[7, 7],
         prompt_token_ids=[1, 2], logprobs=[said, said], prompt_logprobs=[None, said],
@@ -216,10 +223,10 @@ def test_what_was_asked_for_goes_from_a_completion_to_the_dataset(spec: JobSpec)
     assert receipt.stats["figures"]["rows_repetitive"] == job.progress().rows_repetitive == 1
     first, second, *others = pq.read_table(receipt.output).to_pylist()
     alternatives = [
-        {"token": "He", "token_id": 6, "logprob": -0.25},
-        {"token": "Hi", "token_id": 7, "logprob": -0.5},
+        {"token": "He", "token_id": 6, "logprob": -0.25, "bytes": None},
+        {"token": "Hi", "token_id": 7, "logprob": -0.5, "bytes": b"\xf0"},
     ]
-    entry = {"token": "Hi", "token_id": 7, "logprob": -0.5, "rank": 2, "top": alternatives}
+    entry = alternatives[1] | {"rank": 2, "top": alternatives}
     assert (first["text"], first["reasoning"], first["repetitive"]) == ("Hi", "thought", False)
     assert (first["prompt_token_ids"], first["token_ids"]) == ([1, 2], [7, 7])
     assert (first["logprobs"], first["prompt_logprobs"]) == ([entry, entry], [None, entry])
@@ -240,6 +247,24 @@ def test_segments_from_before_a_column_came_are_collected(spec: JobSpec) -> None
     assert set(SCHEMA.names) <= set(table.column_names)
     assert table["repetitive"].null_count == len(table) == 10
     assert table["completion_tokens"].to_pylist() == [9] * 10
+
+
+def test_log_probabilities_from_before_they_had_bytes_are_collected(spec: JobSpec) -> None:
+    job = JobFolder.submit(spec)
+    told = [{"token": "a", "token_id": 1, "logprob": -1.0, "rank": 1, "bytes": b"a", "top": []}]
+    job.publish("w", [result_of(job, row, logprobs=told) for row in all_rows(job)])
+    (name,) = job.ledger.names()
+    file = Path(job.path) / "segments" / name
+    table = pq.read_table(file)
+    old = pa.list_(
+        pa.struct([field for field in table.schema.field("logprobs").type.value_type
+                   if field.name in ("token", "token_id", "logprob", "rank")])
+    )  # fmt: skip
+    without = [[{k: one[k] for k in one if k != "bytes"} for one in told]] * len(table)
+    place = table.column_names.index("logprobs")
+    pq.write_table(table.set_column(place, "logprobs", pa.array(without, old)), file)
+    rows = pq.read_table(collect(JobFolder.open(job.path)).output)["logprobs"].to_pylist()
+    assert rows[0] == [told[0] | {"bytes": None, "top": None}]
 
 
 def test_the_guide_names_every_setting_and_what_it_is_by_default() -> None:

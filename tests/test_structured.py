@@ -88,6 +88,21 @@ def test_what_is_no_form_at_all_is_refused(value: Any, said: str) -> None:
     [
         ({"json": {"type": "objekt"}}, "structured.json: Invalid type: objekt"),
         ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        (
+            {"json": {"type": "string", "maxlength": 3}},
+            "'maxlength' is no keyword of JSON schemas; did you mean 'maxLength'?",
+        ),
+        ({"json": {"type": "object", "propertys": {}}}, "did you mean 'properties'?"),
+        ({"json": {"prompt": "hello"}}, "'prompt' is no keyword"),
+        ({"json": {"name": "x", "schema": {}}}, "'name' is no keyword"),
+        ({"json": {"nullable": True}}, '{"type": ["string", "null"]}'),
+        (
+            {"json": {"properties": {"a": {"items": {"minimun": 1}}}}},
+            "'minimun' in #/properties/a/items is no keyword",
+        ),
+        ({"json": {"anyOf": [{"type": "null"}, {"maximun": 1}]}}, "'maximun' in #/anyOf/1"),
+        ({"json": {"patternProperties": {"^a": {"typ": "null"}}}}, "did you mean 'type'"),
+        ({"json": {"$ref": "#/parts/a", "parts": {"a": {"typ": "null"}}}}, "'typ' in #/parts/a"),
         ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "oneOf"),
         ({"json": {"$ref": "http://example.com/schema"}}, "does not fetch"),
         ({"json": {"minimum": 5, "maximum": 3, "type": "integer"}}, "Unsatisfiable"),
@@ -101,6 +116,23 @@ def test_what_no_grammar_can_be_made_of_is_told_in_short(form: Any, said: str) -
         structured.check(structured.normalised(form) or {})
     assert said in caught.value.message
     assert "\n" not in caught.value.message and len(caught.value.message) < 350
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"title": "a", "description": "b", "default": 1, "examples": [{"typ": 1}], "$id": "x:y",
+         "$schema": "https://json-schema.org/draft/2020-12/schema", "$comment": "c",
+         "deprecated": True, "readOnly": False, "writeOnly": False, "x-order": 1},
+        {"properties": {"typ": {"type": "null"}, "uniqueItems": {"const": False}}},
+        {"enum": [{"typ": 1}], "$defs": {"typ": {"type": "null"}}},
+        {"$ref": "#/parts/a", "parts": {"a": {"type": "null"}}},
+        {"type": "array", "uniqueItems": False, "items": {"type": "array", "uniqueItems": False}},
+        {"type": "string", "format": "date"},
+    ],
+)  # fmt: skip
+def test_words_that_change_nothing_may_be_there(schema: dict[str, Any]) -> None:
+    structured.check(structured.normalised({"json": schema}) or {})
 
 
 def test_a_schema_as_deep_as_any_row_is_an_error_and_nothing_worse() -> None:
@@ -203,6 +235,10 @@ def test_checking_imports_no_torch() -> None:
         (["--json-schema", "FILE"], "person.json: Unimplemented keys"),
         (["--json-schema", "/nowhere/x.json"], "/nowhere/x.json cannot be read"),
         (["--regex", "(a"], "--regex: unclosed group"),
+        (["--regex", ""], "--regex is empty"),
+        (["--json-schema", ""], "--json-schema is empty"),
+        (["--choice", ""], "none of them empty"),
+        (["--regex", "", "--choice", "b"], "--regex and --choice contradict each other"),
         (["--regex", "a", "--choice", "b"], "--regex and --choice contradict each other"),
     ],
 )

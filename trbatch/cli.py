@@ -305,9 +305,10 @@ def collect_command(context: click.Context, /, job: str, **settings: Any) -> Non
     """Write the dataset of JOB, and prove that it is complete.
 
     JOB is its id or its folder. Every row is in the dataset exactly once, in input order; failed
-    rows carry an error code and message. With --format jsonl they have a file of their own,
-    NAME.errors.jsonl. A job that runs may be collected, too: the receipt then says how many rows
-    are missing, and the exit code is 4.
+    rows carry an error code and message. With --format jsonl each failed sample is a line of a
+    file of its own, NAME.errors.jsonl, and a row's line has those that did not fail. A job that
+    runs may be collected, too: the receipt then says how many rows are missing, and the exit code
+    is 4.
     """
     opened = api.Job.open(job, store=settings["out"])
     context.exit(_collect(opened, opened.folder.progress(), settings).exit_code)

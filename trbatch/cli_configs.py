@@ -36,7 +36,7 @@ def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `SamplingParams` that options set; --seed is the job's."""
     found = {k: v for k, v in picked(SamplingParams, settings).items() if k != "seed"}
     form = structured.from_options(
-        settings.get("json_schema", ""), settings.get("regex", ""), settings.get("choices", ())
+        settings.get("json_schema"), settings.get("regex"), settings.get("choices", ())
     )
     return found | ({"structured": form} if form else {})
 

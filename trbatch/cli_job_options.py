@@ -97,8 +97,8 @@ sampling_options = grouped(
         "What a thinking model's reasoning begins with; it goes into a column of its own.",
     ),
     setting(SamplingParams, "reasoning_end", "What it ends with; '': leave it in the text."),
-    click.option("--json-schema", default="", metavar="FILE", help="Every text is JSON of this."),
-    click.option("--regex", default="", help="Every text matches this regular expression, whole."),
+    click.option("--json-schema", metavar="FILE", help="Every text is JSON of this."),
+    click.option("--regex", help="Every text matches this regular expression, whole."),
     click.option(
         "choices", "--choice", multiple=True, help="Every text is one of these; may be repeated."
     ),

@@ -34,8 +34,8 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
         job: whose rows; may still be running.
         output: a file, or a folder to put `<job id>.<format>` into. If None, the job's own output
             unless its name promises another format, else `results.<format>` in the job folder.
-        format: `parquet`, or `jsonl` for OpenAI's batch result lines; rows without a text are then
-            lines of a file of their own, `<output>.errors.jsonl`, as in OpenAI's API.
+        format: `parquet`, or `jsonl` for OpenAI's batch result lines; samples without a text are
+            then lines of a file of their own, `<output>.errors.jsonl`, as in OpenAI's API.
 
     Raises:
         UsageError: the format is unknown, the output's name promises another one, or a file lies

@@ -7,6 +7,7 @@ stand under the key `trbatch`, which readers of that format pass over.
 
 from __future__ import annotations
 
+import codecs
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ _IN_THE_LINE = frozenset(
         "logprobs",
     }
 )
+# A byte as in Python's literals.
+_SPELLING = [chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in range(0x100)]
 
 
 def result_line(
@@ -33,42 +36,74 @@ def result_line(
     created: int,
     *,
     is_chat: bool,
-    line: int | None = None,
-) -> dict[str, Any]:
-    """The line of one input row.
+) -> dict[str, Any] | None:
+    """The line of one input row, with those of its samples that have a text.
 
     Args:
-        samples: its result rows, in order of `sample_index`, at least one.
+        samples: its result rows, in order of `sample_index`.
         passthrough: the row's own other columns.
         created: Unix time in seconds.
         is_chat: whether it asked for a chat.
-        line: of the input file, named by an error.
 
     Returns:
-        `response` with the samples that have a text, `error` of the first that has none; either is
-        null where there are none.
+        None where no sample has a text.
     """
-    first = samples[0]
     good = [row for row in samples if row["text"] is not None]
-    bad = next((row for row in samples if row["text"] is None), None)
-    identity = first["request_fingerprint"] or first["custom_id"]
-    error = bad and {
-        "code": bad["error_code"] or bad["finish_reason"],
-        "message": bad["error_message"] or f"the row was {bad['finish_reason']}",
-        "param": None,
-        "line": line,
-    }
+    if not good:
+        return None
+    identity = _identity(good[0])
     response = {
         "status_code": 200,
         "request_id": f"request_{identity}",
         "body": _response_body(good, identity, created, is_chat=is_chat),
     }
+    return _line(f"batch_req_{identity}", good, passthrough, response=response)
+
+
+def error_lines(
+    samples: Sequence[Mapping[str, Any]], passthrough: Mapping[str, Any], *, line: int | None = None
+) -> list[dict[str, Any]]:
+    """The lines of those samples of one input row that have no text, a line each.
+
+    Args:
+        samples, passthrough: as of `result_line`.
+        line: of the input file, named by the errors.
+    """
+    lines = []
+    for row in samples:
+        if row["text"] is not None:
+            continue
+        error = {
+            "code": row["error_code"] or row["finish_reason"],
+            "message": row["error_message"] or f"the row was {row['finish_reason']}",
+            "param": None,
+            "line": line,
+            "sample_index": row["sample_index"],
+        }
+        of_several = f"_{row['sample_index']}" if len(samples) > 1 else ""
+        name = f"batch_req_{_identity(row)}{of_several}"
+        lines.append(_line(name, [row], passthrough, error=error))
+    return lines
+
+
+def _identity(row: Mapping[str, Any]) -> str:
+    return str(row["request_fingerprint"] or row["custom_id"])
+
+
+def _line(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    passthrough: Mapping[str, Any],
+    *,
+    response: dict[str, Any] | None = None,
+    error: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     return {
-        "id": f"batch_req_{identity}",
-        "custom_id": first["custom_id"],
-        "response": response if good else None,
+        "id": name,
+        "custom_id": rows[0]["custom_id"],
+        "response": response,
         "error": error,
-        "trbatch": {"input": dict(passthrough), "samples": [_figures(row) for row in samples]},
+        "trbatch": {"input": dict(passthrough), "samples": [_figures(row) for row in rows]},
     }
 
 
@@ -111,29 +146,61 @@ def _choice(row: Mapping[str, Any], *, is_chat: bool) -> dict[str, Any]:
 
 
 def _completion_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Four lists of one entry a token; `text_offset` counts characters of the tokens before."""
-    texts = [one["token"] for one in tokens]
-    offsets = itertools.accumulate((len(text) for text in texts), initial=0)
+    """Four lists of one entry a token. `text_offset` counts the characters that the tokens before
+    have ended; of alternatives that are spelled alike the likeliest counts.
+    """
+    reader = codecs.getincrementaldecoder("utf-8")("replace")
+    offsets = itertools.accumulate((len(reader.decode(_raw(one))) for one in tokens), initial=0)
     return {
-        "tokens": texts,
+        "tokens": [_name(one) for one in tokens],
         "token_logprobs": [one["logprob"] for one in tokens],
-        "top_logprobs": [
-            {top["token"]: top["logprob"] for top in one.get("top") or []} for one in tokens
-        ],
+        "top_logprobs": [_likeliest(one.get("top") or []) for one in tokens],
         "text_offset": list(offsets)[:-1],
     }
+
+
+def _likeliest(tops: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for top in tops:  # falling
+        found.setdefault(_name(top), top["logprob"])
+    return found
+
+
+def _name(token: Mapping[str, Any]) -> str:
+    """A token's text; of a part of a character its bytes as OpenAI spells them, `bytes:\\xf0`."""
+    raw = token.get("bytes")
+    return token["token"] if raw is None else "bytes:" + "".join(map(_SPELLING.__getitem__, raw))
+
+
+def _raw(token: Mapping[str, Any]) -> bytes:
+    raw: bytes | None = token.get("bytes")
+    return str(token["token"]).encode() if raw is None else raw
+
+
+def _spelled(token: Mapping[str, Any]) -> dict[str, Any]:
+    return {"token": token["token"], "logprob": token["logprob"], "bytes": list(_raw(token))}
 
 
 def _tops(token: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [_spelled(top) for top in token.get("top") or []]
 
 
-def _spelled(token: Mapping[str, Any]) -> dict[str, Any]:
-    text = token["token"]
-    return {"token": text, "logprob": token["logprob"], "bytes": list(text.encode())}
-
-
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: value for name, value in row.items() if value is not None and name not in _IN_THE_LINE
+        name: _in_json(value) if name == "prompt_logprobs" else value
+        for name, value in row.items()
+        if value is not None and name not in _IN_THE_LINE
     }
+
+
+def _in_json(value: Any) -> Any:
+    """A figure with bytes as numbers, and without those that are not there."""
+    if isinstance(value, Mapping):
+        return {
+            name: _in_json(inner)
+            for name, inner in value.items()
+            if name != "bytes" or inner is not None
+        }
+    if isinstance(value, bytes):
+        return list(value)
+    return [_in_json(inner) for inner in value] if isinstance(value, list) else value

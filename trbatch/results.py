@@ -84,7 +84,8 @@ def _logprob(one: TokenLogprob | None) -> dict[str, Any] | None:
 
 
 def _alternative(one: TokenLogprob | Alternative) -> dict[str, Any]:
-    return {"token": one.token, "token_id": one.token_id, "logprob": one.logprob}
+    said = {"token": one.token, "token_id": one.token_id, "logprob": one.logprob}
+    return said | {"bytes": one.raw}
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

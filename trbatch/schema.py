@@ -12,9 +12,15 @@ UNWRITABLE = (pa.ArrowException, ValueError, TypeError, OverflowError)
 
 FINISH_REASONS = ("stop", "length", "error", "cancelled")
 
-# A token with its log probability, and the likeliest tokens at its place with theirs.
+# A token with its log probability, and the likeliest tokens at its place with theirs. Its bytes are
+# null unless it is part of a character, which its text cannot show.
 _ALTERNATIVE = pa.struct(
-    [("token", pa.string()), ("token_id", pa.int32()), ("logprob", pa.float32())]
+    [
+        ("token", pa.string()),
+        ("token_id", pa.int32()),
+        ("logprob", pa.float32()),
+        ("bytes", pa.binary()),
+    ]
 )
 LOGPROBS = pa.list_(
     pa.struct([*_ALTERNATIVE, ("rank", pa.int32()), ("top", pa.list_(_ALTERNATIVE))])

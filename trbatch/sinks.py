@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from trbatch import passthrough
 from trbatch.errors import UsageError
 from trbatch.masking import mask_url
-from trbatch.openai_results import result_line
+from trbatch.openai_results import error_lines, result_line
 from trbatch.outputs import errors_of, is_folder
 from trbatch.schema import LEADING_COLUMNS, SCHEMA
 from trbatch.storage import Folder, place, writing
@@ -73,11 +73,11 @@ class ParquetSink:
 
 
 class JsonSink:
-    """Writes groups as OpenAI batch lines, one for each input row.
+    """Writes groups as OpenAI batch lines.
 
     Args:
-        file: gets the rows of which at least one sample has a text.
-        errors: gets the others.
+        file: gets a line for each input row of which a sample has a text, with all that have one.
+        errors: gets a line for each sample that has none.
     """
 
     def __init__(self, file: BinaryIO, errors: BinaryIO, inputs: passthrough.Schema) -> None:
@@ -94,11 +94,12 @@ class JsonSink:
         for _, samples in itertools.groupby(rows, key=lambda row: row[0]["prompt_index"]):
             results, (passed, *_), (number, *_), (request, *_) = zip(*samples, strict=True)
             is_chat = request is not None and "messages" in orjson.loads(request)
-            line = result_line(
-                results, self._parsed(passed), self._created, is_chat=is_chat, line=number
-            )
-            file = self._errors if line["response"] is None else self._file
-            file.write(orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE))
+            values = self._parsed(passed)
+            line = result_line(results, values, self._created, is_chat=is_chat)
+            if line is not None:
+                self._file.write(_dumped(line))
+            for failed in error_lines(results, values, line=number):
+                self._errors.write(_dumped(failed))
 
     def close(self) -> None:
         """Nothing is left to write."""
@@ -146,6 +147,10 @@ def _is_error_line(text: bytes) -> bool:
     except orjson.JSONDecodeError:
         return False
     return isinstance(line, dict) and line.keys() >= _OF_AN_ERROR_LINE
+
+
+def _dumped(line: dict[str, Any]) -> bytes:
+    return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from trbatch import schema_words
 from trbatch.errors import MissingExtra, UsageError
 
 KINDS = ("json", "regex", "choice")
@@ -76,13 +77,17 @@ def grammar_of(structured: Mapping[str, Any]) -> str:
 
     Raises:
         MissingExtra: llguidance is not installed.
-        ValueError: the schema is nested too deeply for it.
+        ValueError: the schema has a keyword that nobody knows.
+        RecursionError: the schema is nested too deeply.
     """
     needed()
     from llguidance import LLMatcher
 
     ((kind, content),) = structured.items()
     if kind == "json":
+        schema = orjson.loads(content)
+        if (kept := schema_words.kept(schema)) != schema:
+            content = orjson.dumps(kept).decode()
         return LLMatcher.grammar_from_json_schema(content, _JSON_FORM)  # type: ignore[arg-type]
     if kind == "regex":
         return LLMatcher.grammar_from_regex(content)
@@ -104,20 +109,28 @@ def needed() -> None:
         )
 
 
-def from_options(json_schema: str, regex: str, choices: Sequence[str]) -> dict[str, Any] | None:
+def from_options(
+    json_schema: str | None, regex: str | None, choices: Sequence[str]
+) -> dict[str, Any] | None:
     """What the options --json-schema FILE, --regex and --choice say, checked.
 
+    Args:
+        json_schema, regex: None if they are not given, which "" is not.
+
     Raises:
-        UsageError: more than one of them is given, the file cannot be read, or no grammar can be
-            made of it; names the option.
+        UsageError: more than one of them is given, one is empty, the file cannot be read, or no
+            grammar can be made of it; names the option.
         MissingExtra: llguidance is not installed.
     """
-    given = [("--json-schema", json_schema), ("--regex", regex), ("--choice", choices)]
-    used = [name for name, value in given if value]
+    given = [("--json-schema", json_schema), ("--regex", regex), ("--choice", choices or None)]
+    used = [name for name, value in given if value is not None]
     if not used:
         return None
     if len(used) > 1:
         raise UsageError(f"{' and '.join(used)} contradict each other", hint="give one of them")
+    if "" in (json_schema, regex):
+        hint = "give it a value, or leave it out to have any text"
+        raise UsageError(f"{used[0]} is empty", hint=hint)
     what = f"--json-schema {json_schema}" if json_schema else used[0]
     asked: dict[str, Any] = {"regex": regex} if regex else {"choice": list(choices)}
     if json_schema:
@@ -268,8 +281,8 @@ def in_short(said: str) -> str:
 def _cure(said: str) -> str | None:
     if "oneOf" in said:
         return "use anyOf, or make the alternatives exclude each other, e.g. by a const"
-    if "Unimplemented keys" in said:
-        return "leave these keywords out; docs/structured.md says which can be kept to"
+    if "Unimplemented keys" in said or "no keyword" in said:
+        return "docs/structured.md says which keywords can be kept to; leave out the others"
     return None
 
 

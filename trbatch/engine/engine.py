@@ -195,7 +195,7 @@ class Engine:
         try:
             ids = encode(tokenizer, request, vocab)
             request = with_processors(request, ids, stop.stop_ids, vocab)
-            request = self._grammars.constrained(request, len(ids))
+            request = self._grammars.constrained(request, ids)
         except (EncodingFailed, GrammarFailed) as failed:
             self._refuse(request, failed.error)
             return

@@ -8,6 +8,9 @@ step back only where a text begins anew.
 
 A grammar often leaves one way to go on, e.g. the name of the next key. These forced tokens are
 drafted first (`forced`), whatever the rows say.
+
+The form is that of the answer: a model that thinks does so freely, and the grammar begins behind
+its reasoning. What a text is in the end is proved by itself (`Grammars.checked`), whatever cut it.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trbatch import structured
+from trbatch.config import SamplingParams
 from trbatch.engine.model import LoadedModel
+from trbatch.engine.reasoning import Thought, overrunning
 from trbatch.engine.sequence import Completion, Request
 from trbatch.errors import MissingExtra, RowError
 
@@ -44,12 +49,19 @@ class Grammars:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded, self.ends = loaded, loaded.eos_token_ids
+        self._hidden = frozenset(getattr(loaded.tokenizer, "all_special_ids", ()))
         self._tokenizer: Any = None  # llguidance's, made when the first row needs it: half a second
-        self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers at their beginning
+        self._bytes: Any = None  # the one that has bytes for tokens, to prove texts with
+        # Matchers at their beginning, of the model's tokens and of bytes.
+        self._compiled: OrderedDict[tuple[str, bool], Any] = OrderedDict()
+        self._overrunning: dict[bytes, list[list[int]]] = {}  # by what ends the reasoning
         self.masks, self.seconds, self.compile_seconds = 0, 0.0, 0.0
 
-    def constrained(self, request: Request, prompt_length: int) -> Request:
+    def constrained(self, request: Request, prompt: ListLike[int]) -> Request:
         """The request with its grammar as the last of its processors, if it asks for one.
+
+        Args:
+            prompt: its tokens.
 
         Raises:
             GrammarFailed: there is no library, or none for this tokenizer, or the grammar is bad.
@@ -57,7 +69,9 @@ class Grammars:
         asked = request.sampling.structured
         if asked is None:
             return request
-        grammar = Grammar(self, self._matcher(dict(asked)), prompt_length, dict(asked))
+        matcher = self._matcher(dict(asked))  # first: it knows which tokenizers it can use
+        thought = Thought(self._loaded.tokenizer, request.sampling, prompt, self._piece)
+        grammar = Grammar(self, matcher, len(prompt), request.sampling, thought)
         return replace(request, logits_processors=(*request.logits_processors, grammar))
 
     def checked(self, completion: Completion, request: Request) -> Completion:
@@ -67,27 +81,52 @@ class Grammars:
             return completion
         if not (why := grammar.faults(completion)):
             return completion
-        return replace(
-            completion, finish_reason="error", text="", token_ids=[],
-            error_code="structured_output_failed", error_message=why,
-        )  # fmt: skip
+        return completion.failed("structured_output_failed", why)
 
-    def _matcher(self, asked: dict[str, Any]) -> Any:
-        key = json.dumps(asked)
+    def proves(self, asked: dict[str, Any], text: str) -> bool:
+        """Whether a whole text is of the asked form."""
+        ((kind, content),) = asked.items()
+        if kind == "choice":
+            return text in content
+        matcher = self._matcher(asked, of_bytes=True)
+        whole: bool = matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+        if whole and kind == "json":
+            json.loads(text)
+        return whole
+
+    def overrunning(self, end: bytes) -> list[list[int]]:
+        """The tokens that end the reasoning and say more; see `reasoning.overrunning`."""
+        if end not in self._overrunning:
+            pieces = map(self._piece, range(self._loaded.vocab_size))
+            self._overrunning[end] = overrunning(end, pieces)
+        return self._overrunning[end]
+
+    def _piece(self, token: int) -> bytes:
+        """A token's bytes in a text; b"" of one that texts do not show."""
+        if token in self._hidden:
+            return b""
+        return bytes(self._own_tokenizer().decode_bytes([token]))
+
+    def _matcher(self, asked: dict[str, Any], *, of_bytes: bool = False) -> Any:
+        key = json.dumps(asked), of_bytes
         if key not in self._compiled:
-            self._compiled[key] = self._compile(asked)
+            self._compiled[key] = self._compile(asked, of_bytes=of_bytes)
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         return self._compiled[key].deep_copy()
 
-    def _compile(self, asked: dict[str, Any]) -> Any:
+    def _compile(self, asked: dict[str, Any], *, of_bytes: bool) -> Any:
         start = time.perf_counter()
         try:
             grammar = structured.grammar_of(asked)
-            from llguidance import LLMatcher
+            from llguidance import LLMatcher, LLTokenizer
 
-            matcher = LLMatcher(self._own_tokenizer(), grammar, log_level=0)
+            if of_bytes:
+                tokenizer = self._bytes = self._bytes or LLTokenizer("byte")
+            else:
+                tokenizer = self._own_tokenizer()
+            matcher = LLMatcher(tokenizer, grammar, log_level=0)
         except MissingExtra as error:
             said = f"{error.message} (on the worker); {error.hint}"
             raise GrammarFailed("structured_output_unavailable", said) from error
@@ -127,14 +166,20 @@ class Grammar:
     Args:
         matcher: llguidance's, at the beginning.
         prompt_length: tokens before the text.
-        asked: in the form of `structured.normalised`.
+        params: the row's; `structured` is there.
+        thought: where its answer begins.
     """
 
     def __init__(
-        self, owner: Grammars, matcher: Any, prompt_length: int, asked: dict[str, Any]
+        self,
+        owner: Grammars,
+        matcher: Any,
+        prompt_length: int,
+        params: SamplingParams,
+        thought: Thought,
     ) -> None:
         self._owner, self._matcher, self._prompt_length = owner, matcher, prompt_length
-        self._asked = asked
+        self._params, self._thought = params, thought
         self._read: list[int] = []  # tokens that brought the matcher where it is
 
     def __call__(self, context: ListLike[int], logits: Tensor) -> Tensor:
@@ -150,8 +195,14 @@ class Grammar:
         text = context[self._prompt_length :]
         if not self._owner.ends.isdisjoint(text):
             return logits  # behind a drafted end of the text: whatever comes here is cut away
-        self._follow(text)
-        forbidden = self._forbidden()[: logits.shape[0]].to(logits.device)
+        begin = self._thought.answer(text)
+        if begin is None:
+            return self._in_reasoning(logits)
+        self._follow(text[begin:])
+        forbidden = self._forbidden()
+        if not text and self._thought.opening is not None:
+            forbidden[self._thought.opening] = False
+        forbidden = forbidden[: logits.shape[0]].to(logits.device)
         masked = logits.masked_fill(forbidden, -torch.inf)
         if masked.max() == -torch.inf:
             masked = torch.zeros_like(logits).masked_fill_(forbidden, -torch.inf)
@@ -162,30 +213,40 @@ class Grammar:
     def forced(self, context: ListLike[int], most: int) -> list[int]:
         """The next tokens, as far as the grammar leaves one way to go on; `most` of them."""
         start = time.perf_counter()
-        self._follow(context[self._prompt_length :])
+        text = context[self._prompt_length :]
+        begin = self._thought.answer(text)
+        if begin is None:
+            return []
+        self._follow(text[begin:])
         tokens = self._matcher.compute_ff_tokens()[:most]
         self._owner.seconds += time.perf_counter() - start
         return list(tokens)
 
     def faults(self, completion: Completion) -> str:
         """What keeps a text that has ended from being of the asked form; "" if nothing does."""
-        (kind, content), text = next(iter(self._asked.items())), completion.text
-        ended = completion.token_ids[-1:]
-        tokens = completion.token_ids
-        if ended and ended[0] in self._owner.ends:
-            tokens = tokens[:-1]
+        asked, cure = dict(self._params.structured or {}), ""
+        if self._params.stop or self._params.stop_token_ids:
+            cure = "; do without 'stop' in such rows"
+        if self._thought.answer(completion.token_ids) is None:
+            return f"the text was ended in its reasoning, before there was an answer{cure}"
         try:
-            self._follow(tokens)
-            whole = self._matcher.is_accepting()
-            if whole and kind == "json":
-                json.loads(text)
-            elif kind == "choice":
-                whole = whole and text in content
+            if self._owner.proves(asked, completion.text):
+                return ""
         except ValueError as error:
             return f"the text is not of the asked form: {error}"
-        if not whole:
-            return "the text was ended before it had the asked form; do without 'stop' in such rows"
-        return ""
+        if cure:
+            return f"the text was ended before it had the asked form{cure}"
+        return "the text is not of the asked form in the way in which the tokenizer writes it"
+
+    def _in_reasoning(self, logits: Tensor) -> Tensor:
+        """Logits [V] without the tokens that would end the reasoning and say more at once."""
+        if not (end := self._thought.spelled):
+            return logits
+        too_long = self._owner.overrunning(end)
+        tokens = [token for count in self._thought.begun() for token in too_long[count]]
+        if not tokens:
+            return logits
+        return logits.index_fill(0, torch.tensor(tokens).to(logits.device), -torch.inf)
 
     def _follow(self, text: ListLike[int]) -> None:
         """Bring the matcher to the end of this text."""

@@ -64,6 +64,7 @@ class Alternative:
     token: str
     token_id: int
     logprob: float
+    raw: bytes | None = None  # its bytes, where it is part of a character; None: as in the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class TokenLogprob:
     logprob: float
     rank: int  # among all tokens, from 1
     top: list[Alternative]  # the likeliest, falling
+    raw: bytes | None = None  # as of an alternative
 
 
 @dataclass(slots=True, kw_only=True)

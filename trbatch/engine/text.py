@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
 from trbatch.config import SamplingParams, check_chat_template_kwargs
 from trbatch.engine.reasoning import split
-from trbatch.engine.sequence import Alternative, Likelihood, Request, TokenLogprob
+from trbatch.engine.sequence import Likelihood, Request, TokenLogprob
+from trbatch.engine.spelling import spelled
 from trbatch.errors import RowError, UsageError
 from trbatch.templates import FAILURES
 
@@ -93,27 +93,6 @@ def opening_ids(tokenizer: Any) -> list[int]:
             return list(tokenizer(opened[len(asked) :], add_special_tokens=False)["input_ids"])
     first = getattr(tokenizer, "bos_token_id", None)
     return [] if first is None else [first]
-
-
-_SPELLED: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()  # of each tokenizer
-
-
-def spelled(tokenizer: Any, found: Sequence[Likelihood]) -> list[TokenLogprob]:
-    """Likelihoods with their tokens as text. One that is part of a character has a \ufffd."""
-    texts = _SPELLED.setdefault(tokenizer, {})
-
-    def text_of(token: int) -> str:
-        if token not in texts:
-            texts[token] = str(tokenizer.decode([token], skip_special_tokens=False))
-        return texts[token]
-
-    return [
-        TokenLogprob(
-            text_of(one.token_id), one.token_id, one.logprob, one.rank,
-            [Alternative(text_of(token), token, logprob) for token, logprob in one.top],
-        )
-        for one in found
-    ]  # fmt: skip
 
 
 class StopChecker:
