@@ -37,7 +37,7 @@ from trbatch.engine_thread import (
 )
 from trbatch.errors import JobFailed, TrbatchError, Unreachable
 from trbatch.flight import FlightRecord
-from trbatch.holds import Holds, asked_again, requeue_if_wanted
+from trbatch.holds import Holds, asked_again, clear_if_held, requeue_if_wanted
 from trbatch.job import JobFolder
 from trbatch.lease import LeaseWorker
 from trbatch.metrics import Metrics, Moment, metrics_on
@@ -256,6 +256,8 @@ class BatchWorker:
         self._reading.worked()
         self._tell.chunk_taken(lease)
         self.chunks[lease.id] = work
+        if work.held:
+            clear_if_held(self.jobs, folder)
 
     def _feed_engine(self) -> None:
         """Give the engine rows: more than it decodes together, not all samples of all at once."""
