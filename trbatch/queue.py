@@ -8,13 +8,16 @@ What a chunk holds, and which of its rows are done, is written in the job folder
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import redis
+from redis.exceptions import LockError
 from rq import Queue, Retry
 from rq.job import JobStatus
 from rq.queue import EnqueueData
@@ -29,6 +32,8 @@ from trbatch.connection import Breaks, Patience, connect, mask_url, reaching
 from trbatch.errors import UsageError
 from trbatch.queue_names import PREFIX, Folder, ModelKey, chunk_id, index_key, priority_of
 from trbatch.untrusted import answers_of, entry_of, failure_of, number_of, text_of
+
+logger = logging.getLogger("trbatch.queue")
 
 MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
 FUNCTION = "trbatch.decode_chunk"  # what every rq job says; compared with, never imported
@@ -155,14 +160,32 @@ class JobQueue:
         model = ModelKey(job.manifest.model, job.manifest.revision)
         queue = self.queue(model.queue_of(priority))
         added = 0
-        turn = self.connection.lock(f"{PREFIX}enqueue:{job.id}", timeout=LOCK_S)
-        with reaching(self.url), turn:
+        with reaching(self.url):
             self.connection.hset(MODELS_KEY, queue.name, json.dumps([model.name, model.revision]))
-            self._forget_older(job)
+            with self._turn(job.id):
+                self._forget_older(job)
             for start in range(0, len(chunks), BATCH):
-                added += self._enqueue_batch(queue, job, chunks[start : start + BATCH])
-                turn.reacquire()
+                with self._turn(job.id):
+                    added += self._enqueue_batch(queue, job, chunks[start : start + BATCH])
         return added
+
+    @contextlib.contextmanager
+    def _turn(self, job_id: str) -> Iterator[None]:
+        """Of those who enqueue chunks of a job, let one at a time look and add.
+
+        Who is stopped in here for longer than the lock lives (Ctrl-Z, a laptop that sleeps) has
+        lost it. That costs nothing: a chunk that two have added is leased once, and one that is
+        done already ends at once.
+        """
+        lock = self.connection.lock(f"{PREFIX}enqueue:{job_id}", timeout=LOCK_S)
+        lock.acquire()
+        try:
+            yield
+        finally:
+            try:
+                lock.release()
+            except LockError:
+                logger.debug("job %s: enqueueing took longer than its lock lives", job_id)
 
     def _forget_older(self, job: Folder) -> None:
         """Count no chunk of an earlier generation any more that has come to its end."""
