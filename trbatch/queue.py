@@ -41,6 +41,8 @@ RETRIES = 3  # of a chunk, a crash of its worker included
 BATCH = 64  # rq jobs a pipeline
 RESULT_TTL_S = 24 * 3600
 FAILURE_TTL_S = 30 * 24 * 3600
+ANSWER_S = 10.0  # that a command of a client may take, and that each of its repetitions may
+WORKER_ANSWER_S = 3.0  # the same of a worker: it repeats for minutes, and stops in between
 MINIMUM_SERVER = (6, 2, 0)
 _STATUSES = {status.value.encode(): status for status in JobStatus}
 WAITING = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.DEFERRED})
@@ -121,7 +123,7 @@ class JobQueue:
         embedded = not url
         url = url or server.ensure()
         breaks = Breaks()
-        connection = _connection(url, breaks, attempts=3)
+        connection = _connection(url, breaks, attempts=3, answer_s=ANSWER_S)
         with reaching(url):
             version = get_version(connection)
         if version < MINIMUM_SERVER:
@@ -129,7 +131,7 @@ class JobQueue:
             raise UsageError(f"{mask_url(url)} is Redis {found}; 6.2 or newer is needed")
         if patient:
             connection.close()
-            connection = _connection(url, breaks, attempts=200)
+            connection = _connection(url, breaks, attempts=200, answer_s=WORKER_ANSWER_S)
         return cls(connection, url, breaks, embedded=embedded)
 
     def close(self) -> None:
@@ -332,8 +334,11 @@ class JobQueue:
         return found
 
 
-def _connection(url: str, breaks: Breaks, *, attempts: int) -> redis.Redis:
-    return connect(url, socket_timeout=10.0, retry=Patience(url, breaks, attempts))
+def _connection(url: str, breaks: Breaks, *, attempts: int, answer_s: float) -> redis.Redis:
+    limits = {"socket_timeout": answer_s}
+    if not url.startswith("unix:"):
+        limits["socket_connect_timeout"] = answer_s
+    return connect(url, retry=Patience(url, breaks, attempts), **limits)
 
 
 def _job_data(job: Folder, chunk: int, rq_id: str) -> EnqueueData:

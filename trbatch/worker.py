@@ -7,7 +7,6 @@ rows of the last seconds. Torch is imported where an engine is made and nowhere 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import socket
@@ -47,6 +46,7 @@ from trbatch.publishing import Publisher
 from trbatch.queue import JobQueue
 from trbatch.queue_names import ModelKey
 from trbatch.recovery import Witness
+from trbatch.server_revival import Revival
 from trbatch.sharing import Sharing
 from trbatch.stopping import Stops, signals_to
 from trbatch.telling import Telling
@@ -126,6 +126,8 @@ class BatchWorker:
         self._models = ModelChoice(fixed, jobs, self._leases, self._engine.load, self._folders)
         self._tell = Telling(self.name, metrics or Metrics())
         self._holds = Holds()
+        self._revival = Revival()  # of the embedded server
+        self._cut_off = False  # stopped while the queue was away: it is not asked again
 
     def run(self) -> int:
         """Work until there is a reason to stop. See `run_worker`."""
@@ -160,8 +162,7 @@ class BatchWorker:
     def _while_away(self) -> None:
         """The queue's server is away: publish what is finished, and leave if it is time to."""
         if self.jobs.embedded:
-            with contextlib.suppress(TrbatchError):  # then it is tried again in the next break
-                server.ensure()
+            self._revival.begin()
         events = self._engine.next_events(0.0)
         for event in events:
             if isinstance(event, Finished):
@@ -170,6 +171,7 @@ class BatchWorker:
                 self._engine.events.put(event)  # for when it is back
         self._publisher.publish_if_due()
         if self.stop.look() > 1:
+            self._cut_off = True
             raise Unreachable(
                 f"asked to stop while the queue at {mask_url(self.jobs.url)} is away",
                 hint="chunks in flight come back when their leases run out; finished rows are kept",
@@ -362,7 +364,7 @@ class BatchWorker:
             self._publisher.publish()
             if lost := self._publisher.rows:
                 logger.warning("%d finished rows could not be published and are given up", lost)
-            if self.stop.count <= 2:
+            if self.stop.count <= 2 and not self._cut_off:
                 self._finish_chunks()
                 self._hand_back_all()
                 self._sharing.close()
@@ -373,8 +375,10 @@ class BatchWorker:
             if not self._engine.stop(wait_s) and not nothing_to_save:
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._tell.last()
-            if patient:
+            if patient and not self._cut_off:
                 self._leases.close()
+            else:
+                self._leases.leave()
 
     def _hear_last(self) -> None:
         """What has happened meanwhile and is still of use; the rest would only raise again."""
