@@ -56,13 +56,13 @@ from trbatch.outputs import check_output
 from trbatch.profiles import NONE
 from trbatch.progress import Reporter, reporter
 from trbatch.results import Receipt
+from trbatch.stopping import asking_signals, leaving
 from trbatch.watching import jobs_in
 from trbatch.wording import counted
 
 NEWEST = 10  # jobs that `status` lists
 BAD_ROWS_SHOWN = 3  # when a job is submitted
 INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
 
 
 class Commands(ProgramGroup):
@@ -119,8 +119,10 @@ def commands() -> None:
 
 def main() -> None:
     """Entry point of the program `trbatch`."""
-    signal.signal(signal.SIGTERM, _terminate)
-    commands(prog_name="trbatch")
+    for number in set(asking_signals()) - {signal.SIGINT}:  # which raises KeyboardInterrupt
+        signal.signal(number, _terminate)
+    with leaving():
+        commands(prog_name="trbatch")
 
 
 @commands.command("run", **example("trbatch run prompts.jsonl -o answers.parquet --max-tokens 128"))
@@ -225,14 +227,13 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     first Ctrl-C (or SIGTERM) finishes what was taken within --grace, the second hands it back.
     """
     from trbatch.flight import FlightRecord
-    from trbatch.stopping import leave
     from trbatch.supervisor import die_with_parent, supervise
 
     log_to_stderr("INFO", settings["log_format"])
     config = configs.worker_config(settings)
     if (flight := FlightRecord.inherited()) is not None:
         die_with_parent()
-        leave(api.work(config, flight))
+        context.exit(api.work(config, flight))
     arguments = configs.arguments_for(worker_command, configs.for_children(settings))
     context.exit(supervise(config, settings["gpu"], arguments))
 
@@ -419,4 +420,4 @@ def _show_bad_rows(job: api.Job, show: Reporter) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(TERMINATED)
+    sys.exit(128 + number)

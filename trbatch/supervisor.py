@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from trbatch import gpus
 from trbatch.aftermath import Settling
 from trbatch.config import WorkerConfig
-from trbatch.deaths import Death, MemoryWatch, is_stopped, judge
+from trbatch.deaths import STOPPED, Death, MemoryWatch, is_stopped, judge
 from trbatch.errors import Unreachable, WorkerError
 from trbatch.flight import FlightRecord
 from trbatch.stopping import SAME_SIGNAL_S, signals_to
@@ -40,6 +40,8 @@ LONGEST_BREAK_S = 30.0
 SETTLE_S = 3.0  # for a dead worker's chunks, when somebody waits for the end of this process
 LEAVE_S = 90.0  # beyond the grace, for the last step and the saving of the matrices
 
+_STOPPED_ALONE = STOPPED - {128 + signal.SIGINT}
+_OWNER = "TRBATCH_OWNER"  # in the environment: the process without which this one is to end
 _PR_SET_PDEATHSIG = 1
 
 
@@ -83,6 +85,7 @@ class Supervisor:
         redis_url: the queue.
         grace_s: what workers are given to finish when they are asked to stop.
         patient: whether to go on while the queue or the storage is away, once a worker has worked.
+        owner: the parent process without which to hand everything back and end; 0: none.
     """
 
     def __init__(
@@ -93,11 +96,13 @@ class Supervisor:
         redis_url: str = "",
         grace_s: float = 60.0,
         patient: bool = True,
+        owner: int = 0,
     ) -> None:
         self._arguments = list(arguments)
         self._redis_url = redis_url
         self._grace_s = grace_s
         self._patient = patient
+        self._owner = owner
         self._workers = [_Worker(post) for post in posts]
         self._stops = 0
         self._stop_code = 0
@@ -118,6 +123,7 @@ class Supervisor:
         with signals_to(self._ask):
             try:
                 while any(worker.exit_code is None for worker in self._workers):
+                    self._look_at_owner()
                     self._pass_on_stops()
                     for worker in self._workers:
                         self._attend(worker)
@@ -129,8 +135,9 @@ class Supervisor:
             if worker.error is not None:
                 raise worker.error
         codes = [worker.exit_code or 0 for worker in self._workers]
-        worst = max(codes, key=lambda code: (code not in (0, 130, 143), code))
-        return self._stop_code if self._stop_code and worst in (0, 130, 143) else worst
+        worst = max(codes, key=lambda code: (code != 0 and code not in STOPPED, code))
+        stopped = worst == 0 or worst in STOPPED
+        return self._stop_code if self._stop_code and stopped else worst
 
     def _ask(self, number: int) -> None:
         """Stop: called in a signal's handler, so only noted."""
@@ -139,6 +146,13 @@ class Supervisor:
             self._asked_at = now
             self._stops += 1
             self._stop_code = 128 + number
+
+    def _look_at_owner(self) -> None:
+        """Whoever had us started is gone (`kill -9`): nobody waits for what is in flight."""
+        if self._owner and os.getppid() != self._owner:
+            logger.warning("process %d, for which this worker works, is gone", self._owner)
+            self._owner, self._asked_at = 0, time.monotonic()
+            self._stops, self._stop_code = max(self._stops, 2), 128 + signal.SIGTERM
 
     def _pass_on_stops(self) -> None:
         """One at a time: a worker takes two at once for the same one."""
@@ -234,7 +248,7 @@ class Supervisor:
 
     def _is_final(self, worker: _Worker, death: Death, *, was_ready: bool) -> bool:
         """Whether a successor would do no better."""
-        if death.code == 128 + signal.SIGTERM:  # somebody stopped it, and not through us
+        if death.code in _STOPPED_ALONE:  # somebody stopped it, and not through us
             return False
         if death.code == Unreachable.exit_code:
             return not (self._patient and worker.worked)
@@ -269,6 +283,11 @@ class Supervisor:
             if worker.process is not None and worker.process.poll() is None:
                 worker.process.kill()
                 worker.process.wait()
+
+
+def owned() -> dict[str, str]:
+    """What the environment of a supervisor needs to end when this process does, however it does."""
+    return {_OWNER: str(os.getpid())}
 
 
 def die_with_parent() -> None:
@@ -311,6 +330,7 @@ def supervise(config: WorkerConfig, gpu: str, arguments: Sequence[str]) -> int:
         redis_url=config.redis_url,
         grace_s=config.grace_s,
         patient=not config.burst,
+        owner=int(os.environ.pop(_OWNER, "0")),  # no business of our own children
     )
     return supervisor.run()
 

@@ -147,7 +147,10 @@ class BatchWorker:
                 with undisturbed():
                     self._finish_chunks()
         finally:
-            self._wind_up()
+            try:
+                self._wind_up()
+            finally:
+                self._leases.leave()
         return self.stop.exit_code or (JobFailed.exit_code if self._models.refused else 0)
 
     def _may_stop(self) -> bool:
@@ -377,8 +380,6 @@ class BatchWorker:
             self._tell.last()
             if patient and not self._cut_off:
                 self._leases.close()
-            else:
-                self._leases.leave()
 
     def _hear_last(self) -> None:
         """What has happened meanwhile and is still of use; the rest would only raise again."""
