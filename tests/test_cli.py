@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
+from supervised import alive
 
 from trbatch import api, cli, cli_configs, local
 from trbatch.cli_output import print_table
@@ -333,10 +335,9 @@ def test_run_with_a_worker_that_never_stands_ends_with_4_and_says_so(
     assert "hint:" in result.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_run_and_its_worker_and_the_same_command_goes_on(
-    home: Path, prompts: Path, echo_worker: None, number: int, code: int
-) -> None:
+@contextlib.contextmanager
+def running(prompts: Path) -> Iterator[subprocess.Popen[str]]:
+    """`trbatch run` in a process of its own, with a chunk in flight."""
     start = (
         f"import sys; from trbatch import cli, local;"
         f"local.WORKER_COMMAND = (sys.executable, {ECHO!r}, 'worker'); cli.main()"
@@ -349,6 +350,16 @@ def test_a_signal_ends_run_and_its_worker_and_the_same_command_goes_on(
             if "is ready" in line:
                 break
         time.sleep(0.5)  # a chunk is in flight now
+        yield process
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_ends_run_and_its_worker_and_the_same_command_goes_on(
+    home: Path, prompts: Path, echo_worker: None, number: int, code: int
+) -> None:
+    with running(prompts) as process:
         process.send_signal(number)
         process.communicate(timeout=60)
     assert process.returncode == code
@@ -357,6 +368,26 @@ def test_a_signal_ends_run_and_its_worker_and_the_same_command_goes_on(
     again = invoke("run", prompts, "--model", "org/echo", "--json")
     assert again.exit_code == 0
     assert json.loads(again.stdout)["rows_ok"] == 6
+
+
+def test_a_run_that_is_killed_leaves_no_worker_behind(
+    home: Path, prompts: Path, echo_worker: None
+) -> None:
+    with running(prompts) as process:
+        (worker,) = children(process.pid)
+        (child,) = children(worker)
+        process.kill()
+        begin = time.monotonic()
+        while alive(worker) or alive(child):
+            assert time.monotonic() - begin < 15, "it goes on for nobody"
+            time.sleep(0.1)
+    queue = json.loads(invoke("status", "--json").stdout)
+    assert queue["workers"] == []
+    assert [(q["queued"], q["started"]) for q in queue["queues"]] == [(1, 0)], "handed back"
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_server_starts_tells_and_stops(home: Path) -> None:

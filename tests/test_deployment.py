@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def test_the_workers_unit_runs_a_worker_and_gives_it_time_to_leave() -> None:
     assert (settings["gpu"], settings["max_num_seqs"]) == ("1", 256)
     assert settings["grace_s"] == WorkerConfig().grace_s
     assert float(unit["TimeoutStopSec"][0]) > LEAVES_S
-    assert unit["SuccessExitStatus"] == [str(cli.TERMINATED)]
+    assert unit["SuccessExitStatus"] == [str(128 + signal.SIGTERM)]
     assert unit["RestartPreventExitStatus"] == ["2 4"]
     assert (unit["KillSignal"], unit["KillMode"]) == (["SIGTERM"], ["mixed"])
 

@@ -15,8 +15,8 @@ import doc_pages
 import pytest
 
 import trbatch
-from trbatch import cli
 from trbatch.cli_help import ENVIRONMENT
+from trbatch.deaths import STOPPED
 from trbatch.error_codes import FROM_DECODING, FROM_THE_INPUT
 from trbatch.errors import EXIT_CODES, TrbatchError
 
@@ -156,7 +156,7 @@ def exit_codes(kind: type[TrbatchError]) -> set[int]:
 
 def test_every_exit_code_is_explained_here_and_in_the_readme() -> None:
     explained = {int(code) for code, _ in EXIT_CODES}
-    assert explained == exit_codes(TrbatchError) | {0, 3, cli.INTERRUPTED, cli.TERMINATED}
+    assert explained == exit_codes(TrbatchError) | {0, 3, *STOPPED}
     line = re.search(r"^Exit codes: .*?\n\n", (ROOT / "README.md").read_text(), re.M | re.S)
     assert line is not None
     assert {int(number) for number in re.findall(r"\d+", line[0])} == explained

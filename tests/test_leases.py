@@ -198,6 +198,16 @@ def test_what_was_noted_last_is_read(flight: FlightRecord) -> None:
     reader.close()
 
 
+def test_more_leases_than_a_note_has_room_for_are_noted_in_part(flight: FlightRecord) -> None:
+    many = {f"{i:032x}": (f"a-job-of-an-ordinary-name-{i}", "queue" * 8) for i in range(30_000)}
+    flight.note_holdings("w", many)
+    worker, noted = flight.holdings()
+    assert worker == "w"
+    assert 3000 < len(noted) < 30_000 and noted.items() <= many.items()
+    flight.note_holdings("w", {"e": ("x" * 2_000_000, "queue")})
+    assert flight.holdings() == ("w", {})
+
+
 def test_a_note_that_a_death_cut_short_leaves_the_one_before(flight: FlightRecord) -> None:
     flight.note_running([(("e", 0), 1, 0)])
     flight.note_running([(("e", 0), 2, 0)])

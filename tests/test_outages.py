@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import MODEL, rows_of, submit, supervised, wait_for
+from supervised import MODEL, alive, rows_of, submit, supervised, wait_for
 
 from trbatch import server
 from trbatch.errors import Unreachable
@@ -85,6 +85,50 @@ def test_a_worker_can_be_stopped_while_the_server_is_away(jobs: JobQueue, tmp_pa
         assert "asked to stop while the queue" in worker.words
         assert "Traceback" not in worker.words
     server.ensure()
+
+
+@pytest.fixture
+def server_pid(jobs: JobQueue) -> Iterator[int]:
+    """The server's process. Stopped, it hangs, as one does whose host drops every packet."""
+    pid = server.status().pid
+    yield pid
+    os.kill(pid, signal.SIGCONT)
+
+
+def test_workers_stop_within_their_grace_and_seconds_of_a_server_that_hangs(
+    jobs: JobQueue, tmp_path: Path, server_pid: int
+) -> None:
+    """And a dead worker, whose chunks cannot be put back, keeps the signal from no other one."""
+    job = submit(jobs, tmp_path, [f"say {i}" for i in range(400)])
+    env = {"ECHO_STEP_S": "0.3"}
+    with supervised(jobs.url, tmp_path / "log", "--gpu=0,1", "--grace=1", env=env) as parent:
+        wait_for(lambda: len({row["worker"] for row in rows_of(job)}) == 2)
+        killed, other = parent.children()
+        os.kill(server_pid, signal.SIGSTOP)
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: "SIGKILL from outside" in parent.words)
+        parent.process.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        wait_for(lambda: not alive(other), timeout=10)
+        assert parent.wait() == Unreachable.exit_code
+        assert time.monotonic() - begin < 10
+        assert "Traceback" not in parent.words
+
+
+def test_a_server_that_hangs_for_seconds_costs_nothing_but_time(
+    jobs: JobQueue, tmp_path: Path, server_pid: int
+) -> None:
+    job = submit(jobs, tmp_path, [f"say {i}" for i in range(120)])
+    with supervised(jobs.url, tmp_path / "log", env={"ECHO_STEP_S": "0.2"}) as worker:
+        wait_for(lambda: len(rows_of(job)) >= 12)
+        child = worker.children()
+        os.kill(server_pid, signal.SIGSTOP)
+        time.sleep(5.0)
+        os.kill(server_pid, signal.SIGCONT)
+        wait_for(lambda: jobs.counts(job.id).finished == 15)
+        assert worker.children() == child, "it was never replaced"
+        assert "Traceback" not in worker.words
+    assert sorted(row["prompt_index"] for row in rows_of(job)) == list(range(120))
 
 
 def test_a_worker_starts_the_embedded_server_again(home: Path, tmp_path: Path) -> None:

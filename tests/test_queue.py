@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from queue_tools import MODEL, FakeFolder, counts, queue, take, take_all
@@ -12,7 +14,7 @@ from rq.serializers import JSONSerializer
 
 from trbatch.chunk_job import RETRIES, ChunkJob
 from trbatch.lease import LeaseWorker
-from trbatch.queue import FUNCTION, JobQueue
+from trbatch.queue import BATCH, FUNCTION, JobQueue
 from trbatch.queue_names import ModelKey, chunk_id
 
 
@@ -34,6 +36,28 @@ def test_enqueueing_twice_adds_nothing(jobs: JobQueue, worker: LeaseWorker) -> N
     take(jobs, worker)
     assert jobs.enqueue(folder, [0, 1, 2]) == 1, "0 runs, 1 waits"
     assert take_all(jobs, worker) == [1, 2]
+
+
+def test_who_sleeps_longer_than_its_lock_lives_enqueues_all_the_same(
+    jobs: JobQueue, worker: LeaseWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by Ctrl-Z in the middle, while another command enqueues the same chunks."""
+    folder, another = FakeFolder(), JobQueue.connect(jobs.url)
+    statuses = jobs._statuses
+
+    def sleepy(ids: Sequence[str]) -> dict[str, Any]:
+        found = statuses(ids)
+        if len(ids) == BATCH:
+            (lock,) = jobs.connection.keys("trbatch:enqueue:*")
+            jobs.connection.delete(lock)
+            another.enqueue(folder, [0, 1])
+        return found
+
+    monkeypatch.setattr(jobs, "_statuses", sleepy)
+    chunks = list(range(2 * BATCH))
+    assert jobs.enqueue(folder, chunks) == len(chunks)
+    another.close()
+    assert sorted(take_all(jobs, worker)) == chunks, "each of them is leased once"
 
 
 def test_a_finished_chunk_can_be_enqueued_again(jobs: JobQueue, worker: LeaseWorker) -> None:

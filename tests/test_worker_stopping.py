@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from worker_tools import (
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue
 from trbatch.queue_names import ModelKey
+from trbatch.stopping import SAME_SIGNAL_S
 from trbatch.worker import BatchWorker, run_worker
 
 
@@ -116,21 +118,63 @@ def test_what_a_killed_worker_held_is_decoded_by_the_next(
 
 LEAVING = """
 import atexit, threading, time
-from trbatch.stopping import ENGINE_THREAD, leave
+from trbatch.stopping import ENGINE_THREAD, leaving
 atexit.register(print, "torn down")
 if {busy}:
     threading.Thread(target=time.sleep, args=(60,), name=ENGINE_THREAD, daemon=True).start()
-print("leaves")
-leave(143)
+with leaving():
+    print("leaves")
+    {way}
 """
 
 
 @pytest.mark.parametrize(("busy", "said"), [(True, "leaves\n"), (False, "leaves\ntorn down\n")])
+@pytest.mark.parametrize(
+    ("way", "code", "words"),
+    [
+        ("raise SystemExit(143)", 143, ""),
+        ("raise SystemExit('no')", 1, "no"),
+        ("raise ValueError('no')", 1, "ValueError: no"),
+        ("pass", 0, ""),
+    ],
+)
 def test_a_process_whose_engine_is_busy_leaves_without_tearing_it_down(
-    busy: bool, said: str
+    busy: bool, said: str, way: str, code: int, words: str
 ) -> None:
-    script = LEAVING.format(busy=busy)
+    script = LEAVING.format(busy=busy, way=way)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout) == (143, said)
+    assert (done.returncode, done.stdout) == (code, said)
+    assert done.stderr.strip().rpartition("\n")[2] == words
+
+
+def test_a_third_ctrl_c_in_the_middle_of_a_step_tears_nothing_down(
+    jobs: JobQueue, tmp_path: Path
+) -> None:
+    """The command line shows an interrupt and ends: that way, too, goes past Python's end."""
+    job = submit(jobs, tmp_path, 8)
+    code = textwrap.dedent(
+        f"""
+        import atexit, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import worker_tools
+        from trbatch import cli, flight, worker
+        atexit.register(print, "torn down")
+        worker.load_engine = lambda config, model: worker_tools.EchoEngine(step_s=60.0)
+        flight.FlightRecord.inherited = classmethod(lambda cls: cls.create())
+        sys.argv = ["trbatch", "worker", "--redis-url", {jobs.url!r}]
+        cli.main()
+        """
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(lambda: jobs.counts(job.id).started, timeout=30)
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(SAME_SIGNAL_S + 0.2)
+        out, words = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert "stopped; the same command again goes on" in words
+    assert "Traceback" not in words

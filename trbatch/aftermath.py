@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +13,9 @@ from rq import worker_registration
 from rq.worker import BaseWorker
 
 from trbatch import recovery
+from trbatch.connection import reaching
+from trbatch.deaths import Death
+from trbatch.errors import TrbatchError
 from trbatch.flight import FlightRecord, Row
 from trbatch.queue import JobQueue
 from trbatch.suspects import ALONE
@@ -49,6 +54,49 @@ def settle(jobs: JobQueue, flight: FlightRecord, cause: str, *, own: bool) -> Af
     if worker:
         _forget(jobs.connection, worker)
     return done
+
+
+class Settling:
+    """The same by a supervisor, in a thread beside it: a queue that hangs may take its time, and
+    must keep nobody from other workers and from signals.
+
+    Args:
+        redis_url: the queue.
+        flight: of the worker; not to be closed before this is over.
+        death: how it ended.
+
+    Attributes:
+        suspects: how many rows are suspects now, once it is over.
+    """
+
+    def __init__(self, redis_url: str, flight: FlightRecord, death: Death) -> None:
+        self.suspects = 0
+        self._redis_url, self._flight, self._death = redis_url, flight, death
+        self._begin = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="settling", daemon=True)
+        if flight.holdings()[1]:
+            self._thread.start()
+
+    @property
+    def over(self) -> bool:
+        """Whether what the worker held is back in the queue, or cannot be put there."""
+        return not self._thread.is_alive()
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it was begun."""
+        return time.monotonic() - self._begin
+
+    def _run(self) -> None:
+        death = self._death
+        try:
+            with JobQueue.connect(self._redis_url) as jobs, reaching(jobs.url):
+                after = settle(jobs, self._flight, death.cause, own=death.own)
+        except (TrbatchError, redis.RedisError) as error:
+            logger.warning("its chunks come back when their leases run out: %s", error)
+            return
+        self.suspects = after.suspects
+        logger.warning("%s", after)
 
 
 def settle_broken(jobs: JobQueue, flight: FlightRecord, error: BaseException) -> None:

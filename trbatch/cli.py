@@ -58,13 +58,13 @@ from trbatch.profiles import NONE
 from trbatch.progress import Reporter, reporter
 from trbatch.results import Receipt
 from trbatch.sinks import check_error_file
+from trbatch.stopping import asking_signals, leaving
 from trbatch.watching import jobs_in
 from trbatch.wording import counted
 
 NEWEST = 10  # jobs that `status` lists
 BAD_ROWS_SHOWN = 3  # when a job is submitted
 INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
 
 
 class Commands(ProgramGroup):
@@ -121,8 +121,10 @@ def commands() -> None:
 
 def main() -> None:
     """Entry point of the program `trbatch`."""
-    signal.signal(signal.SIGTERM, _terminate)
-    commands(prog_name="trbatch")
+    for number in set(asking_signals()) - {signal.SIGINT}:  # which raises KeyboardInterrupt
+        signal.signal(number, _terminate)
+    with leaving():
+        commands(prog_name="trbatch")
 
 
 @commands.command("run", **example("trbatch run prompts.jsonl -o answers.parquet --max-tokens 128"))
@@ -229,7 +231,6 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     first Ctrl-C (or SIGTERM) finishes what was taken within --grace, the second hands it back.
     """
     from trbatch.flight import FlightRecord
-    from trbatch.stopping import leave
     from trbatch.supervisor import die_with_parent, supervise
 
     require_worker("`trbatch worker`")
@@ -237,7 +238,7 @@ def worker_command(context: click.Context, /, **settings: Any) -> None:
     config = configs.worker_config(settings)
     if (flight := FlightRecord.inherited()) is not None:
         die_with_parent()
-        leave(api.work(config, flight))
+        context.exit(api.work(config, flight))
     arguments = configs.arguments_for(worker_command, configs.for_children(settings))
     context.exit(supervise(config, settings["gpu"], arguments))
 
@@ -425,4 +426,4 @@ def _show_bad_rows(job: api.Job, show: Reporter) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    sys.exit(TERMINATED)
+    sys.exit(128 + number)

@@ -25,8 +25,8 @@ OWN_SIGNALS = frozenset(
 )  # fmt: skip
 OWN_SHARE = 0.5  # of the memory there is: a process with less did not fill it
 
-_STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
-_OF_OTHERS = {0, Unreachable.exit_code, *_STOPPED}  # or of nobody
+STOPPED = frozenset(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+_OF_OTHERS = {0, Unreachable.exit_code, *STOPPED}  # or of nobody
 _ON_PURPOSE = {*_OF_OTHERS, UsageError.exit_code, ModelError.exit_code}
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

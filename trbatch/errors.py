@@ -34,6 +34,7 @@ EXIT_CODES = (
     ("6", "A time limit or the job's deadline has passed."),
     ("7", "A job of this name was made with other settings; nothing was changed."),
     ("75", "The queue or the storage cannot be reached; try again later."),
+    ("129", "Stopped by SIGHUP, as when a terminal closes; the same command goes on."),
     ("130", "Stopped by Ctrl-C; the same command goes on."),
     ("143", "Stopped by SIGTERM; the same command goes on."),
 )

@@ -201,15 +201,20 @@ class FlightRecord:
         self._close()
 
     def note_holdings(self, worker: str, leases: Mapping[str, Sequence[str]]) -> None:
-        """Note the leases that the worker of this name holds: by execution, entry and queue."""
-        self._write(_HOLDINGS, [worker, {name: list(lease) for name, lease in leases.items()}])
+        """Note the leases that the worker of this name holds: by execution, entry and queue.
+
+        Of thousands, only as many as there is room for: the others run out by themselves.
+        """
+        held = [(name, list(lease)) for name, lease in leases.items()]
+        self._write(_HOLDINGS, lambda most: [worker, dict(held[:most])], len(held))
 
     def note_running(self, rows: Sequence[tuple[Any, int, int]]) -> None:
         """Note what the engine may touch from now on: request keys, places in the input, samples.
 
         A key is a tuple whose first part names the lease.
         """
-        self._write(_RUNNING, [[str(key[0]), order, sample] for key, order, sample in rows])
+        noted = [[str(key[0]), order, sample] for key, order, sample in rows]
+        self._write(_RUNNING, lambda most: noted[:most], len(noted))
 
     def holdings(self) -> tuple[str, dict[str, tuple[str, str]]]:
         """The worker's name, and of each lease that it holds the entry's id and the queue."""
@@ -223,9 +228,12 @@ class FlightRecord:
             found.setdefault(lease, []).append((order, sample))
         return found
 
-    def _write(self, kind: int, value: Any) -> None:
-        data = orjson.dumps(value)
-        assert len(data) + _HEADER.size <= _SLOT, "a worker never holds this much"
+    def _write(self, kind: int, first: Callable[[int], Any], count: int) -> None:
+        """Write a note of the first so many things, of fewer if there is no room for them."""
+        data = orjson.dumps(first(count))
+        while len(data) + _HEADER.size > _SLOT:
+            count //= 2
+            data = orjson.dumps(first(count))
         number = self._numbers[kind] = self._numbers[kind] + 1
         note = _HEADER.pack(number, len(data), zlib.crc32(data)) + data
         place = _place(kind, number)

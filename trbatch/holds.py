@@ -10,6 +10,8 @@ from trbatch.chunk_work import ChunkWork
 from trbatch.errors import TrbatchError
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue
+from trbatch.queue_control import withdraw
+from trbatch.queue_names import chunk_id
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -42,6 +44,25 @@ def requeue_if_wanted(jobs: JobQueue, folder: JobFolder, chunk: int) -> None:
             jobs.enqueue(folder, [chunk], control.priority)
     except TrbatchError as error:
         logger.warning("%s: cannot see whether the job goes on: %s", folder.id, error)
+
+
+def clear_if_held(jobs: JobQueue, folder: JobFolder) -> None:
+    """Take the waiting chunks of a job that is held out of the queue: thousands, it may be.
+
+    Whoever takes the job up meanwhile says so in its folder first and enqueues then, so that
+    another look at the folder tells whether chunks were taken out that are wanted.
+    """
+    ours = chunk_id(folder, 0).rsplit("-", 2)[0]  # of this job folder
+    try:
+        if not all(entry.startswith(f"{ours}-") for entry in jobs.ids(folder.id)):
+            return  # a job in another store has the same name: they are told apart chunk by chunk
+        if taken := withdraw(jobs, folder):
+            logger.info("%s is held: %d waiting chunks taken out of the queue", folder.id, taken)
+        control = folder.control()
+        if not control.stopped:
+            jobs.enqueue(folder, folder.missing_chunks(), control.priority)
+    except TrbatchError as error:
+        logger.warning("%s: its waiting chunks stay in the queue: %s", folder.id, error)
 
 
 def asked_again(work: ChunkWork) -> bool:

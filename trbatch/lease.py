@@ -28,6 +28,7 @@ from trbatch import recovery
 from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.chunk_lease import BadChunk, Lease, payload_of
 from trbatch.flight import FlightRecord
+from trbatch.queue import WORKER_ANSWER_S
 from trbatch.queue_names import PREFIX
 from trbatch.suspects import Suspects
 
@@ -76,11 +77,12 @@ class LeaseWorker(SimpleWorker):
         self._last_beat = time.monotonic()
         self._no_reaping_until = 0.0
         self._hung = False
+        self._left = False
 
     @property
     def connection_timeout(self) -> int:
-        """Seconds that a command may take; nothing here blocks on purpose."""
-        return 10
+        """Seconds that a command may take: rq raises a connection's limit to these."""
+        return int(WORKER_ANSWER_S)
 
     def open(self) -> None:
         """Appear among the workers and listen for commands."""
@@ -91,7 +93,16 @@ class LeaseWorker(SimpleWorker):
 
     def close(self) -> None:
         """Disappear from the workers. Leases still held run out by themselves."""
-        self.teardown()  # type: ignore[no-untyped-call]
+        try:
+            self.teardown()  # type: ignore[no-untyped-call]
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Say nothing to the queue any more: the leases and the worker's entry run out."""
+        self._left = True
+        if self.pubsub_thread:
+            self.pubsub_thread.stop()
 
     def subscribe(self) -> None:
         """Listen for commands in a thread of rq's that can be ended within half a second."""
@@ -100,6 +111,11 @@ class LeaseWorker(SimpleWorker):
         self.pubsub_thread = self.pubsub.run_in_thread(  # type: ignore[assignment]
             sleep_time=0.5, daemon=True, exception_handler=self._pubsub_exception_handler
         )
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """Go on after what breaks the listening thread, unless this worker leaves."""
+        if not self._left:
+            super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
 
     def say(self, state: str, model: str) -> None:
         """Tell what this worker does, for `trbatch status`."""

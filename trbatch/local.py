@@ -6,6 +6,7 @@ when it dies this process and the job's finished rows do not.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from typing import Self
 from trbatch.errors import JobFailed, Unreachable
 from trbatch.job_handle import POLL_S, Job, Report
 from trbatch.job_status import JobStatus, job_failure
+from trbatch.supervisor import owned
 
 WORKER_COMMAND = (sys.executable, "-m", "trbatch", "worker")
 LEAVE_S = 15.0  # for a worker in burst mode to notice that nothing is left, and to save
@@ -29,6 +31,7 @@ class WorkerProcess:
     """A worker as a child process; leaving the context ends it.
 
     It has a session of its own, so that a terminal's Ctrl-C reaches it only through this process.
+    Should this process be killed, it hands back what it took and ends.
 
     Args:
         arguments: of `trbatch worker`.
@@ -39,7 +42,9 @@ class WorkerProcess:
     def __init__(
         self, arguments: Sequence[str], redis_url: str, on_line: Callable[[str], None]
     ) -> None:
-        environment = os.environ | ({"TRBATCH_REDIS_URL": redis_url} if redis_url else {})
+        environment = os.environ | owned()
+        if redis_url:
+            environment["TRBATCH_REDIS_URL"] = redis_url
         self._process = subprocess.Popen(
             [*WORKER_COMMAND, *arguments],
             stdin=subprocess.DEVNULL,
@@ -121,7 +126,8 @@ class WorkerProcess:
     def _read(self) -> None:
         assert self._process.stdout is not None, "the worker's output is a pipe"
         for line in self._process.stdout:
-            self._on_line(line.rstrip("\n"))
+            with contextlib.suppress(OSError):  # a terminal that is gone must not stop the worker
+                self._on_line(line.rstrip("\n"))
 
 
 def run(

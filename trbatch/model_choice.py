@@ -17,6 +17,7 @@ from trbatch.queue_names import ModelKey
 logger = logging.getLogger("trbatch.worker")
 
 IDLE_S = 0.2  # between looks at an empty queue
+TAKE_S = 0.5  # of taking chunks at a time: beats, finished rows and the engine wait meanwhile
 
 
 def watched(jobs: JobQueue, fixed: ModelKey | None) -> list[ChunkQueue]:
@@ -102,7 +103,8 @@ class ModelChoice:
         """Take chunks of the model that the engine holds, the most urgent first.
 
         It ends when there is no room, when none is left, or when another model's chunks are more
-        urgent. The queue is then left alone for a moment.
+        urgent; the queue is then left alone for a moment. It ends after `TAKE_S` as well: chunks
+        that owe no row fill no room, and there may be thousands of them.
 
         Args:
             wanted: whether there is room for another.
@@ -115,7 +117,8 @@ class ModelChoice:
             self._looked_at = time.monotonic()
             return
         queues = self._queues(self.model)
-        while wanted():
+        until = time.monotonic() + TAKE_S
+        while wanted() and time.monotonic() < until:
             lease = self._leases.take_first(queues)
             if lease is None:
                 self._looked_at = time.monotonic()

@@ -8,13 +8,16 @@ What a chunk holds, and which of its rows are done, is written in the job folder
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import redis
+from redis.exceptions import LockError
 from rq import Queue, Retry
 from rq.job import JobStatus
 from rq.queue import EnqueueData
@@ -37,9 +40,13 @@ from trbatch.errors import UsageError
 from trbatch.queue_names import PREFIX, Folder, ModelKey, chunk_id, index_key, priority_of
 from trbatch.untrusted import answers_of, entry_of, failure_of, number_of, text_of
 
+logger = logging.getLogger("trbatch.queue")
+
 MODELS_KEY = f"{PREFIX}models"  # hash: rq queue name -> JSON of its `ModelKey`
 FUNCTION = "trbatch.decode_chunk"  # what every rq job says; compared with, never imported
 BATCH = 64  # rq jobs a pipeline
+ANSWER_S = 10.0  # that a command of a client may take, and that each of its repetitions may
+WORKER_ANSWER_S = 3.0  # the same of a worker: it repeats for minutes, and stops in between
 MINIMUM_SERVER = (6, 2, 0)
 _STATUSES = {status.value.encode(): status for status in JobStatus}
 WAITING = frozenset({JobStatus.QUEUED, JobStatus.SCHEDULED, JobStatus.DEFERRED})
@@ -120,7 +127,7 @@ class JobQueue:
         embedded = not url
         url = url or server.ensure()
         breaks = Breaks()
-        connection = _connection(url, breaks, attempts=3)
+        connection = _connection(url, breaks, attempts=3, answer_s=ANSWER_S)
         with reaching(url):
             version = get_version(connection)
         if version < MINIMUM_SERVER:
@@ -128,7 +135,7 @@ class JobQueue:
             raise UsageError(f"{mask_url(url)} is Redis {found}; 6.2 or newer is needed")
         if patient:
             connection.close()
-            connection = _connection(url, breaks, attempts=200)
+            connection = _connection(url, breaks, attempts=200, answer_s=WORKER_ANSWER_S)
         return cls(connection, url, breaks, embedded=embedded)
 
     def close(self) -> None:
@@ -159,14 +166,32 @@ class JobQueue:
         model = ModelKey(job.manifest.model, job.manifest.revision)
         queue = self.queue(model.queue_of(priority))
         added = 0
-        turn = self.connection.lock(f"{PREFIX}enqueue:{job.id}", timeout=LOCK_S)
-        with reaching(self.url), turn:
+        with reaching(self.url):
             self.connection.hset(MODELS_KEY, queue.name, json.dumps([model.name, model.revision]))
-            self._forget_older(job)
+            with self._turn(job.id):
+                self._forget_older(job)
             for start in range(0, len(chunks), BATCH):
-                added += self._enqueue_batch(queue, job, chunks[start : start + BATCH])
-                turn.reacquire()
+                with self._turn(job.id):
+                    added += self._enqueue_batch(queue, job, chunks[start : start + BATCH])
         return added
+
+    @contextlib.contextmanager
+    def _turn(self, job_id: str) -> Iterator[None]:
+        """Of those who enqueue chunks of a job, let one at a time look and add.
+
+        Who is stopped in here for longer than the lock lives (Ctrl-Z, a laptop that sleeps) has
+        lost it. That costs nothing: a chunk that two have added is leased once, and one that is
+        done already ends at once.
+        """
+        lock = self.connection.lock(f"{PREFIX}enqueue:{job_id}", timeout=LOCK_S)
+        lock.acquire()
+        try:
+            yield
+        finally:
+            try:
+                lock.release()
+            except LockError:
+                logger.debug("job %s: enqueueing took longer than its lock lives", job_id)
 
     def _forget_older(self, job: Folder) -> None:
         """Count no chunk of an earlier generation any more that has come to its end."""
@@ -313,8 +338,11 @@ class JobQueue:
         return found
 
 
-def _connection(url: str, breaks: Breaks, *, attempts: int) -> redis.Redis:
-    return connect(url, socket_timeout=10.0, retry=Patience(url, breaks, attempts))
+def _connection(url: str, breaks: Breaks, *, attempts: int, answer_s: float) -> redis.Redis:
+    limits = {"socket_timeout": answer_s}
+    if not url.startswith("unix:"):
+        limits["socket_connect_timeout"] = answer_s
+    return connect(url, retry=Patience(url, breaks, attempts), **limits)
 
 
 def _job_data(job: Folder, chunk: int, rq_id: str) -> EnqueueData:

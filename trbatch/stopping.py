@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -63,9 +64,18 @@ class Stops:
             self._deadline = now + self._grace_s
 
 
+def asking_signals() -> list[signal.Signals]:
+    """The signals that ask this process to end: not SIGHUP where it is ignored (`nohup`)."""
+    hangs_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
+
+
 @contextlib.contextmanager
 def signals_to(ask: Callable[[int], None]) -> Iterator[None]:
-    """Give SIGINT and SIGTERM by number to `ask`; in another thread than the main one, do not."""
+    """Give the signals that ask for an end to `ask`, by number.
+
+    In another thread than the main one, do not.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,7 +83,7 @@ def signals_to(ask: Callable[[int], None]) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         ask(number)
 
-    before: dict[int, Any] = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {n: signal.signal(n, handle) for n in asking_signals()}
     try:
         yield
     finally:
@@ -81,14 +91,37 @@ def signals_to(ask: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def leave(code: int) -> None:
-    """End this process, a worker, with an exit code.
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """End this process where the context ends, whichever way, if it is a worker's.
 
-    An engine that is in the middle of something, such as loading, would abort a process that ends
-    as Python's usually do: its libraries do not expect to be torn down under a running thread.
+    An engine that is in the middle of something, such as a step or loading, would abort a process
+    that ends as Python's usually do: its libraries do not expect to be torn down under a running
+    thread. So such a process ends at once, with the exit code or the traceback it would have had.
     """
-    if any(thread.name == ENGINE_THREAD for thread in threading.enumerate()):
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = _code_of(end)
+        if not _engine_runs():
+            raise
+    except BaseException:
+        code = 1
+        if not _engine_runs():
+            raise
+        traceback.print_exc()
+    if _engine_runs():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+
+
+def _engine_runs() -> bool:
+    return any(thread.name == ENGINE_THREAD for thread in threading.enumerate())
+
+
+def _code_of(end: SystemExit) -> int:
+    if isinstance(end.code, str):
+        print(end.code, file=sys.stderr)
+    return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -19,16 +19,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import redis
-
 from trbatch import gpus
-from trbatch.aftermath import settle
+from trbatch.aftermath import Settling
 from trbatch.config import WorkerConfig
-from trbatch.connection import reaching
-from trbatch.deaths import Death, MemoryWatch, is_stopped, judge
-from trbatch.errors import TrbatchError, Unreachable, WorkerError
+from trbatch.deaths import STOPPED, Death, MemoryWatch, is_stopped, judge
+from trbatch.errors import Unreachable, WorkerError
 from trbatch.flight import FlightRecord
-from trbatch.queue import JobQueue
 from trbatch.stopping import SAME_SIGNAL_S, signals_to
 
 logger = logging.getLogger("trbatch.worker")
@@ -41,8 +37,11 @@ STARTS = 5  # so many deaths in a row before a model stood are enough
 FRUITLESS = 20  # and so many without a single finished row: it is not the rows
 FIRST_BREAK_S = 0.5
 LONGEST_BREAK_S = 30.0
+SETTLE_S = 3.0  # for a dead worker's chunks, when somebody waits for the end of this process
 LEAVE_S = 90.0  # beyond the grace, for the last step and the saving of the matrices
 
+_STOPPED_ALONE = STOPPED - {128 + signal.SIGINT}
+_OWNER = "TRBATCH_OWNER"  # in the environment: the process without which this one is to end
 _PR_SET_PDEATHSIG = 1
 
 
@@ -63,6 +62,8 @@ class _Worker:
     process: subprocess.Popen[bytes] | None = None
     flight: FlightRecord | None = None
     memory: MemoryWatch | None = None
+    death: Death | None = None  # of the last one, while its chunks are put back
+    settling: Settling | None = None
     due: float = 0.0  # when to start the next one
     failed_starts: int = 0  # in a row
     fruitless: int = 0  # the same, but of those that finished no row
@@ -84,6 +85,7 @@ class Supervisor:
         redis_url: the queue.
         grace_s: what workers are given to finish when they are asked to stop.
         patient: whether to go on while the queue or the storage is away, once a worker has worked.
+        owner: the parent process without which to hand everything back and end; 0: none.
     """
 
     def __init__(
@@ -94,11 +96,13 @@ class Supervisor:
         redis_url: str = "",
         grace_s: float = 60.0,
         patient: bool = True,
+        owner: int = 0,
     ) -> None:
         self._arguments = list(arguments)
         self._redis_url = redis_url
         self._grace_s = grace_s
         self._patient = patient
+        self._owner = owner
         self._workers = [_Worker(post) for post in posts]
         self._stops = 0
         self._stop_code = 0
@@ -119,6 +123,7 @@ class Supervisor:
         with signals_to(self._ask):
             try:
                 while any(worker.exit_code is None for worker in self._workers):
+                    self._look_at_owner()
                     self._pass_on_stops()
                     for worker in self._workers:
                         self._attend(worker)
@@ -130,8 +135,9 @@ class Supervisor:
             if worker.error is not None:
                 raise worker.error
         codes = [worker.exit_code or 0 for worker in self._workers]
-        worst = max(codes, key=lambda code: (code not in (0, 130, 143), code))
-        return self._stop_code if self._stop_code and worst in (0, 130, 143) else worst
+        worst = max(codes, key=lambda code: (code != 0 and code not in STOPPED, code))
+        stopped = worst == 0 or worst in STOPPED
+        return self._stop_code if self._stop_code and stopped else worst
 
     def _ask(self, number: int) -> None:
         """Stop: called in a signal's handler, so only noted."""
@@ -140,6 +146,13 @@ class Supervisor:
             self._asked_at = now
             self._stops += 1
             self._stop_code = 128 + number
+
+    def _look_at_owner(self) -> None:
+        """Whoever had us started is gone (`kill -9`): nobody waits for what is in flight."""
+        if self._owner and os.getppid() != self._owner:
+            logger.warning("process %d, for which this worker works, is gone", self._owner)
+            self._owner, self._asked_at = 0, time.monotonic()
+            self._stops, self._stop_code = max(self._stops, 2), 128 + signal.SIGTERM
 
     def _pass_on_stops(self) -> None:
         """One at a time: a worker takes two at once for the same one."""
@@ -157,7 +170,10 @@ class Supervisor:
         """Start the next one if it is time, bury the last one if it died."""
         if worker.exit_code is not None:
             return
-        if worker.process is None:
+        if worker.settling is not None:
+            if worker.settling.over or (self._stops and worker.settling.seconds > SETTLE_S):
+                self._follow(worker)
+        elif worker.process is None:
             if self._stops:
                 worker.exit_code = 0
             elif time.monotonic() >= worker.due:
@@ -184,13 +200,20 @@ class Supervisor:
             raise WorkerError(f"cannot start a worker process: {error}") from error
 
     def _bury(self, worker: _Worker, code: int) -> None:
-        """See how it died, put back what it held, and decide about a successor."""
+        """See how it died, and begin to put back what it held."""
         assert worker.flight is not None and worker.memory is not None
-        death = judge(code, hung=worker.hung, out_of_memory=worker.memory.killed())
-        if not death.on_purpose:
-            logger.error("%s died: %s", worker.post.title, death.cause)
-        pulse = worker.flight.pulse
-        suspected = self._settle(worker.flight, death) + pulse.accused
+        worker.death = judge(code, hung=worker.hung, out_of_memory=worker.memory.killed())
+        if not worker.death.on_purpose:
+            logger.error("%s died: %s", worker.post.title, worker.death.cause)
+        worker.settling = Settling(self._redis_url, worker.flight, worker.death)
+        worker.process = None
+
+    def _follow(self, worker: _Worker) -> None:
+        """What it held is back in the queue, or its leases run out: decide about a successor."""
+        flight, death, settling = worker.flight, worker.death, worker.settling
+        assert flight is not None and death is not None and settling is not None
+        pulse, code = flight.pulse, death.code
+        suspected = settling.suspects + pulse.accused
         final = self._is_final(worker, death, was_ready=pulse.was_ready)
         worker.worked = worker.worked or pulse.was_ready
         if death.own and not (death.code == WorkerError.exit_code and worker.worked):
@@ -198,8 +221,11 @@ class Supervisor:
             worker.fruitless = 0 if pulse.fruitful else worker.fruitless + 1
         at_once = suspected or pulse.fruitful or (code < 0 and not death.own)
         worker.breaks = 0 if at_once else worker.breaks + 1
-        worker.flight.close()
-        worker.process = worker.flight = None
+        if settling.over:
+            flight.close()
+        else:
+            logger.warning("the queue does not answer; chunks come back when their leases run out")
+        worker.flight = worker.settling = None
         if self._stops or final:
             worker.exit_code = 0 if self._stops and code < 0 else max(code, 0)
             return
@@ -222,26 +248,13 @@ class Supervisor:
 
     def _is_final(self, worker: _Worker, death: Death, *, was_ready: bool) -> bool:
         """Whether a successor would do no better."""
-        if death.code == 128 + signal.SIGTERM:  # somebody stopped it, and not through us
+        if death.code in _STOPPED_ALONE:  # somebody stopped it, and not through us
             return False
         if death.code == Unreachable.exit_code:
             return not (self._patient and worker.worked)
         if death.code == WorkerError.exit_code and worker.worked and not was_ready:
             return False  # the model could be loaded before, so it is the machine
         return death.on_purpose
-
-    def _settle(self, flight: FlightRecord, death: Death) -> int:
-        """Put back what the dead worker held. Returns how many rows are suspects now."""
-        if not flight.holdings()[1]:
-            return 0
-        try:
-            with JobQueue.connect(self._redis_url) as jobs, reaching(jobs.url):
-                after = settle(jobs, flight, death.cause, own=death.own)
-        except (TrbatchError, redis.RedisError) as error:
-            logger.warning("its chunks come back when their leases run out: %s", error)
-            return 0
-        logger.warning("%s", after)
-        return after.suspects
 
     def _look(self) -> None:
         """Once a second: how big each worker is, and whether its engine gives signs of life."""
@@ -270,6 +283,11 @@ class Supervisor:
             if worker.process is not None and worker.process.poll() is None:
                 worker.process.kill()
                 worker.process.wait()
+
+
+def owned() -> dict[str, str]:
+    """What the environment of a supervisor needs to end when this process does, however it does."""
+    return {_OWNER: str(os.getpid())}
 
 
 def die_with_parent() -> None:
@@ -312,6 +330,7 @@ def supervise(config: WorkerConfig, gpu: str, arguments: Sequence[str]) -> int:
         redis_url=config.redis_url,
         grace_s=config.grace_s,
         patient=not config.burst,
+        owner=int(os.environ.pop(_OWNER, "0")),  # no business of our own children
     )
     return supervisor.run()
 

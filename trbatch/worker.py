@@ -7,7 +7,6 @@ rows of the last seconds. Torch is imported where an engine is made and nowhere 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import socket
@@ -37,7 +36,7 @@ from trbatch.engine_thread import (
 )
 from trbatch.errors import JobFailed, TrbatchError, Unreachable
 from trbatch.flight import FlightRecord
-from trbatch.holds import Holds, asked_again, requeue_if_wanted
+from trbatch.holds import Holds, asked_again, clear_if_held, requeue_if_wanted
 from trbatch.job import JobFolder
 from trbatch.lease import LeaseWorker
 from trbatch.metrics import Metrics, Moment, metrics_on
@@ -47,6 +46,7 @@ from trbatch.publishing import Publisher
 from trbatch.queue import JobQueue
 from trbatch.queue_names import ModelKey
 from trbatch.recovery import Witness
+from trbatch.server_revival import Revival
 from trbatch.sharing import Sharing
 from trbatch.stopping import Stops, signals_to
 from trbatch.telling import Telling
@@ -126,6 +126,8 @@ class BatchWorker:
         self._models = ModelChoice(fixed, jobs, self._leases, self._engine.load, self._folders)
         self._tell = Telling(self.name, metrics or Metrics())
         self._holds = Holds()
+        self._revival = Revival()  # of the embedded server
+        self._cut_off = False  # stopped while the queue was away: it is not asked again
 
     def run(self) -> int:
         """Work until there is a reason to stop. See `run_worker`."""
@@ -145,7 +147,10 @@ class BatchWorker:
                 with undisturbed():
                     self._finish_chunks()
         finally:
-            self._wind_up()
+            try:
+                self._wind_up()
+            finally:
+                self._leases.leave()
         return self.stop.exit_code or (JobFailed.exit_code if self._models.refused else 0)
 
     def _may_stop(self) -> bool:
@@ -160,8 +165,7 @@ class BatchWorker:
     def _while_away(self) -> None:
         """The queue's server is away: publish what is finished, and leave if it is time to."""
         if self.jobs.embedded:
-            with contextlib.suppress(TrbatchError):  # then it is tried again in the next break
-                server.ensure()
+            self._revival.begin()
         events = self._engine.next_events(0.0)
         for event in events:
             if isinstance(event, Finished):
@@ -170,6 +174,7 @@ class BatchWorker:
                 self._engine.events.put(event)  # for when it is back
         self._publisher.publish_if_due()
         if self.stop.look() > 1:
+            self._cut_off = True
             raise Unreachable(
                 f"asked to stop while the queue at {mask_url(self.jobs.url)} is away",
                 hint="chunks in flight come back when their leases run out; finished rows are kept",
@@ -256,6 +261,8 @@ class BatchWorker:
         self._reading.worked()
         self._tell.chunk_taken(lease)
         self.chunks[lease.id] = work
+        if work.held:
+            clear_if_held(self.jobs, folder)
 
     def _feed_engine(self) -> None:
         """Give the engine rows: more than it decodes together, not all samples of all at once."""
@@ -360,7 +367,7 @@ class BatchWorker:
             self._publisher.publish()
             if lost := self._publisher.rows:
                 logger.warning("%d finished rows could not be published and are given up", lost)
-            if self.stop.count <= 2:
+            if self.stop.count <= 2 and not self._cut_off:
                 self._finish_chunks()
                 self._hand_back_all()
                 self._sharing.close()
@@ -371,7 +378,7 @@ class BatchWorker:
             if not self._engine.stop(wait_s) and not nothing_to_save:
                 logger.warning("the engine did not stop in time; its matrices may not be saved")
             self._tell.last()
-            if patient:
+            if patient and not self._cut_off:
                 self._leases.close()
 
     def _hear_last(self) -> None:
