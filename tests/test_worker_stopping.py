@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -32,8 +33,9 @@ from trbatch.worker import BatchWorker, run_worker
 
 
 def test_one_signal_finishes_what_was_taken_and_leaves_the_rest(
-    jobs: JobQueue, tmp_path: Path
+    jobs: JobQueue, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     job = submit(jobs, tmp_path, 60, chunk_size=4)
     worker = Background(jobs.url, Loaded(lambda: EchoEngine(capacity=4, step_s=0.02)))
     wait_for(lambda: jobs.counts(job.id).finished >= 1)
@@ -41,13 +43,15 @@ def test_one_signal_finishes_what_was_taken_and_leaves_the_rest(
     counts = jobs.counts(job.id)
     assert counts.started == counts.failed == 0
     assert counts.queued > 0
+    assert re.search(r"asked to stop; in flight: \d chunks?, to be finished within", caplog.text)
     assert len(texts_of(job)) == 4 * counts.finished
     assert jobs.workers() == []
 
 
 def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(
-    jobs: JobQueue, tmp_path: Path
+    jobs: JobQueue, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     job = submit(jobs, tmp_path, 40, chunk_size=20)
     load = Loaded(lambda: EchoEngine(capacity=2, step_s=0.05))
     worker = Background(jobs.url, load, publish_s=60.0)
@@ -57,6 +61,7 @@ def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(
     assert time.monotonic() - begin < 2.0
     counts = jobs.counts(job.id)
     assert (counts.queued, counts.started, counts.failed) == (2, 0, 0)
+    assert "handed back with all finished rows kept" in caplog.text
     assert 2 <= len(texts_of(job)) < 40
     assert load.engine.saved == 1
     run_worker(config(jobs.url), load=Loaded())

@@ -12,6 +12,7 @@ from trbatch.metrics import Metrics, Moment
 from trbatch.publishing import Report
 from trbatch.queue import JobQueue
 from trbatch.queue_names import ModelKey
+from trbatch.wording import counted
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -27,6 +28,7 @@ class Telling:
     def __init__(self, worker: str, metrics: Metrics) -> None:
         self._worker, self._metrics = worker, metrics
         self._report = Report()
+        self._asked = 0
 
     def model_ready(
         self, model: ModelKey, capacity: int, seconds: float, facts: Mapping[str, str]
@@ -38,6 +40,20 @@ class Telling:
             "%s is ready after %.1f s, batch %d", model, seconds, capacity,
             extra=fields | {"seconds": round(seconds, 1), "capacity": capacity},
         )  # fmt: skip
+
+    def asked_to_stop(self, times: int, chunks: int, grace_s: float) -> None:
+        """It was asked so many times by now; what that means for the chunks that it holds."""
+        if times == self._asked:
+            return
+        self._asked = times
+        what = f"in flight: {counted(chunks, 'chunk')}"
+        if chunks and times == 1:
+            what += f", to be finished within {grace_s:g} s; asked once more, they are handed back"
+        elif chunks:
+            what += ", handed back with all finished rows kept"
+        logger.info(
+            "asked to stop; %s", what, extra={"event": "stopping", "asked": times, "chunks": chunks}
+        )
 
     def chunk_taken(self, lease: Lease) -> None:
         """A chunk was taken on."""

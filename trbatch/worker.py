@@ -156,7 +156,8 @@ class BatchWorker:
     def _may_stop(self) -> bool:
         if self._leases.shutdown_asked and not self.stop.count:
             self.stop.ask(signal.SIGINT)
-        if self.stop.look() > 1:
+        self._tell.asked_to_stop(self.stop.look(), len(self.chunks), self.config.grace_s)
+        if self.stop.count > 1:
             return True
         if self.chunks:
             return False
