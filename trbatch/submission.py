@@ -18,7 +18,7 @@ from trbatch.errors import ResumeRefused, UsageError
 from trbatch.manifest import InputState, Manifest, differences, settings
 from trbatch.moments import written
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
-from trbatch.outputs import check_output
+from trbatch.outputs import check_output, check_path
 from trbatch.prompts import Batch, read_batches
 from trbatch.shaping import Shaping
 from trbatch.storage import Folder, folder
@@ -81,14 +81,16 @@ def resolved(spec: JobSpec) -> JobSpec:
     """The spec with absolute paths, with names for what was left open, and its template's text.
 
     Raises:
-        UsageError: there is no such model or template, or it is no valid one.
+        UsageError: there is no such model or template, or it is no valid one; a path is no text.
     """
-    path = _absolute(spec.input)
+    path, store = _absolute(spec.input), folder(spec.out or default_store()).path
+    check_path(path)
+    check_path(store)
     return dataclasses.replace(
         spec,
         input=path,
         output=_absolute(spec.output) if spec.output else "",
-        out=folder(spec.out or default_store()).path,
+        out=store,
         model=model_name(spec.model or default_model()),
         task=spec.task or default_task(path),
         template=_template(spec.template),
