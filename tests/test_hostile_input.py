@@ -207,7 +207,7 @@ def test_a_text_too_long_in_parquet_is_one_bad_row_in_whichever_column(tmp_path:
 def test_fields_without_end_are_refused_with_file_line_and_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trbatch.submission.MAX_COLUMNS", 20)
+    monkeypatch.setattr("trbatch.chunk_files.MAX_COLUMNS", 20)
     rows = [json.dumps({"prompt": "x", f"key {i}": i}).encode() for i in range(50)]
     path = write(tmp_path, "in.jsonl", *rows)
     spec = JobSpec(input=str(path), out=str(tmp_path / "store"), model="m", chunk_size=8)

@@ -13,7 +13,7 @@ from test_sharing import LoadedTiny, prompts
 from test_tasks import Room
 from worker_tools import config, submit
 
-from trbatch import cli, matrices, storage
+from trbatch import cli, matrices, object_storage
 from trbatch.engine.sequence import TaskKey
 from trbatch.errors import Unreachable
 from trbatch.matrices import matrix_file
@@ -106,7 +106,7 @@ def test_a_matrix_that_cannot_be_read_now_is_not_saved_over(
         def fail(*_: object) -> object:
             raise Unreachable("the store is away")
 
-        away.setattr(storage.RemoteFolder, "exists", fail)
+        away.setattr(object_storage.RemoteFolder, "exists", fail)
         task = room.tasks.open(TaskKey("news", f"{store}/matrices"), busy=set())
     assert "begins empty and is not saved: the store is away" in caplog.text
     room.write(task.index, 11, 20)

@@ -23,8 +23,9 @@ from trbatch import api, cli
 from trbatch.config import WorkerConfig
 from trbatch.errors import Unreachable, UsageError
 from trbatch.job import JobFolder
+from trbatch.object_storage import RemoteFolder
 from trbatch.queue import JobQueue
-from trbatch.storage import RemoteFolder, folder
+from trbatch.storage import folder
 from trbatch.worker import run_worker
 
 TESTS = Path(__file__).parent

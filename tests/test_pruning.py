@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from click.testing import CliRunner
 from echo_worker import EchoEngine
 from test_control import Moody
 
-from trbatch import api, cli, compaction, job_status
-from trbatch.errors import InputError, JobFailed
+from trbatch import api, chunk_files, cli, compaction, job_status
+from trbatch.errors import InputError, JobFailed, Unreachable
 from trbatch.job import JobFolder
+from trbatch.joining import Joiner
 from trbatch.queue import JobQueue
+from trbatch.sinks import Group
 from trbatch.storage import LocalFolder
 from workers import submit, wait_for, work, working, write_rows
 
@@ -168,6 +173,62 @@ def test_a_reader_that_looked_before_finds_every_row_after(tmp_path: Path) -> No
     assert late.missing_chunks() == []
 
 
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_a_collect_finds_every_row_when_its_segments_go_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    job = submit(tmp_path, 16)
+    work(publish_s=0.0, chunks_in_flight=1)
+    job.collect()
+    monkeypatch.setattr("trbatch.joining._GROUP_ROWS", 4)
+    groups = Joiner.groups
+
+    def pruned_after_the_first(joiner: Joiner) -> Iterator[Group]:
+        found = groups(joiner)
+        yield next(found)
+        monkeypatch.setattr(Joiner, "groups", groups)
+        assert prune_one()["action"] == "compacted"
+        yield from found
+
+    monkeypatch.setattr(Joiner, "groups", pruned_after_the_first)
+    receipt = job.collect(tmp_path / f"out.{format}", format=format)
+    assert (receipt.rows_ok, receipt.complete, receipt.duplicates) == (16, True, 0)
+    assert receipt.stats["figures"]["rows_ok"] == 16
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_of_two_prunes_at_once_one_leaves_the_job_to_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(tmp_path, 16)
+    work(publish_s=0.0, chunks_in_flight=1)
+    job.collect()
+    groups = Joiner.groups
+
+    def overtaken(joiner: Joiner) -> Iterator[Group]:
+        monkeypatch.setattr(Joiner, "groups", groups)
+        assert prune_one()["action"] == "compacted"
+        return groups(joiner)
+
+    monkeypatch.setattr(Joiner, "groups", overtaken)
+    assert prune_one()["reason"] == "is being compacted by another command"
+    assert len(segments(job)) == 1
+    assert api.Job.open(job.id).collect().rows_ok == 16
+
+
+def test_a_collect_removes_what_killed_ones_left_beside_its_output(tmp_path: Path) -> None:
+    job = submit(tmp_path, 4)
+    work()
+    old, young, other = (tmp_path / f".{n}" for n in ("a.parquet.01234567", "a.parquet.89abcdef",
+                                                      "b.parquet.01234567"))  # fmt: skip
+    for path in (old, young, other):
+        path.touch()
+    for path in (old, other):
+        age(path, days=2)
+    job.collect(tmp_path / "a.parquet")
+    assert [path.exists() for path in (old, young, other)] == [False, True, True]
+
+
 def test_nothing_goes_when_the_new_segment_is_not_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +259,152 @@ def test_a_job_that_was_not_collected_keeps_its_segments(tmp_path: Path) -> None
     names = segments(job)
     assert "not been collected" in prune_one()["reason"]
     assert segments(job) == names
+
+
+# --- beside a submit of a grown input ---
+
+
+@pytest.fixture
+def reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
+    """A completed, collected job, and a `submit` of its grown input that is in the middle."""
+    job = submit(tmp_path, 8)
+    work(publish_s=0.0, chunks_in_flight=1)
+    job.collect()
+    found = Reading(tmp_path, job)
+    check = chunk_files.ChunkWriter.check_repeats
+
+    def rest(writer: Any, *args: Any) -> None:
+        if threading.current_thread() is found.thread and not found.go_on.is_set():
+            found.written.set()
+            assert found.go_on.wait(30)
+        check(writer, *args)
+
+    monkeypatch.setattr(chunk_files.ChunkWriter, "check_repeats", rest)
+    found.thread.start()
+    assert found.written.wait(30)
+    yield found
+    found.go_on.set()
+    found.thread.join(30)
+
+
+class Reading:
+    """A `submit` in a thread that waits before it writes the manifest."""
+
+    def __init__(self, folder: Path, job: api.Job) -> None:
+        self.job = job
+        self.written, self.go_on = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._submit, args=[folder])
+        self._grown: list[api.Job | Exception] = []
+
+    def _submit(self, folder: Path) -> None:
+        try:
+            self._grown.append(submit(folder, 40))
+        except Exception as error:  # noqa: BLE001  it is for who waits
+            self._grown.append(error)
+
+    def end(self) -> api.Job:
+        self.go_on.set()
+        self.thread.join(30)
+        (found,) = self._grown
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def test_prune_takes_nothing_from_a_submit_that_reads_a_grown_input(reading: Reading) -> None:
+    assert prune_one()["action"] == "compacted"
+    assert prune_one(older_than="0s")["reason"].startswith("is being submitted")
+    grown = reading.end()
+    assert (grown.id, grown.folder.reread) == (reading.job.id, True)
+    assert len(grown.folder.missing_chunks()) == 8
+    work()
+    receipt = grown.collect()
+    assert (receipt.rows_ok, receipt.complete) == (40, True)
+
+
+def test_a_job_removed_by_force_beneath_a_submit_is_no_half_job(reading: Reading) -> None:
+    assert prune_one(older_than="0s", force=True)["action"] == "removed"
+    with pytest.raises(Unreachable, match="removed chunks") as caught:
+        reading.end()
+    assert "submit again" in str(caught.value.hint)
+    assert not Path(reading.job.path).exists()
+
+
+def test_a_job_that_grows_while_it_is_compacted_keeps_its_segments(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = compaction._check
+
+    def grow(*args: Any) -> None:
+        check(*args)
+        reading.end()
+
+    monkeypatch.setattr(compaction, "_check", grow)
+    names = segments(reading.job)
+    assert prune_one()["reason"].startswith("is being submitted")
+    assert segments(reading.job) == names
+
+
+# --- what killed commands have left ---
+
+
+def age(path: Path, days: float) -> None:
+    """Let a file or a folder with all in it be so old."""
+    then = time.time() - days * 86400
+    for one in (*path.rglob("*"), path):
+        os.utime(one, (then, then))
+
+
+def test_what_killed_commands_left_in_a_job_goes_after_a_day(tmp_path: Path) -> None:
+    job = submit(tmp_path, 8)
+    path = Path(job.path)
+    reading = path / "chunks" / "1-0123abcd"
+    reading.mkdir()
+    (reading / "00000.parquet").write_bytes(b"x" * 100)
+    others = [path / ".stats.json.0123abcd", path / "segments" / ".w-1.parquet.0123abcd"]
+    (path / "segments").mkdir()
+    for other in others:
+        other.write_bytes(b"x" * 10)
+    assert prune_one()["action"] == "kept"
+    for one in (reading, *others):
+        age(one, days=2)
+    assert prune_one(dry_run=True)["bytes"] == 120
+    assert reading.exists()
+    found = prune_one()
+    assert (found["action"], found["bytes"]) == ("cleaned", 120)
+    assert not any(one.exists() for one in (reading, *others))
+    work()
+    assert job.collect().rows_ok == 8
+
+
+def test_a_folder_that_a_killed_submit_has_left_goes_after_a_day(
+    tmp_path: Path, home: Path
+) -> None:
+    store = Path(submit(tmp_path, 4).path).parent
+    left, foreign = store / "left", store / "foreign"
+    for place in (left, foreign):
+        (place / "chunks" / "0-0123abcd").mkdir(parents=True)
+        (place / "chunks" / "0-0123abcd" / "00000.parquet").write_bytes(b"x" * 100)
+    (foreign / "notes.txt").touch()
+    assert {one.job for one in api.prune()} == {"job"}
+    age(left, days=2)
+    age(foreign, days=2)
+    told = {one.job: (one.action, one.bytes) for one in api.prune(dry_run=True)}
+    assert (told["left"], left.exists()) == (("removed", 100), True)
+    assert {one.job: one.action for one in api.prune()} == {"left": "removed", "job": "kept"}
+    assert (left.exists(), foreign.exists()) == (False, True)
+
+
+def test_a_damaged_job_is_told_and_stops_nobody(tmp_path: Path) -> None:
+    damaged, sound = submit(tmp_path, 8, name="damaged"), submit(tmp_path, 8, name="sound")
+    work(publish_s=0.0, chunks_in_flight=1)
+    for job in (damaged, sound):
+        job.collect()
+    damaged.folder.folder.remove(damaged.folder.manifest.chunk_name(0))
+    found = {one.job: one for one in api.prune()}
+    assert "00000.parquet is missing" in found["damaged"].reason
+    assert found["sound"].action == "compacted"
+    assert prune_one("damaged", older_than="0s", force=True)["action"] == "removed"
 
 
 # --- removal ---

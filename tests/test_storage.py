@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -85,3 +87,91 @@ def test_a_file_that_is_missing_while_another_is_written_is_not_blamed_on_that(
     with pytest.raises(FileNotFoundError, match="other"), store.writing("file") as file:
         file.write(store.read("other"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths in the order in which they are made safe from a power cut; renames between them."""
+    paths: list[str] = []
+    fsync, replace, link = os.fsync, os.replace, os.link
+
+    def record_sync(number: int) -> None:
+        paths.append(os.readlink(f"/proc/self/fd/{number}"))
+        fsync(number)
+
+    def record_rename(source: str, target: str) -> None:
+        replace(source, target)
+        paths.append(f"renamed {target}")
+
+    def record_link(source: str, target: str) -> None:
+        link(source, target)
+        paths.append(f"renamed {target}")
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_rename)
+    monkeypatch.setattr(os, "link", record_link)
+    return paths
+
+
+@pytest.mark.parametrize("verb", ["write", "create"])
+def test_a_durable_file_is_synced_before_its_name_and_its_folder_after(
+    tmp_path: Path, synced: list[str], verb: str
+) -> None:
+    getattr(folder(tmp_path), verb)("a/b/file", b"x")
+    renamed = synced.index(f"renamed {tmp_path}/a/b/file")
+    assert any(path.startswith(f"{tmp_path}/a/b/.") for path in synced[:renamed])
+    assert f"{tmp_path}/a/b" in synced[renamed:]
+    assert {str(tmp_path), f"{tmp_path}/a"} <= set(synced), "folders that were made, too"
+
+
+def test_chunks_are_safe_before_the_manifest_that_names_them(
+    spec: JobSpec, synced: list[str]
+) -> None:
+    job = JobFolder.submit(spec)
+    chunks = job.folder.join(job.manifest.chunk_folder)
+    named = synced.index(f"renamed {job.path}/manifest.json")
+    before = set(synced[:named])
+    files = {f"{chunks}/{index:05d}.parquet" for index in range(3)}
+    assert {*files, chunks, f"{job.path}/chunks", job.path, spec.out} <= before
+    assert not files & set(synced[named:])
+
+
+def test_a_filesystem_that_cannot_sync_folders_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def files_only(number: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError(22, "Invalid argument")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    folder(tmp_path).write("a/file", b"x")
+    assert folder(tmp_path).read("a/file") == b"x"
+
+
+def test_only_old_temporary_files_count_as_abandoned(tmp_path: Path) -> None:
+    names = [".a.bin.0123abcd", "..a.bin.0123abcd.89abcdef", ".b.bin.0123abcd", ".a.bin", "a.bin"]
+    for name in [*names, ".a.bin.89abcdef"]:
+        (tmp_path / name).touch()
+    long_ago = time.time() - 90_000
+    for name in names:
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    here = folder(tmp_path)
+    assert here.abandoned("", "a.bin") == ["..a.bin.0123abcd.89abcdef", ".a.bin.0123abcd"]
+    assert len(here.abandoned("")) == 3
+    assert here.abandoned("nowhere") == []
+
+
+def test_the_newest_file_says_when_a_folder_changed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for path, age in ((tmp_path / "a" / ".x", 100), (tmp_path / "a", 500), (tmp_path, 900)):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    assert time.time() - folder(tmp_path).last_change("") == pytest.approx(100, abs=50)
+    assert folder(tmp_path).last_change("nowhere") == 0.0
+    far = folder(f"memory://change-{time.time_ns()}")
+    assert far.last_change("") == 0.0
+    far.write("a/b", b"x")
+    assert far.last_change("a") == pytest.approx(time.time(), abs=50)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from job_tools import all_rows, changed, decode, prompts, write_lines
 
+from trbatch import chunk_files, submission
 from trbatch.config import JobSpec, SamplingParams
-from trbatch.errors import InputError, ResumeRefused
+from trbatch.errors import InputError, JobFailed, ResumeRefused, Unreachable
 from trbatch.job import JobFolder
 from trbatch.manifest import Manifest
+from trbatch.results import collect
 
 
 def test_the_same_command_again_continues_without_reading(
@@ -161,8 +163,6 @@ def test_no_chunk_is_left_when_the_input_is_unreadable(spec: JobSpec) -> None:
 
 
 def test_two_submits_at_once_end_in_one_job(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trbatch import submission
-
     read_input = submission._read_input
 
     def overtaken(*args: Any, **options: Any) -> Any:
@@ -218,6 +218,106 @@ def test_an_overtaken_submit_is_refused_or_renamed_as_if_it_had_come_later(
     never = changed(spec, resume="never")
     overtaken_by(never)
     assert JobFolder.submit(never).id.endswith("-2")
+
+
+# --- chunks that are missing or damaged ---
+
+
+def spoil(path: Path, how: str) -> None:
+    """What a power cut, a failing disk or a hand leaves of a chunk."""
+    data = path.read_bytes()
+    match how:
+        case "gone":
+            path.unlink()
+        case "empty":
+            path.write_bytes(b"")
+        case "short":
+            path.write_bytes(data[: len(data) // 2])
+        case "zeros":  # in the middle: the footer is as it was
+            path.write_bytes(data[:4] + bytes(400) + data[404:])
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "short", "zeros"])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_same_submit_mends_a_job_whose_chunk_is_missing_or_damaged(
+    spec: JobSpec, how: str, named: bool
+) -> None:
+    rows = prompts(10) if named else [{"prompt": f"Prompt {i}."} for i in range(10)]
+    write_lines(Path(spec.input), *rows)
+    job = JobFolder.submit(spec)
+    decode(job, 0, 2)
+    spoil(Path(job.path, job.manifest.chunk_name(1)), how)
+    broken = JobFolder.open(job.path)
+    for use in (broken.missing_chunks, lambda: collect(broken)):
+        with pytest.raises(JobFailed, match=r"00001\.parquet is (missing|damaged)") as caught:
+            use()
+        assert "trbatch submit" in str(caught.value.hint)
+    mended = JobFolder.submit(spec)
+    assert (mended.continued, mended.reread, mended.missing_chunks()) == (True, True, [1])
+    decode(mended, 1)
+    receipt = collect(mended)
+    assert (receipt.rows_ok, receipt.complete) == (10, True)
+    assert not JobFolder.submit(spec).reread
+
+
+def test_a_reader_of_an_earlier_reading_is_told_so(spec: JobSpec) -> None:
+    early = JobFolder.submit(spec)
+    write_lines(Path(spec.input), *prompts(12))
+    JobFolder.submit(spec)
+    early.folder.remove(early.manifest.chunk_folder)
+    with pytest.raises(JobFailed, match="was read anew meanwhile"):
+        early.chunk_rows(0)
+
+
+def test_chunks_that_go_while_they_are_written_make_no_job(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = chunk_files.ChunkWriter.check_repeats
+
+    def interfered(writer: Any, *args: Any) -> None:
+        check(writer, *args)
+        Path(spec.out, "night", writer.folder, "00001.parquet").unlink()
+
+    monkeypatch.setattr(chunk_files.ChunkWriter, "check_repeats", interfered)
+    with pytest.raises(Unreachable, match=r"removed chunks of .*night while"):
+        JobFolder.submit(changed(spec, name="night"))
+    assert list(Path(spec.out).iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["grown by another", "removed"])
+def test_a_job_that_changes_while_its_input_is_read_anew_is_submitted_again(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    first = JobFolder.submit(spec)
+    decode(first, 0, 1, 2)
+    write_lines(Path(spec.input), *prompts(12))
+    read_input = submission._read_input
+
+    def overtaken(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(submission, "_read_input", read_input)
+        new = read_input(*args, **options)
+        if what == "removed":
+            first.folder.remove("")
+        else:
+            write_lines(Path(spec.input), *prompts(14))
+            JobFolder.submit(spec)
+        return new
+
+    monkeypatch.setattr(submission, "_read_input", overtaken)
+    job = JobFolder.submit(spec)
+    assert len(all_rows(job)) == job.manifest.rows == (12 if what == "removed" else 14)
+    newest = Path(job.path, job.manifest.chunk_folder)
+    assert newest.is_dir()
+    others = [path.name for path in newest.parent.iterdir() if path != newest]
+    assert all(name.startswith("0-") for name in others)
+
+
+def test_what_an_interrupted_removal_has_left_takes_no_new_job_along(spec: JobSpec) -> None:
+    left = Path(spec.out, "night")
+    (left / "segments").mkdir(parents=True)
+    (left / "_REMOVED").touch()
+    job = JobFolder.submit(changed(spec, name="night"))
+    assert sorted(path.name for path in Path(job.path).iterdir()) == ["chunks", "manifest.json"]
 
 
 @pytest.mark.long

@@ -127,7 +127,7 @@ def prune_command(jobs: tuple[str, ...], out: str, as_json: bool, **settings: An
     Without JOB it looks at every job of the store. A collected job keeps few files of results in
     the place of many. With --older-than, jobs that have ended and were collected are removed with
     all of their files once nothing has happened to them for so long; a dataset outside the job's
-    folder stays.
+    folder stays. What killed commands and workers left a day ago or earlier goes as well.
     """
     dry_run: bool = settings["dry_run"]
     print_pruned(api.prune(jobs, store=out, **settings), dry_run=dry_run, as_json=as_json)

@@ -39,14 +39,28 @@ _COUNTED = [
 ]
 
 
+class Overtaken(JobFailed):
+    """Another command has changed the job while it was compacted."""
+
+
 def compact(job: JobFolder) -> int:
     """Put few segments, of `SEGMENT_ROWS` rows each, in the place of all. Returns how many went.
 
     Outdated and repeated rows are left out, and so are failed ones that were decoded again.
 
     Raises:
+        Overtaken: another command has changed the job meanwhile; nothing was removed.
         JobFailed: rows are missing, or a new segment is not whole; nothing was removed.
     """
+    made: dict[str, int] = {}  # rows of each new segment
+    try:
+        return _compact(job, made)
+    except FileNotFoundError as error:
+        _remove(job, FOLDER, list(made))
+        raise Overtaken("is being compacted by another command") from error
+
+
+def _compact(job: JobFolder, made: dict[str, int]) -> int:
     asked = job.folder.names(RETRIES)
     index = Index.of(job)
     joiner = Joiner(job, index, passthrough.Schema({}))
@@ -56,7 +70,6 @@ def compact(job: JobFolder) -> int:
     busy = (end - covered_seconds(spans), end)
     facts = {key: ", ".join(values) for key, values in job.ledger.facts().items()}
     token, written = secrets.token_hex(4), max(map(published, index.names))
-    made: dict[str, int] = {}  # rows of each new segment
     for number, tables in enumerate(_portions(joiner)):
         name = segment_name("compact", token, written + number)
         span = busy if number == 0 else (end, end)
@@ -67,6 +80,9 @@ def compact(job: JobFolder) -> int:
         raise JobFailed(f"job {job.id} lacks {joiner.missing} rows and is not compacted")
     for name, rows in made.items():
         _check(job, name, rows)
+    if not job.is_current():
+        _remove(job, FOLDER, list(made))
+        raise Overtaken("is being submitted with its input read anew")
     _remove(job, FOLDER, index.names)
     _remove(job, RETRIES, asked)
     return len(index.names)

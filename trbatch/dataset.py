@@ -6,7 +6,7 @@ Rows are joined by key, never by position; see `joining`.
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import BinaryIO
 
 import orjson
@@ -18,8 +18,9 @@ from trbatch.job import JobFolder
 from trbatch.joining import Index, Joiner
 from trbatch.outputs import check_output, errors_of, target
 from trbatch.receipt import Receipt
+from trbatch.segments import consistently
 from trbatch.sinks import Group, JsonSink, ParquetSink, Sink, check_error_file, error_file
-from trbatch.storage import exists, writing
+from trbatch.storage import exists, sweep, writing
 
 
 def collect(job: JobFolder, output: str | None = None, format: str = "parquet") -> Receipt:
@@ -45,6 +46,19 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
     failed = errors_of(place) if format == "jsonl" else ""
     check_output(failed, job.manifest.input.path, format)
     check_error_file(place, format)
+    for path in filter(None, (place, failed)):
+        sweep(path)
+    # All anew if segments go meanwhile: `prune` puts few in the place of many.
+    index, joiner, tally = consistently(job.ledger.names, lambda _: _write(job, place, failed))
+    failed = failed if failed and exists(failed) else ""
+    receipt = receipt_of(job, place, index, joiner, tally.figures, tally.keys, errors=failed)
+    job.folder.write("stats.json", orjson.dumps(receipt.stats, option=orjson.OPT_INDENT_2))
+    job.mark(complete=receipt.complete and not joiner.ended)
+    return receipt
+
+
+def _write(job: JobFolder, place: str, failed: str) -> tuple[Index, Joiner, _Tally]:
+    """Write the dataset and the failed rows, from the segments that there are now."""
     inputs = job.passthrough_schema()
     index = Index.of(job)
     joiner = Joiner(job, index, inputs, job.control().row_end())
@@ -59,15 +73,16 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
             if failures is None
             else JsonSink(file, failures, inputs)
         )
-        for group in joiner.groups():
-            sink.write(group)
-            tally.count(group, errors)
+        try:
+            for group in joiner.groups():
+                sink.write(group)
+                tally.count(group, errors)
+        except BaseException:
+            with suppress(Exception):
+                sink.close()  # before its file: else it tries when nobody looks
+            raise
         sink.close()
-    failed = failed if failed and exists(failed) else ""
-    receipt = receipt_of(job, place, index, joiner, tally.figures, tally.keys, errors=failed)
-    job.folder.write("stats.json", orjson.dumps(receipt.stats, option=orjson.OPT_INDENT_2))
-    job.mark(complete=receipt.complete and not joiner.ended)
-    return receipt
+    return index, joiner, tally
 
 
 class _Tally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Protocol
 
@@ -106,6 +108,23 @@ def _depth(value: Any) -> int:
         depth += any(isinstance(one, dict | list) for one in level)
         level = [one for one in inner if isinstance(one, dict | list)]
     return depth
+
+
+def check_rereadable(path: str) -> None:
+    """Refuse a local input that cannot be read more than once, as a submit does.
+
+    Raises:
+        InputError: it is a pipe, a device or the like.
+        OSError: there is no such file, or it cannot be looked at.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of a folder the reader tells
+        return
+    kind = "a pipe" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) else "special"
+    raise InputError(
+        f"{path} is no file but {kind}",
+        hint="the input is read more than once: write it to a file first, and give that",
+    )
 
 
 def unreadable(name: str, error: Exception) -> InputError:

@@ -18,17 +18,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
 
 from trbatch import chunks, passthrough
+from trbatch.chunk_files import opened
 from trbatch.chunks import ChunkRow
 from trbatch.config import JobSpec, default_store
 from trbatch.control import Control
 from trbatch.engine.sequence import Request, TaskKey
-from trbatch.errors import InputError
+from trbatch.errors import InputError, JobFailed
 from trbatch.figures import Figures, Progress, covered_seconds
 from trbatch.manifest import Manifest
 from trbatch.naming import MATRICES
@@ -149,14 +151,22 @@ class JobFolder:
         self._task_key = None
         self._counted = _NOT_COUNTED
 
+    def is_current(self) -> bool:
+        """Whether the input was not read anew since the manifest was read."""
+        return self._read_manifest().chunk_folder == self.manifest.chunk_folder
+
     def chunk_rows(self, index: int) -> list[ChunkRow]:
-        """The rows of a chunk, bad ones included."""
-        with self.folder.open(self.manifest.chunk_name(index)) as file:
+        """The rows of a chunk, bad ones included.
+
+        Raises:
+            JobFailed: it is missing or damaged.
+        """
+        with self._chunk(index) as file:
             return chunks.read_rows(file)
 
     def chunk_table(self, index: int) -> pa.Table:
         """A chunk with its passed-through columns; see `chunks.SCHEMA`."""
-        with self.folder.open(self.manifest.chunk_name(index)) as file:
+        with self._chunk(index) as file:
             return chunks.read_table(file)
 
     def passthrough_schema(self) -> passthrough.Schema:
@@ -294,14 +304,27 @@ class JobFolder:
         rested = time.monotonic() - self._count_ended
         return self._count_took < QUICK_COUNT_S or rested > COUNT_RESTS * self._count_took
 
+    @contextmanager
+    def _chunk(self, index: int) -> Iterator[BinaryIO]:
+        try:
+            with opened(self.folder, self.manifest.chunk_name(index)) as file:
+                yield file
+        except JobFailed as error:
+            if self.is_current():
+                raise
+            raise JobFailed(
+                f"the input of job {self.id} was read anew meanwhile", hint="the same command again"
+            ) from error
+
     def _chunk_keys(self, index: int) -> Iterator[Key]:
-        with self.folder.open(self.manifest.chunk_name(index)) as file:
-            yield from chunks.read_keys(file)
+        with self._chunk(index) as file:
+            return chunks.read_keys(file)
 
     def _chunk_schemas(self) -> Iterator[passthrough.Schema]:
         for index in range(self.manifest.chunks):
-            with self.folder.open(self.manifest.chunk_name(index)) as file:
-                yield chunks.read_schema(file)
+            with self._chunk(index) as file:
+                schema = chunks.read_schema(file)
+            yield schema
 
     def _read_manifest(self) -> Manifest:
         try:

@@ -13,7 +13,7 @@ import orjson
 
 from trbatch.config import JobSpec
 from trbatch.errors import InputError, Unreachable, UsageError
-from trbatch.input_limits import unreadable
+from trbatch.input_limits import check_rereadable, unreadable
 from trbatch.masking import mask_text, mask_url
 
 FORMAT = 1  # of the job folder
@@ -173,6 +173,7 @@ def _stamp(path: str) -> tuple[int, str]:
     try:
         if "://" in path:
             return _remote_stamp(path)
+        check_rereadable(path)
         state = os.stat(path)
         return state.st_size, str(state.st_mtime_ns)
     except FileNotFoundError as error:

@@ -19,6 +19,21 @@ _HINTS = {
 }
 
 
+def check_path(path: str) -> None:
+    """Refuse a path that is no text: it could stand in no manifest and in no message.
+
+    Raises:
+        UsageError: it is not valid UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = path.encode("utf-8", "backslashreplace").decode()
+        raise UsageError(
+            f"the name {shown} is not valid UTF-8", hint="rename it, e.g. with mv or convmv"
+        ) from error
+
+
 def check_output(output: str, input: str, format: str = "") -> None:
     """Refuse an output that would mislead, or overwrite the job's input.
 
@@ -28,10 +43,11 @@ def check_output(output: str, input: str, format: str = "") -> None:
         format: what will be written; "" if that is not decided yet.
 
     Raises:
-        UsageError: no format, or not this one, may be written there.
+        UsageError: no format, or not this one, may be written there, or its name is no text.
     """
     if format not in (*FORMATS, ""):
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
+    check_path(output)
     if not output or is_folder(output):
         return
     if all(_misleads(output, one) for one in ([format] if format else FORMATS)):

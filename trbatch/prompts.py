@@ -21,6 +21,7 @@ from trbatch.errors import InputError
 from trbatch.input_limits import (
     MAX_NESTING,
     Expansion,
+    check_rereadable,
     is_too_deep,
     read_lines,
     too_large,
@@ -194,6 +195,7 @@ def _open(name: str) -> BinaryIO:
 
         # Buffered by us: a store's own file does not read a part of a line.
         return io.BufferedReader(fsspec.open(name, "rb").open(), _BUFFER)
+    check_rereadable(name)
     return open(name, "rb", buffering=_BUFFER)
 
 

@@ -54,6 +54,8 @@ class Retries:
             codes = set(map(str, asked["codes"])) or {""}
             for segment in asked["segments"]:
                 self._codes.setdefault(str(segment), set()).update(codes)
+        except FileNotFoundError:  # `prune` has removed it with the failures that it meant
+            return
         except (orjson.JSONDecodeError, TypeError, KeyError) as error:
             raise UsageError(
                 f"{self._job.join(f'{FOLDER}/{name}')} is damaged: {error}",

@@ -69,7 +69,10 @@ class ParquetSink:
 
     def close(self) -> None:
         """Write the footer."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            self._writer.is_open = False  # else it tries again when nobody looks
 
 
 class JsonSink:

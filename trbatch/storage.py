@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
-import secrets
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
-from trbatch.errors import TrbatchError, Unreachable, UsageError
+from trbatch import disk
+from trbatch.errors import Unreachable
 from trbatch.masking import mask_text, mask_url
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_PACKAGES = {
-    "s3": "pip install 'trbatch[s3]'",
-    "gs": "pip install gcsfs",
-    "gcs": "pip install gcsfs",
-    "hf": "pip install huggingface_hub",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +95,28 @@ class Folder(ABC):
     def usage(self, name: str) -> tuple[int, int]:
         """How many files a file or a whole folder is, and their bytes."""
 
+    @abstractmethod
+    def sync(self, below: str) -> None:
+        """Let all files in the folder `below`, and itself, survive a power cut from now on.
+
+        Much quicker for many files than a durable `write` of each.
+        """
+
+    @abstractmethod
+    def last_change(self, name: str) -> float:
+        """When a file, or anything in a folder, was written last, Unix seconds.
+
+        0.0 if there is none; now, if the storage keeps no times.
+        """
+
+    @abstractmethod
+    def abandoned(self, below: str, base: str = "") -> list[str]:
+        """Names of hidden files that writers killed in the folder `below` have left long ago.
+
+        Args:
+            base: only of this file; "": of any.
+        """
+
     def join(self, name: str) -> str:
         """The path or URL of a name below this folder."""
         return f"{self.path.rstrip('/')}/{name}"
@@ -135,7 +149,11 @@ def folder(path: str | os.PathLike[str]) -> Folder:
     text = os.fspath(path)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
-    return RemoteFolder(text) if "://" in text else LocalFolder(Path(text))
+    if "://" not in text:
+        return LocalFolder(Path(text))
+    from trbatch.object_storage import RemoteFolder  # here: most jobs lie on a disk
+
+    return RemoteFolder(text)
 
 
 def place(path: str | os.PathLike[str]) -> tuple[Folder, str]:
@@ -153,6 +171,14 @@ def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     parent, name = place(path)
     with parent.writing(name) as file:
         yield file
+
+
+def sweep(path: str | os.PathLike[str]) -> None:
+    """Remove what killed writers of a file at any path or URL have left beside it, long ago."""
+    parent, name = place(path)
+    with contextlib.suppress(Unreachable):  # it lies in nobody's way
+        for left in parent.abandoned("", name):
+            parent.remove(left)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -186,9 +212,9 @@ class LocalFolder(Folder):
     def _writing(self, name: str, *, durable: bool) -> Iterator[BinaryIO]:
         target = os.path.join(self.path, name)
         parent, base = os.path.split(target)
-        temporary = os.path.join(parent, f".{base}.{secrets.token_hex(4)}")
+        temporary = os.path.join(parent, disk.temporary_name(base))
         with self._errors("write", name, absent=True):
-            os.makedirs(parent, exist_ok=True)
+            changed = disk.make_folder(parent)
             file = open(temporary, "xb")
         try:
             # A missing file is the caller's own here: one that it reads while it writes.
@@ -199,13 +225,15 @@ class LocalFolder(Folder):
                     os.fsync(file.fileno())
             with self._errors("write", name, absent=True):
                 os.replace(temporary, target)
+                if durable:
+                    disk.sync_folders([parent, *changed])
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
 
     def create(self, name: str, data: bytes) -> bool:
         parent, base = os.path.split(name)
-        draft = os.path.join(parent, f".{base}.{secrets.token_hex(4)}")
+        draft = os.path.join(parent, disk.temporary_name(base))
         self.write(draft, data)
         source, target = os.path.join(self.path, draft), os.path.join(self.path, name)
         with self._errors("write", name, absent=True):
@@ -219,6 +247,7 @@ class LocalFolder(Folder):
                 os.replace(source, target)
             finally:
                 Path(source).unlink(missing_ok=True)
+            disk.sync_folders([os.path.dirname(target)])
         return True
 
     def prune(self, below: str) -> None:
@@ -252,13 +281,29 @@ class LocalFolder(Folder):
             sizes = [path.stat().st_size for path in found if path.is_file()]
             return len(sizes), sum(sizes)
 
+    def sync(self, below: str) -> None:
+        folder = os.path.join(self.path, below)
+        with self._errors("write", below, absent=True):
+            disk.sync_files(entry.path for entry in os.scandir(folder))
+            disk.sync_folders([folder, *map(str, Path(folder).parents)])
+
+    def last_change(self, name: str) -> float:
+        with self._errors("list", name):
+            return disk.last_change(os.path.join(self.path, name))
+
+    def abandoned(self, below: str, base: str = "") -> list[str]:
+        with self._errors("list", below):
+            found = disk.abandoned(os.path.join(self.path, below), base)
+        return [f"{below}/{name}" if below else name for name in found]
+
     def remove(self, name: str) -> None:
         target = Path(self.path, name)
         with self._errors("remove", name):
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+            while target.is_dir():
+                # Another command may remove the same.
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(target)
+            target.unlink(missing_ok=True)
 
     def exists(self, name: str) -> bool:
         return Path(self.path, name).is_file()
@@ -267,114 +312,3 @@ class LocalFolder(Folder):
         with self._errors("read", name):
             found = os.stat(os.path.join(self.path, name))
             return Stat(found.st_size, found.st_mtime)
-
-
-class RemoteFolder(Folder):
-    """A folder of an object store, through the fsspec filesystem of its URL."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec  # here: it takes longer to import than a local job needs
-
-        self.path = url.rstrip("/")
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise UsageError(
-                f"cannot use {mask_url(url)}: {error}",
-                hint=_PACKAGES.get(url.partition("://")[0]),
-            ) from error
-
-    @contextmanager
-    def _errors(self, verb: str, name: str, *, absent: bool = False) -> Iterator[None]:
-        """The same for what the library of a store raises, which need not be an OSError."""
-        try:
-            with super()._errors(verb, name, absent=absent):
-                yield
-        except (TrbatchError, FileNotFoundError):
-            raise
-        except Exception as error:
-            raise self._failure(verb, name, error) from error
-
-    def read(self, name: str) -> bytes:
-        with self._errors("read", name):
-            return cast(bytes, self._files.cat_file(self._at(name)))
-
-    def open(self, name: str) -> BinaryIO:
-        return io.BytesIO(self.read(name))
-
-    @contextmanager
-    def writing(self, name: str) -> Iterator[BinaryIO]:
-        # By way of a local file: some stores keep what was sent when an upload is cut short.
-        with self._scratch(name) as file:
-            yield cast(BinaryIO, file)
-            with super()._errors("write", name, absent=True):
-                file.flush()
-            with self._errors("write", name, absent=True):
-                self._files.put_file(file.name, self._at(name))
-
-    @contextmanager
-    def _scratch(self, name: str) -> Iterator[Any]:
-        """A local file that is gone afterwards; a full disk is told as such."""
-        with super()._errors("write", name), tempfile.NamedTemporaryFile() as file:
-            yield file
-
-    def write(self, name: str, data: bytes | memoryview, *, durable: bool = True) -> None:
-        with self._errors("write", name, absent=True):
-            self._files.pipe_file(self._at(name), bytes(data))
-
-    def create(self, name: str, data: bytes) -> bool:
-        with self._errors("write", name, absent=True):
-            try:
-                self._files.pipe_file(self._at(name), data, mode="create")
-            except Exception:  # libraries differ in what they raise for an object that is there
-                if not self.exists(name):
-                    raise
-                # Ours, perhaps: where the answer to a put is lost, it is sent a second time.
-                return self.read(name) == data
-        return True
-
-    def prune(self, below: str) -> None:
-        """Object stores have no folders."""
-
-    def names(self, below: str) -> list[str]:
-        return self._entries(below, "file")
-
-    def folders(self, below: str) -> list[str]:
-        return self._entries(below, "directory")
-
-    def _entries(self, below: str, kind: str) -> list[str]:
-        with self._errors("list", below):
-            try:
-                entries = self._files.ls(self._at(below), detail=True)
-            except FileNotFoundError:
-                return []
-            found = (entry["name"] for entry in entries if entry["type"] == kind)
-            return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
-
-    def usage(self, name: str) -> tuple[int, int]:
-        with self._errors("list", name):
-            found = self._files.find(self._at(name), detail=True)
-            sizes = [int(entry.get("size") or 0) for entry in found.values()]
-            return len(sizes), sum(sizes)
-
-    def remove(self, name: str) -> None:
-        with self._errors("remove", name), contextlib.suppress(FileNotFoundError):
-            self._files.rm(self._at(name), recursive=True)
-
-    def exists(self, name: str) -> bool:
-        # Not `isfile`: it takes every failure for an absence.
-        with self._errors("read", name), contextlib.suppress(FileNotFoundError):
-            return bool(self._files.info(self._at(name))["type"] == "file")
-        return False
-
-    def stat(self, name: str) -> Stat:
-        with self._errors("read", name):
-            found = self._files.info(self._at(name))
-            try:
-                modified = self._files.modified(self._at(name)).timestamp()
-            except NotImplementedError:  # a store that keeps no times
-                modified = 0.0
-            return Stat(int(found["size"] or 0), modified)
-
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}".rstrip("/")

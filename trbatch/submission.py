@@ -5,35 +5,27 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Self
-
-import pyarrow as pa
 
 import trbatch
-from trbatch import chunks
+from trbatch.chunk_files import CHUNKS, ChunkWriter, are_whole, new_reading
 from trbatch.config import JobSpec, default_model, default_store
 from trbatch.control import Control
-from trbatch.errors import InputError, ResumeRefused, UsageError
-from trbatch.ids import RepeatCheck
-from trbatch.input_limits import MAX_COLUMNS
+from trbatch.errors import ResumeRefused, UsageError
 from trbatch.manifest import InputState, Manifest, differences, settings
 from trbatch.moments import written
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
-from trbatch.outputs import check_output
-from trbatch.prompts import Batch, check_repeats, read_batches
+from trbatch.outputs import check_output, check_path
+from trbatch.prompts import Batch, read_batches
 from trbatch.shaping import Shaping
-from trbatch.storage import Folder, LocalFolder, folder
+from trbatch.storage import Folder, folder
 
 MANIFEST = "manifest.json"
 MARKS = ("_SUCCESS", "_PARTIAL")  # whether the last collect found every row
-_LOCAL_WRITERS = 1  # threads; more of them only contend with the one that reads and hashes
-_REMOTE_WRITERS = 8  # an object store takes much longer for a chunk than it takes to make one
+DOOMED = "_REMOVED"  # a folder with this mark is what an interrupted removal has left
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +63,8 @@ def submit(spec: JobSpec) -> Submission:
             return submit(spec)
     old = Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST))
     reread = _continue(job, old, spec)
+    if reread is None:
+        return submit(spec)
     control = Control.of(job)
     wanted = control.asked(priority=spec.priority, deadline=spec.deadline)
     if wanted != control:
@@ -82,14 +76,16 @@ def resolved(spec: JobSpec) -> JobSpec:
     """The spec with absolute paths, with names for what was left open, and its template's text.
 
     Raises:
-        UsageError: there is no such model or template, or it is no valid one.
+        UsageError: there is no such model or template, or it is no valid one; a path is no text.
     """
-    path = _absolute(spec.input)
+    path, store = _absolute(spec.input), folder(spec.out or default_store()).path
+    check_path(path)
+    check_path(store)
     return dataclasses.replace(
         spec,
         input=path,
         output=_absolute(spec.output) if spec.output else "",
-        out=folder(spec.out or default_store()).path,
+        out=store,
         model=model_name(spec.model or default_model()),
         task=spec.task or default_task(path),
         template=_template(spec.template),
@@ -137,6 +133,8 @@ def job_id_of(spec: JobSpec, store: Folder) -> str:
 
 def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
     """Make the job; False if another command has made it in the meantime: that one counts."""
+    if job.exists(DOOMED):  # or the next `prune` would end the removal, and this job
+        job.remove("")
     seed = secrets.randbits(63) if spec.seed is None else spec.seed
     control = control_of_new(spec, job_id)
     manifest = _read_input(job, job_id, spec, seed, generation=0)
@@ -169,12 +167,16 @@ def control_of_new(spec: JobSpec, job_id: str) -> Control:
     return control
 
 
-def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
-    """Continue a job. Returns whether its input was read anew."""
+def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool | None:
+    """Continue a job. Returns whether its input was read anew.
+
+    An input that has not changed is read, too, if chunks of it are missing or damaged. None: while
+    it was read, another command has changed or removed the job, and nothing was done.
+    """
     changed = changed_settings(old, spec)
     same_input = has_same_input(old, spec)
     same_limits = old.spec.max_row_bytes == spec.max_row_bytes
-    if same_input and same_limits and not changed:
+    if same_input and same_limits and not changed and are_whole(job, old):
         if spec.output != old.spec.output:
             spec = dataclasses.replace(old.spec, output=spec.output)
             job.write(MANIFEST, dataclasses.replace(old, spec=spec).to_json())
@@ -184,6 +186,10 @@ def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool:
     if not same_input:
         with _removed_on_error(job, new.chunk_folder):
             check_named(old, new.unnamed_rows)
+    if not _is_still(job, old):
+        job.remove(new.chunk_folder)
+        job.prune(CHUNKS)
+        return None
     job.write(MANIFEST, dataclasses.replace(new, created=old.created).to_json())
     for mark in MARKS:
         job.remove(mark)
@@ -212,6 +218,14 @@ def check_named(old: Manifest, unnamed_rows: int) -> None:
         )
 
 
+def _is_still(job: Folder, old: Manifest) -> bool:
+    """Whether a job's manifest is the one that was read before."""
+    try:
+        return Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST)) == old
+    except FileNotFoundError:
+        return False
+
+
 def changed_settings(old: Manifest, spec: JobSpec) -> list[str]:
     """Which settings of a job the spec would change, in words.
 
@@ -231,16 +245,18 @@ def changed_settings(old: Manifest, spec: JobSpec) -> list[str]:
 def _read_input(
     job: Folder, job_id: str, spec: JobSpec, job_seed: int, generation: int
 ) -> Manifest:
-    """Read, check and hash the input and write its chunks; on any error no chunk is left."""
+    """Read, check and hash the input and write its chunks; on any error no chunk is left.
+
+    The chunks are safe from a power cut before the manifest that names them is written.
+    """
     state = InputState.of(spec.input)
-    # Its own name for each reading: two commands at once never mix their chunks.
-    name = f"chunks/{generation}-{secrets.token_hex(4)}"
-    writer = _ChunkWriter(job, name, spec, job_seed)
+    writer = ChunkWriter(job, new_reading(generation), spec, job_seed)
     with _removed_on_error(job, writer.folder):
         with writer:
             for batch in batches(spec):
                 writer.write(batch)
-        writer.check_repeats()
+        writer.check_repeats(batches(spec))
+        writer.settle()
     return Manifest(
         id=job_id,
         spec=spec,
@@ -282,77 +298,3 @@ def _removed_on_error(job: Folder, name: str) -> Iterator[None]:
         job.remove(name)
         job.prune(name.partition("/")[0])
         raise
-
-
-class _ChunkWriter:
-    """Writes batches as chunks and counts what a manifest says about them.
-
-    Files are encoded and stored by threads of their own, while the next rows are read and hashed.
-    A chunk is certainly stored only when the context has ended.
-    """
-
-    def __init__(self, job: Folder, name: str, spec: JobSpec, job_seed: int) -> None:
-        self.folder = name
-        self.ids = RepeatCheck()
-        self.errors: Counter[str] = Counter()  # bad rows by code
-        self.unnamed_rows = 0
-        self._columns: set[str] = set()  # that pass through
-        self.chunk_samples: list[int] = []
-        self._job = job
-        self._spec = spec
-        self._hasher = chunks.RowHasher(spec.model, spec.revision, spec.sampling, job_seed)
-        self._writers = _LOCAL_WRITERS if isinstance(job, LocalFolder) else _REMOTE_WRITERS
-        self._threads = ThreadPoolExecutor(self._writers, thread_name_prefix="chunk-writer")
-        self._waiting: deque[Future[None]] = deque()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=kind is not None)
-        while self._waiting and kind is None:
-            self._waiting.popleft().result()
-
-    def write(self, batch: Batch) -> None:
-        """Write the next chunk. Waits when the threads are far behind."""
-        table, samples = chunks.encode(batch, self._hasher)
-        self._columns.update(chunks.passed_names(table.schema))
-        if len(self._columns) > MAX_COLUMNS:
-            place = f"{self._spec.input}: by line {batch.rows[-1].line:,}"
-            raise InputError(
-                f"{place} the rows have more than {MAX_COLUMNS:,} different fields",
-                hint='put what differs from row to row into one field, e.g. "data": {…}',
-            )
-        number = len(self.chunk_samples)
-        self._waiting.append(self._threads.submit(self._store, number, table))
-        if len(self._waiting) > 4 * self._writers:
-            self._waiting.popleft().result()
-        self.chunk_samples.append(samples)
-        self.ids.add(row.id for row in batch.rows)
-        for row in batch.rows:
-            if row.error is not None:
-                self.errors[row.error.code] += 1
-            self.unnamed_rows += not row.named and row.request is not None
-
-    def check_repeats(self) -> None:
-        """Raise `InputError` if an id came twice.
-
-        A bad row without an id gives way when its number is another row's id: one bad row must not
-        refuse the rest.
-        """
-        repeated = self.ids.repeated()
-        if not repeated:
-            return
-        spec = self._spec
-        rows = (row for batch in batches(spec) for row in batch.rows)
-        for row in check_repeats(rows, repeated, spec.input):
-            index, position = divmod(row.index, spec.chunk_size)
-            with self._job.open(self._name(index)) as file:
-                table = chunks.read_table(file)
-            self._store(index, chunks.with_id(table, position, f"{row.id} (line {row.line})"))
-
-    def _store(self, index: int, table: pa.Table) -> None:
-        self._job.write(self._name(index), chunks.to_bytes(table), durable=False)
-
-    def _name(self, index: int) -> str:
-        return f"{self.folder}/{index:05d}.parquet"
