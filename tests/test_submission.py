@@ -209,7 +209,7 @@ def test_an_overtaken_submit_is_refused_or_renamed_as_if_it_had_come_later(
 
 @pytest.mark.long
 def test_submitting_200_000_short_prompts_is_quick(tmp_path: Path) -> None:
-    """The promise is 50,000 rows/s; half of it here, for machines that are busy."""
+    """Half of the 50,000 rows/s that test_scale demands: this one runs beside other tests."""
     path = tmp_path / "in.jsonl"
     path.write_bytes(
         b"".join(b'{"prompt": "Write a haiku about number %d."}\n' % i for i in range(200_000))
