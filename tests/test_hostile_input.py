@@ -128,6 +128,9 @@ def test_the_corpus_is_the_same_every_time_and_has_everything_in_it() -> None:
     for word in (*BREAKERS, "duplicate id", "Parquet", "(cut)", "(flipped)", "(gz)", "(zst)"):
         assert names.count(word) >= 20, word
     assert sum(len(case.good) for case in first) > CASES
+    unrefusable = [case for case in first if case.good and not case.refusals]
+    assert len(unrefusable) > 0.4 * CASES, "their good rows must come out"
+    assert {r for case in first if case.good for r in case.refusals} == {"have the same id"}
 
 
 # --- one thing at a time, with what the message must say ---

@@ -322,7 +322,7 @@ def test_what_an_interrupted_removal_has_left_takes_no_new_job_along(spec: JobSp
 
 @pytest.mark.long
 def test_submitting_200_000_short_prompts_is_quick(tmp_path: Path) -> None:
-    """The promise is 50,000 rows/s; half of it here, for machines that are busy."""
+    """Half of the 50,000 rows/s that test_scale demands: this one runs beside other tests."""
     path = tmp_path / "in.jsonl"
     path.write_bytes(
         b"".join(b'{"prompt": "Write a haiku about number %d."}\n' % i for i in range(200_000))

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 WORKERS = 3
 ROWS_A_SECOND = 8.4  # 5,000 rows in ten minutes
 STEP_S = 0.15  # of an engine under torture, so that rows take as long as it lasts
-BREAKS_S = (2.0, 7.0)  # between two deeds, at least and at most
+BREAKS_S = (1.0, 5.0)  # between two deeds, at least and at most
 CALM_S = 240.0  # for what is left when the hand has let go
 
 
@@ -87,11 +87,47 @@ class Worker:
         return self.process.wait(60)
 
 
+# What can be done, and for how many seconds, at least and at most.
+WORKER_KILLED = "kill -9 of a worker"
+SUPERVISOR_KILLED = "kill -9 of a supervisor"
+SERVER_KILLED = "kill -9 of the server, for a moment"
+SERVER_AWAY = "kill -9 of the server, for longer than a lease"
+WORKER_STOPPED = "SIGSTOP for longer than a lease"
+DISK_FULL = "full disk"
+CUT_OFF = "all connections cut"
+KINDS = {
+    WORKER_KILLED: (0.0, 0.0),
+    SUPERVISOR_KILLED: (0.0, 0.0),
+    SERVER_KILLED: (0.0, 3.0),
+    SERVER_AWAY: (LEASE_S + 3.0, LEASE_S + 6.0),
+    WORKER_STOPPED: (LEASE_S + 2.0, LEASE_S + 6.0),
+    DISK_FULL: (2.0, 6.0),
+    CUT_OFF: (0.0, 0.0),
+}
+MORE = [WORKER_KILLED] * 4 + [SUPERVISOR_KILLED, WORKER_STOPPED, CUT_OFF]
+DECK_S = 120.0  # a deck is done in about half of it on an idle machine
+
+
+@dataclass(frozen=True)
+class Deed:
+    """One thing to do, and for how long."""
+
+    kind: str
+    seconds: float
+
+
+def deck_of(chance: random.Random) -> list[Deed]:
+    """What is done in about a minute: first one of each kind, then some more."""
+    kinds = [*chance.sample(list(KINDS), len(KINDS)), *chance.sample(MORE, len(MORE))]
+    return [Deed(kind, chance.uniform(*KINDS[kind])) for kind in kinds]
+
+
 @dataclass
 class Hand:
     """What does the harm: one thing every few seconds, and what undoes it later.
 
-    The same seed does the same things at the same times; whom they hit depends on who is busy then.
+    The same seed does the same things in the same order; whom they hit depends on who is busy then.
+    What finds nobody to hit is tried again.
     """
 
     chance: random.Random
@@ -99,16 +135,27 @@ class Hand:
     workers: list[Worker]
     url: str
     done: Counter[str] = field(default_factory=Counter)
-    later: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
+    deck: list[Deed] = field(default_factory=list)
+    later: list[tuple[float, Callable[[], Any]]] = field(default_factory=list)
 
     def act(self) -> None:
         """Do one thing."""
-        deeds = {
-            self.kill_worker: 8, self.kill_supervisor: 2, self.kill_server: 2,
-            self.stop_worker: 2, self.fill_disk: 2, self.cut_connections: 3,
+        self.deck = self.deck or deck_of(self.chance)
+        deed = self.deck[0]
+        do = {
+            WORKER_KILLED: self.kill_worker, SUPERVISOR_KILLED: self.kill_supervisor,
+            SERVER_KILLED: self.kill_server, SERVER_AWAY: self.kill_server,
+            WORKER_STOPPED: self.stop_worker, DISK_FULL: self.fill_disk,
+            CUT_OFF: self.cut_connections,
         }  # fmt: skip
-        (deed,) = self.chance.choices(list(deeds), weights=list(deeds.values()))
-        deed()
+        if do[deed.kind](deed.seconds):
+            self.done[deed.kind] += 1
+            del self.deck[0]
+
+    @property
+    def owes(self) -> bool:
+        """Whether a kind of harm has not been done yet."""
+        return any(not self.done[kind] for kind in KINDS)
 
     def undo(self, *, all_of_it: bool = False) -> None:
         """Undo what is due."""
@@ -126,49 +173,44 @@ class Hand:
             pids = busy or pids
         return self.aim.choice(sorted(pids)) if pids else 0
 
-    def kill_worker(self) -> None:
-        self._signal(self.victim(), signal.SIGKILL, "kill -9 of a worker")
+    def kill_worker(self, seconds: float) -> bool:
+        return self._signal(self.victim(), signal.SIGKILL)
 
-    def kill_supervisor(self) -> None:
+    def kill_supervisor(self, seconds: float) -> bool:
         self.aim.choice(self.workers).kill_supervisor()
-        self.done["kill -9 of a supervisor"] += 1
+        return True
 
-    def kill_server(self) -> None:
-        """For a moment, or for longer than a lease."""
-        down_s = LEASE_S + 5.0 if self.chance.random() < 0.2 else self.chance.uniform(0.0, 3.0)
-        if pid := server.status().pid:
+    def kill_server(self, seconds: float) -> bool:
+        pid = server.status().pid
+        if pid:
             os.kill(pid, signal.SIGKILL)
-            self.done["kill -9 of the server"] += 1
-            self.done["seconds without a server"] += round(down_s)
-            time.sleep(down_s)
+            self.done["seconds without a server"] += round(seconds)
+            time.sleep(seconds)
         server.ensure()
+        return bool(pid)
 
-    def stop_worker(self) -> None:
+    def stop_worker(self, seconds: float) -> bool:
         pid = self.victim()
-        when = time.monotonic() + LEASE_S + self.chance.uniform(2.0, 6.0)
-        if self._signal(pid, signal.SIGSTOP, "SIGSTOP for longer than the lease"):
-            self.later.append((when, lambda: self._signal(pid, signal.SIGCONT, "")))
+        self.later.append((time.monotonic() + seconds, lambda: self._signal(pid, signal.SIGCONT)))
+        return self._signal(pid, signal.SIGSTOP)
 
-    def fill_disk(self) -> None:
+    def fill_disk(self, seconds: float) -> bool:
         """By a limit on the size of files: every write fails."""
         pid = self.victim()
-        when = time.monotonic() + self.chance.uniform(2.0, 6.0)
-        if self._limit(pid, 0):
-            self.done["full disk"] += 1
-            self.later.append((when, lambda: self._limit(pid, resource.RLIM_INFINITY)))
+        unlimited = resource.RLIM_INFINITY
+        self.later.append((time.monotonic() + seconds, lambda: self._limit(pid, unlimited)))
+        return self._limit(pid, 0)
 
-    def cut_connections(self) -> None:
+    def cut_connections(self, seconds: float) -> bool:
         with contextlib.suppress(redis.RedisError), redis.Redis.from_url(self.url) as connection:
-            connection.client_kill_filter(_type="normal", skipme=True)
-            self.done["all connections cut"] += 1
+            return bool(connection.client_kill_filter(_type="normal", skipme=True))
+        return False
 
-    def _signal(self, pid: int, number: int, name: str) -> bool:
+    def _signal(self, pid: int, number: int) -> bool:
         if not pid:
             return False
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-            if name:
-                self.done[name] += 1
             return True
         return False
 
@@ -255,10 +297,12 @@ def torture(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
         expected = decode_undisturbed(jobs, file, folder, url)
         job = submit(jobs, file, "torture")
     workers = [Worker(number, url, folder) for number in range(1, WORKERS + 1)]
-    hand = Hand(chance, random.Random(seed), workers, url)
+    hand = Hand(random.Random(seed), random.Random(seed), workers, url)
     wait_until_all_decode(job)
     begin = time.monotonic()
-    while time.monotonic() - begin < seconds and not job.progress().complete:
+    while time.monotonic() - begin < seconds or hand.owes:
+        if job.progress().complete:
+            break
         time.sleep(chance.uniform(*BREAKS_S))
         hand.undo()
         hand.act()
@@ -298,8 +342,12 @@ def report(
     }
 
 
-def check(result: dict[str, Any]) -> None:
-    """What must be true after any torture."""
+def check(result: dict[str, Any], seconds: float) -> None:
+    """What must be true after any torture of so many seconds; that it was one is a part of it."""
+    least = max(1, int(seconds / DECK_S))
+    missing = {kind: result.get(kind, 0) for kind in KINDS if result.get(kind, 0) < least}
+    assert not missing, f"at least {least} of each kind of harm: {missing}"
+    assert result["workers that had to be replaced"] >= least, result
     assert result["rows equal to the undisturbed run"] == result["rows"], result
     assert result["error rows"] == result["of these poison"] == 0, result
     assert result["receipt"].startswith("complete:"), result
@@ -323,7 +371,7 @@ def main(seconds: float, seed: int, keep: bool) -> None:
         for name, value in result.items():
             click.echo(f"{name:36} {value}")
         click.echo(json.dumps(result))
-        check(result)
+        check(result, seconds)
         passed = True
     finally:
         with contextlib.suppress(TrbatchError):
