@@ -125,7 +125,7 @@ def codes_in_the_source() -> Iterator[str]:
     """The error codes that the package gives rows, as they are written in it."""
     trees = [ast.parse(file.read_text()) for file in (ROOT / "trbatch").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    makers = {"BadRow", "RowError", "RowEnd", "bad", "_error"}
+    makers = {"BadRow", "RowError", "RowEnd", "bad", "_error", "failed"}
     # Exceptions that carry an error row's code, of which there may be more one day.
     makers |= {
         node.name

@@ -197,6 +197,21 @@ def test_a_collect_finds_every_row_when_its_segments_go_meanwhile(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_collect_whose_segments_keep_going_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(tmp_path, 4)
+    work()
+
+    def gone(joiner: Joiner) -> Iterator[Group]:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Joiner, "groups", gone)
+    with pytest.raises(JobFailed, match="segments of job job keep going"):
+        job.collect(tmp_path / "a.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["job.jsonl"]
+
+
 def test_of_two_prunes_at_once_one_leaves_the_job_to_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

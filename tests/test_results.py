@@ -412,14 +412,16 @@ def test_an_output_that_no_format_may_have_is_refused_when_the_job_is_made(tmp_p
     make_job(tmp_path, *prompts("a"), output=str(tmp_path / "folder.csv"))
 
 
-def test_a_damaged_segment_is_named_and_the_old_output_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["footer", "page"])
+def test_a_damaged_segment_is_named_and_the_old_output_stays(tmp_path: Path, where: str) -> None:
     job = make_job(tmp_path, *prompts("a"))
     decode_all(job)
     output = Path(collect(job).output)
     before = output.read_bytes()
     segment = job.ledger.names()[0]
     whole = job.folder.read(f"segments/{segment}")
-    job.folder.write(f"segments/{segment}", whole[:-9] + b"x" * 9)
+    damaged = whole[:-9] + b"x" * 9 if where == "footer" else whole[:40] + bytes(8) + whole[48:]
+    job.folder.write(f"segments/{segment}", damaged)
     with pytest.raises(JobFailed, match=f"{segment} is damaged"):
         collect(job)
     assert output.read_bytes() == before

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import orjson
 
 import trbatch
+from trbatch.errors import JobFailed
 from trbatch.figures import Figures, covered_seconds
 from trbatch.ids import RepeatCheck
 from trbatch.job import JobFolder
@@ -41,6 +42,7 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
     Raises:
         UsageError: the format is unknown, the output's name promises another one, or a file lies
             where failed rows belong that trbatch has not written.
+        JobFailed: chunks or segments are missing or damaged.
     """
     place = output_of(job, output or "", format)
     failed = errors_of(place) if format == "jsonl" else ""
@@ -49,7 +51,13 @@ def collect(job: JobFolder, output: str | None = None, format: str = "parquet") 
     for path in filter(None, (place, failed)):
         sweep(path)
     # All anew if segments go meanwhile: `prune` puts few in the place of many.
-    index, joiner, tally = consistently(job.ledger.names, lambda _: _write(job, place, failed))
+    try:
+        index, joiner, tally = consistently(job.ledger.names, lambda _: _write(job, place, failed))
+    except FileNotFoundError as error:
+        raise JobFailed(
+            f"segments of job {job.id} keep going while they are collected",
+            hint="the same command again, when nothing else removes files of the job",
+        ) from error
     failed = failed if failed and exists(failed) else ""
     receipt = receipt_of(job, place, index, joiner, tally.figures, tally.keys, errors=failed)
     job.folder.write("stats.json", orjson.dumps(receipt.stats, option=orjson.OPT_INDENT_2))

@@ -153,7 +153,9 @@ def reading(job: Folder, name: str) -> Iterator[BinaryIO]:
     try:
         with job.open(f"{FOLDER}/{name}") as file:
             yield file
-    except (pa.ArrowException, KeyError, orjson.JSONDecodeError) as error:
+    except (pa.ArrowException, KeyError, orjson.JSONDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the storage's trouble; Arrow's own, of damage inside a page, has no number
         raise JobFailed(
             f"the segment {job.join(f'{FOLDER}/{name}')} is damaged: {error}",
             hint="remove it and resume the job: its rows are then decoded again",
