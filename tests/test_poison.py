@@ -118,7 +118,7 @@ def test_kills_from_outside_never_make_a_row_suspect(jobs: JobQueue, tmp_path: P
         killed: list[int] = []
         for number in [
             signal.SIGKILL,
-            signal.SIGHUP,
+            signal.SIGUSR2,
             signal.SIGKILL,
             signal.SIGUSR1,
             signal.SIGKILL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from worker_tools import Background, wait_for
 
 from trbatch import api, cli
 from trbatch.config import WorkerConfig
+from trbatch.control import Control
 from trbatch.lease import LeaseWorker
 from trbatch.queue import JobQueue
 from trbatch.worker import run_worker
@@ -128,6 +130,17 @@ def test_a_worker_of_these_rights_brings_back_what_a_dead_one_left(
         finally:
             worker.stop()
     assert job.status().state == "completed"
+
+
+def test_a_worker_of_these_rights_takes_an_expired_job_out_of_the_queue(
+    place: Place, tmp_path: Path
+) -> None:
+    job = submit(tmp_path, place.client)
+    Control(deadline=time.time() - 1, deadline_asked="then").write(job.folder.folder)
+    assert work(place.worker) == 0
+    assert job.status().state == "expired"
+    with JobQueue.connect(place.client) as jobs:
+        assert len(jobs.ids(job.id)) == 1, "the one that was taken"
 
 
 def stream_keys(place: Place) -> list[bytes]:

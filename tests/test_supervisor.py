@@ -177,7 +177,7 @@ def test_the_first_signal_finishes_what_was_taken(jobs: JobQueue, tmp_path: Path
     assert jobs.workers() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_second_signal_hands_back_and_keeps_finished_rows(
     jobs: JobQueue, tmp_path: Path, number: int
 ) -> None:
@@ -222,11 +222,14 @@ def test_a_worker_gives_its_gpu_back_at_the_hour(jobs: JobQueue, tmp_path: Path)
     assert 0 < len(texts_of(job)) < 400
 
 
-def test_a_worker_that_somebody_stops_alone_is_replaced(jobs: JobQueue, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_worker_that_somebody_stops_alone_is_replaced(
+    jobs: JobQueue, tmp_path: Path, number: int
+) -> None:
     with supervised(jobs.url, tmp_path / "log") as worker:
         first = wait_for(worker.children)[0]
         wait_for(lambda: jobs.workers())
-        os.kill(first, signal.SIGTERM)
+        os.kill(first, number)
         wait_for(lambda: worker.children() not in ([], [first]))
 
 
