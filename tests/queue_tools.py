@@ -63,8 +63,8 @@ def take_all(jobs: JobQueue, worker: LeaseWorker) -> list[int]:
     return chunks
 
 
-def counts(jobs: JobQueue, job: str = "job") -> tuple[int, int, int, int]:
-    return dataclasses.astuple(jobs.counts(job))
+def counts(jobs: JobQueue, job: Any = None) -> tuple[int, int, int, int]:
+    return dataclasses.astuple(jobs.counts(job or FakeFolder()))
 
 
 def beat(worker: LeaseWorker) -> list[Lease]:

@@ -109,7 +109,7 @@ def test_submitting_a_cancelled_job_again_does_not_revive_it(tmp_path: Path) -> 
     again = submit(tmp_path)
     assert (again.id, again.status().state) == (job.id, "cancelled")
     with JobQueue.connect() as jobs:
-        assert jobs.counts(job.id).open == 0
+        assert jobs.counts(job).open == 0
 
 
 def test_a_job_that_is_complete_cannot_be_cancelled_any_more(tmp_path: Path) -> None:
@@ -504,7 +504,7 @@ def test_leases_are_told_whatever_redis_holds(tmp_path: Path) -> None:
     job = submit(tmp_path, 4)
     with working(EchoEngine(1.0)), JobQueue.connect() as jobs:
         wait_for(lambda: leases(jobs, job.folder))
-        (rq_id,) = jobs.ids(job.id)
+        (rq_id,) = jobs.ids(job)
         poison = {"worker_name": b"\xff\xfe", "started_at": b"\xff", "retries_left": b"9" * 99}
         poison["trbatch_lost"] = b"9" * 5000
         jobs.connection.hset(f"rq:job:{rq_id}", mapping=poison)

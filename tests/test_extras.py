@@ -68,5 +68,5 @@ def test_a_package_that_a_machine_lacks_is_no_fault_of_the_model(
     lacking = Loaded(refuse={MODEL: ModuleNotFoundError("No module named 'einops'")})
     with pytest.raises(WorkerError, match="einops"):
         run_worker(config(jobs.url, model=""), load=lacking)
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert (counts.queued, counts.failed) == (3, 0)

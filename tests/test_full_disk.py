@@ -97,17 +97,17 @@ def test_a_worker_waits_for_a_disk_and_goes_on_by_itself(
 ) -> None:
     job = submit(jobs, tmp_path, 60, out=str(disk.path / "store"))
     worker = Background(jobs.url, Loaded(lambda: EchoEngine(capacity=4, step_s=0.02)))
-    wait_for(lambda: jobs.counts(job.id).finished >= 2)
+    wait_for(lambda: jobs.counts(job).finished >= 2)
     words = spoil(disk, how)
     wait_for(lambda: worker.worker._publisher.failures >= 2)
-    held = jobs.counts(job.id)
+    held = jobs.counts(job)
     time.sleep(1.0)
-    assert jobs.counts(job.id) == held, "nothing is finished, nothing more is taken"
+    assert jobs.counts(job) == held, "nothing is finished, nothing more is taken"
     assert held.failed == 0
     assert words in caplog.text
     assert worker.thread.is_alive()
     cure(disk, how)
-    wait_for(lambda: jobs.counts(job.id).finished == 15, timeout=40)
+    wait_for(lambda: jobs.counts(job).finished == 15, timeout=40)
     worker.stop()
     assert texts_of(job) == expected(60), "every row once"
     assert {row["attempts"] for row in rows_of(job)} == {1}, "and it cost no retry"
@@ -123,7 +123,7 @@ def test_a_worker_that_must_go_while_the_disk_is_full_hands_its_chunks_back(
     wait_for(lambda: worker.worker._publisher.failures >= 1)
     assert worker.stop(times=2) == 128 + signal.SIGTERM
     assert "finished rows could not be published and are given up" in caplog.text
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert (counts.started, counts.failed) == (0, 0)
     disk.free()
     assert run_worker(config(jobs.url), load=Loaded()) == 0
@@ -210,10 +210,10 @@ def test_a_failing_store_does_not_keep_another_one_waiting(
     disk.fill()
     with caplog.at_level(logging.INFO, "trbatch"):
         worker = Background(jobs.url, Loaded(lambda: EchoEngine(capacity=16)))
-        wait_for(lambda: jobs.counts(free.id).finished == 2)
-        assert jobs.counts(stuck.id).finished == 0
+        wait_for(lambda: jobs.counts(free).finished == 2)
+        assert jobs.counts(stuck).finished == 0
         disk.free()
-        wait_for(lambda: jobs.counts(stuck.id).finished == 2, timeout=30)
+        wait_for(lambda: jobs.counts(stuck).finished == 2, timeout=30)
         worker.stop()
     assert "can be written again" in caplog.text
     assert texts_of(stuck) == texts_of(free) == expected(8)

@@ -36,7 +36,7 @@ def test_an_expired_job_with_many_chunks_holds_up_no_other(tmp_path: Path) -> No
     assert len(published(other)) == 4
     assert published(job) == []
     with JobQueue.connect() as jobs:
-        assert len(jobs.ids(job.id)) == 1, "one was taken, the others were taken out of the queue"
+        assert len(jobs.ids(job)) == 1, "one was taken, the others were taken out of the queue"
 
 
 def test_a_job_that_is_taken_up_while_a_worker_clears_it_away_goes_on(

@@ -34,7 +34,7 @@ from trbatch.chunk_lease import BadChunk
 from trbatch.confinement import Confinement
 from trbatch.job import JobFolder
 from trbatch.queue import FUNCTION, MODELS_KEY, JobQueue
-from trbatch.queue_names import ModelKey
+from trbatch.queue_names import ModelKey, index_key
 from trbatch.suspects import Suspects
 
 MODEL = ModelKey("maker/echo")
@@ -327,14 +327,14 @@ def test_the_commands_show_what_a_hostile_redis_says_and_obey_none_of_it(scene: 
 def test_what_a_failed_chunk_said_is_read_without_unpacking_a_bomb(scene: Scene) -> None:
     job = make_job(scene.folder, 4, name="failing")
     scene.jobs.enqueue(job, [0])
-    entry = next(iter(scene.hostile.smembers("trbatch:chunks:failing"))).decode()
-    wait_for(lambda: scene.jobs.counts("failing").finished)
+    entry = next(iter(scene.hostile.smembers(index_key(job)))).decode()
+    wait_for(lambda: scene.jobs.counts(job).finished)
     bomb = base64.b64encode(zlib.compress(bytes(64 << 20)))
     for exc_string in (bomb, b"%%%", BOMB, base64.b64encode(zlib.compress(b"\x1b[2J why"))):
         scene.hostile.hset(ChunkJob.key_for(entry), "status", "failed")
         scene.hostile.xadd(f"rq:results:{entry}", {"exc_string": exc_string, "return_value": BOMB})
         with watched():
-            reasons = scene.jobs.failures("failing")
+            reasons = scene.jobs.failures(job)
         assert reasons == {0: "no reason given"} or reasons == {0: r"\x1b[2J why"}
     assert reasons == {0: r"\x1b[2J why"}
 

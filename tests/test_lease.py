@@ -29,7 +29,7 @@ def test_a_failing_chunk_comes_back_until_its_retries_are_used_up(
         worker.fail(found, ValueError("cannot read it"))
     assert attempts == [1, 2, 3, 4]
     assert counts(jobs) == (1, 0, 1, 0)
-    assert jobs.failures("job") == {4: "ValueError: cannot read it"}
+    assert jobs.failures(FakeFolder()) == {4: "ValueError: cannot read it"}
 
 
 def test_a_chunk_handed_back_is_the_next_and_loses_no_retry(

@@ -20,6 +20,7 @@ from trbatch import recovery
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_lease import Lease
 from trbatch.flight import FlightRecord
+from trbatch.job import JobFolder
 from trbatch.lease import LeaseWorker
 from trbatch.queue import JobQueue
 from trbatch.queue_names import ModelKey
@@ -283,7 +284,7 @@ def test_a_crash_costs_a_chunk_no_retry_however_often_it_happens(
         assert found is not None and found.attempt == attempt
         lease = found
     assert lease.job.retries_left == 3
-    assert jobs.counts("job").failed == 0
+    assert jobs.counts(JobFolder.open(lease.folder)).failed == 0
 
 
 def test_what_was_given_back_once_is_not_given_back_again(

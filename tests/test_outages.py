@@ -48,7 +48,7 @@ def outage(jobs: JobQueue, tmp_path: Path, seconds: float) -> None:
         assert len(rows_of(job)) > before, "what is finished needs no server to be published"
         server.ensure()
         begin = time.monotonic()
-        wait_for(lambda: jobs.counts(job.id).finished > before // 8 + 4, timeout=20)
+        wait_for(lambda: jobs.counts(job).finished > before // 8 + 4, timeout=20)
         assert time.monotonic() - begin < 15
         assert worker.children() == [child], "it was never replaced"
         worker.process.send_signal(signal.SIGTERM)
@@ -125,7 +125,7 @@ def test_a_server_that_hangs_for_seconds_costs_nothing_but_time(
         os.kill(server_pid, signal.SIGSTOP)
         time.sleep(5.0)
         os.kill(server_pid, signal.SIGCONT)
-        wait_for(lambda: jobs.counts(job.id).finished == 15)
+        wait_for(lambda: jobs.counts(job).finished == 15)
         assert worker.children() == child, "it was never replaced"
         assert "Traceback" not in worker.words
     assert sorted(row["prompt_index"] for row in rows_of(job)) == list(range(120))
@@ -162,7 +162,7 @@ def test_a_parent_tries_again_for_as_long_as_the_server_is_away(
         wait_for(lambda: worker.words.count("cannot be reached") >= 8, timeout=60)
         assert worker.process.poll() is None
         server.ensure()
-        wait_for(lambda: jobs.counts(job.id).finished == 8, timeout=60)
+        wait_for(lambda: jobs.counts(job).finished == 8, timeout=60)
     assert sorted(row["prompt_index"] for row in rows_of(job)) == list(range(60))
 
 
@@ -178,7 +178,7 @@ def test_a_queue_that_was_wiped_costs_a_resume(jobs: JobQueue, tmp_path: Path) -
         wait_for(lambda: "lease was lost" in worker.words)
         chunks = api.resume(job.path, redis_url=jobs.url)
         assert chunks >= 8
-        wait_for(lambda: jobs.counts(job.id).finished == chunks)
+        wait_for(lambda: jobs.counts(job).finished == chunks)
         assert worker.children() == child
     receipt = collect(JobFolder.open(job.path), str(tmp_path / "out.parquet"))
     assert receipt.complete and receipt.rows_ok == 100
@@ -202,7 +202,7 @@ def test_a_full_disk_is_waited_for_and_costs_no_row_an_attempt(
         time.sleep(2.5)
         assert len(rows_of(job)) == full < 60
         resource.prlimit(child, resource.RLIMIT_FSIZE, (hard, hard))
-        wait_for(lambda: jobs.counts(job.id).finished == 8)
+        wait_for(lambda: jobs.counts(job).finished == 8)
         assert worker.children() == [child]
     found = rows_of(job)
     assert sorted(row["prompt_index"] for row in found) == list(range(60))
@@ -233,7 +233,7 @@ def test_a_chunk_that_the_machine_cannot_read_waits_behind_the_others(
     found = rows_of(job)
     assert sorted(row["prompt_index"] for row in found) == list(range(24))
     assert {row["attempts"] for row in found} == {1}
-    assert jobs.counts(job.id).failed == 0
+    assert jobs.counts(job).failed == 0
 
 
 def test_a_chunk_handed_back_behind_the_others_is_taken_last(

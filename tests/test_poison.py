@@ -126,7 +126,7 @@ def test_kills_from_outside_never_make_a_row_suspect(jobs: JobQueue, tmp_path: P
             child = wait_for(lambda: new_child(worker, killed, jobs, job))
             os.kill(child, number)
             killed.append(child)
-            wait_for(lambda: not jobs.counts(job.id).started)
+            wait_for(lambda: not jobs.counts(job).started)
     assert "suspect" not in worker.words
     with supervised(jobs.url, tmp_path / "log2", "--burst") as worker:
         assert worker.wait() == 0
@@ -137,7 +137,7 @@ def test_kills_from_outside_never_make_a_row_suspect(jobs: JobQueue, tmp_path: P
 def new_child(worker: Supervised, killed: list[int], jobs: JobQueue, job: JobFolder) -> int:
     """A worker that has taken a chunk; 0 while there is none."""
     live = [pid for pid in worker.children() if pid not in killed]
-    return live[0] if live and jobs.counts(job.id).started else 0
+    return live[0] if live and jobs.counts(job).started else 0
 
 
 def test_a_kill_in_the_middle_of_a_quarantine_counts_for_nothing(
@@ -147,9 +147,9 @@ def test_a_kill_in_the_middle_of_a_quarantine_counts_for_nothing(
     job = submit(jobs, tmp_path, prompts(8, bad))
     with supervised(jobs.url, tmp_path / "log", env={"ECHO_STEP_S": "0.3"}) as worker:
         wait_for(lambda: "suspect" in worker.words)
-        child = wait_for(lambda: jobs.counts(job.id).started and worker.children())[0]
+        child = wait_for(lambda: jobs.counts(job).started and worker.children())[0]
         os.kill(child, signal.SIGKILL)
-        wait_for(lambda: jobs.counts(job.id).finished == 1, timeout=120)
+        wait_for(lambda: jobs.counts(job).finished == 1, timeout=120)
     assert_poisoned(job, 8, bad)
 
 

@@ -439,8 +439,8 @@ def test_old_jobs_that_ended_and_were_collected_are_removed(tmp_path: Path) -> N
     assert (tmp_path / "old.parquet").exists()
     assert young.status().state == "completed"
     with JobQueue.connect() as jobs:
-        assert jobs.ids("old") == []
-        assert jobs.ids("young") != []
+        assert jobs.ids(old) == []
+        assert jobs.ids(young) != []
 
 
 @pytest.mark.parametrize("state", ["queued", "paused", "failed", "uncollected"])

@@ -15,6 +15,7 @@ from rq.serializers import JSONSerializer
 from trbatch.chunk_job import RETRIES, ChunkJob
 from trbatch.lease import LeaseWorker
 from trbatch.queue import BATCH, FUNCTION, JobQueue
+from trbatch.queue_control import forget, withdraw
 from trbatch.queue_names import ModelKey, chunk_id
 
 
@@ -84,9 +85,22 @@ def test_a_failed_chunk_can_be_enqueued_again_with_all_its_retries(
 
 
 def test_jobs_of_one_name_in_two_stores_do_not_meet(jobs: JobQueue, worker: LeaseWorker) -> None:
-    jobs.enqueue(FakeFolder(path="/a/job"), [0])
-    assert jobs.enqueue(FakeFolder(path="/b/job"), [0]) == 1
+    one, other = FakeFolder(path="/a/job"), FakeFolder(path="/b/job")
+    assert jobs.enqueue(one, [0]) == jobs.enqueue(other, [0]) == 1
     assert [take(jobs, worker).folder for _ in range(2)] == ["/a/job", "/b/job"]
+    assert counts(jobs, one) == counts(jobs, other) == (0, 1, 0, 0)
+
+
+def test_taking_a_job_out_of_the_queue_leaves_its_namesake_in_another_store(
+    jobs: JobQueue, worker: LeaseWorker
+) -> None:
+    one, other = FakeFolder(path="/a/job"), FakeFolder(path="/b/job")
+    for folder in (one, other):
+        jobs.enqueue(folder, [0, 1])
+    assert withdraw(jobs, one) == 2
+    assert (counts(jobs, one), counts(jobs, other)) == ((0, 0, 0, 0), (2, 0, 0, 0))
+    forget(jobs, one)
+    assert take(jobs, worker).folder == take(jobs, worker).folder == "/b/job"
 
 
 def test_a_new_generation_of_chunks_is_queued_beside_the_old(
@@ -101,20 +115,20 @@ def test_what_failed_in_an_older_generation_counts_no_more(
     jobs: JobQueue, worker: LeaseWorker
 ) -> None:
     jobs.enqueue(FakeFolder(generation=0), [0, 1])
-    jobs.enqueue(FakeFolder(path="/elsewhere/job"), [0])
     worker.fail(take(jobs, worker), ValueError("no"), final=True)
-    assert counts(jobs) == (2, 0, 1, 0)
+    assert counts(jobs) == (1, 0, 1, 0)
     jobs.enqueue(FakeFolder(generation=1), [0])
-    assert counts(jobs) == (3, 0, 0, 0), "the other old one still waits, and must be seen to wait"
+    assert counts(jobs) == (2, 0, 0, 0), "the other old one still waits, and must be seen to wait"
 
 
 @pytest.mark.parametrize("name", ["plain", "nightly 2026-01-02.v2", "a:b/c", "ü" * 300])
 def test_any_job_name_makes_an_id_that_rq_takes(
     jobs: JobQueue, worker: LeaseWorker, name: str
 ) -> None:
-    assert jobs.enqueue(FakeFolder(id=name), [7]) == 1
+    folder = FakeFolder(id=name)
+    assert jobs.enqueue(folder, [7]) == 1
     assert take(jobs, worker).chunk == 7
-    assert jobs.counts(name).started == 1
+    assert jobs.counts(folder).started == 1
 
 
 def test_a_thousand_chunks_are_enqueued_in_a_second(jobs: JobQueue) -> None:

@@ -64,7 +64,7 @@ def test_a_worker_waits_until_there_is_room_again(disk: Disk, url: str, tmp_path
             assert len(rows_of(job)) > before, "what is finished needs no queue to be published"
             disk.free()
             wait_for(lambda: "can be used again" in worker.words)
-            wait_for(lambda: jobs.counts(job.id).finished == 2, timeout=40)
+            wait_for(lambda: jobs.counts(job).finished == 2, timeout=40)
             assert worker.children() == [child], "it was never replaced"
             assert "Traceback" not in worker.words
     receipt = collect(JobFolder.open(job.path), str(tmp_path / "out.parquet"))

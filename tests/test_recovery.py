@@ -43,7 +43,7 @@ def test_a_burst_does_not_end_before_the_chunks_of_the_dead_are_done(
     """`trbatch run` again, right after a power cut: the queue is empty, its leases still run."""
     job = submit(jobs, tmp_path, [f"say {i}" for i in range(16)])
     with supervised(jobs.url, tmp_path / "dead", env={"ECHO_STEP_S": "5"}) as dead:
-        wait_for(lambda: jobs.counts(job.id).started == 2)
+        wait_for(lambda: jobs.counts(job).started == 2)
         dead.process.kill()
     with supervised(jobs.url, tmp_path / "next", "--burst") as worker:
         assert worker.wait() == 0
@@ -60,7 +60,7 @@ def test_a_burst_does_not_end_before_a_chunk_that_somebody_died_over_taking(
     with supervised(jobs.url, tmp_path / "log", "--burst") as worker:
         assert worker.wait() == 0
     assert len(rows_of(job)) == 16
-    assert jobs.counts(job.id).finished == 2
+    assert jobs.counts(job).finished == 2
 
 
 @pytest.mark.long
@@ -68,7 +68,7 @@ def test_a_burst_does_not_end_before_a_chunk_that_somebody_died_over_taking(
 def test_a_burst_leaves_the_chunks_of_the_living_to_them(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, [f"say {i}" for i in range(16)])
     with supervised(jobs.url, tmp_path / "living", env={"ECHO_STEP_S": "10"}):
-        wait_for(lambda: jobs.counts(job.id).started == 2)
+        wait_for(lambda: jobs.counts(job).started == 2)
         begin = time.monotonic()
         with supervised(jobs.url, tmp_path / "next", "--burst") as worker:
             assert worker.wait() == 0
@@ -84,7 +84,7 @@ def test_a_zombies_rows_are_harmless_and_counted(jobs: JobQueue, tmp_path: Path)
     with supervised(
         jobs.url, tmp_path / "zombie", "--publish-seconds=30", "--name=zombie", env=slow
     ) as zombie:
-        child = wait_for(lambda: jobs.counts(job.id).started and zombie.children())[0]
+        child = wait_for(lambda: jobs.counts(job).started and zombie.children())[0]
         time.sleep(1.3)  # four rows are decoded and not published
         os.kill(child, signal.SIGSTOP)
         wip = queue_of(jobs).started_job_registry.key
@@ -92,7 +92,7 @@ def test_a_zombies_rows_are_harmless_and_counted(jobs: JobQueue, tmp_path: Path)
             jobs.connection.zadd(wip, {member: time.time() - 1})  # the lease's time goes by
         assert recovery.recover(queue_of(jobs)) == 1
         with supervised(jobs.url, tmp_path / "other", "--burst", "--name=other") as other:
-            wait_for(lambda: jobs.counts(job.id).finished == 1)
+            wait_for(lambda: jobs.counts(job).finished == 1)
             os.kill(child, signal.SIGCONT)
             wait_for(lambda: len(rows_of(job)) > 8)
             zombie.process.send_signal(signal.SIGTERM)
@@ -117,7 +117,7 @@ def seconds_until_elsewhere(jobs: JobQueue, tmp_path: Path, number: int) -> floa
     slow = {"ECHO_STEP_S": "0.2"}
     log = tmp_path / f"log-{number}"
     with supervised(jobs.url, log, "--name=victim", env=slow) as victim:
-        wait_for(lambda: jobs.counts(job.id).started >= 1)
+        wait_for(lambda: jobs.counts(job).started >= 1)
         with supervised(jobs.url, log, "--name=other", env=slow) as other:
             wait_for(lambda: "other" in "".join(row["worker"] for row in rows_of(job)))
             child = victim.children()[0]

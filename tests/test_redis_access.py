@@ -125,7 +125,7 @@ def test_a_worker_of_these_rights_brings_back_what_a_dead_one_left(
         jobs.connection.zadd(queue.started_job_registry.key, {lease.execution.composite_key: 1})
         worker = Background(place.worker, LoadedTiny(), model="maker/tiny")  # type: ignore[arg-type]
         try:
-            wait_for(lambda: jobs.counts(job.id).finished == 4, timeout=30)
+            wait_for(lambda: jobs.counts(job).finished == 4, timeout=30)
             assert stream_keys(place)
         finally:
             worker.stop()
@@ -140,7 +140,7 @@ def test_a_worker_of_these_rights_takes_an_expired_job_out_of_the_queue(
     assert work(place.worker) == 0
     assert job.status().state == "expired"
     with JobQueue.connect(place.client) as jobs:
-        assert len(jobs.ids(job.id)) == 1, "the one that was taken"
+        assert len(jobs.ids(job)) == 1, "the one that was taken"
 
 
 def stream_keys(place: Place) -> list[bytes]:

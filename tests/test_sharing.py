@@ -173,7 +173,7 @@ def test_a_cold_job_takes_the_place_of_what_its_task_had_learned(
     def decode(name: str, rows: list[dict[str, str]], **settings: Any) -> torch.Tensor:
         job = submit(jobs, tmp_path, rows, name=name, task="night",
                      sampling={"max_tokens": 4}, **settings)  # fmt: skip
-        wait_for(lambda: jobs.counts(job.id).finished == len(job.manifest.chunk_samples), 60)
+        wait_for(lambda: jobs.counts(job).finished == len(job.manifest.chunk_samples), 60)
         engine = load.engines[0]
         wait_for(lambda: engine._tasks.get(job.task_key).position)
         task = engine._tasks.get(job.task_key)

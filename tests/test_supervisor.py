@@ -55,9 +55,9 @@ def test_a_killed_worker_is_replaced_and_its_chunks_go_on_at_once(
         wait_for(lambda: len(rows_of(job)) >= 4)
         os.kill(worker.children()[0], signal.SIGKILL)
         begin = time.monotonic()
-        wait_for(lambda: jobs.counts(job.id).started == 0, timeout=3)
+        wait_for(lambda: jobs.counts(job).started == 0, timeout=3)
         assert time.monotonic() - begin < 3.0
-        wait_for(lambda: jobs.counts(job.id).finished == 8)
+        wait_for(lambda: jobs.counts(job).finished == 8)
         assert "SIGKILL from outside" in worker.words
     assert texts_of(job) == {i: f"SAY {i}" for i in range(60)}
     assert {row["attempts"] for row in rows_of(job)} == {1, 2}
@@ -70,7 +70,7 @@ def test_published_rows_are_not_decoded_again_after_a_kill(jobs: JobQueue, tmp_p
         wait_for(lambda: len(rows_of(job)) >= 8)
         os.kill(worker.children()[0], signal.SIGKILL)
         kept = {row["prompt_index"] for row in rows_of(job)}
-        wait_for(lambda: jobs.counts(job.id).finished == 1)
+        wait_for(lambda: jobs.counts(job).finished == 1)
     assert set(texts_of(job)) == set(range(64))
     attempts = {row["prompt_index"]: row["attempts"] for row in rows_of(job)}
     assert len(kept) >= 8 and all(attempts[place] == 1 for place in kept)
@@ -111,7 +111,7 @@ def test_a_successor_that_cannot_load_yet_is_tried_again(jobs: JobQueue, tmp_pat
     with supervised(jobs.url, tmp_path / "log", env=env) as worker:
         wait_for(lambda: len(rows_of(job)) >= 4)
         os.kill(worker.children()[0], signal.SIGKILL)
-        wait_for(lambda: jobs.counts(job.id).finished == 8)
+        wait_for(lambda: jobs.counts(job).finished == 8)
         assert worker.words.count("no memory left") == 2
     assert set(texts_of(job)) == set(range(60))
 
@@ -126,7 +126,7 @@ def test_a_worker_whose_model_takes_it_down_is_given_up_after_some_tries(
         assert "died 5 times before its model stood, at last by SIGSEGV" in worker.words
         assert "hint:" in worker.words and "Traceback" not in worker.words
     assert len((tmp_path / "loads").read_text().splitlines()) == 5
-    assert (jobs.counts(job.id).queued, jobs.counts(job.id).failed) == (1, 0)
+    assert (jobs.counts(job).queued, jobs.counts(job).failed) == (1, 0)
 
 
 def test_a_wrong_option_is_told_once(jobs: JobQueue, tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_the_queue_of_the_command_line_reaches_the_worker_by_its_environment(
 def test_the_first_signal_finishes_what_was_taken(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, [f"say {i}" for i in range(200)])
     with supervised(jobs.url, tmp_path / "log", env={"ECHO_STEP_S": "0.1"}) as worker:
-        wait_for(lambda: jobs.counts(job.id).finished >= 1)
+        wait_for(lambda: jobs.counts(job).finished >= 1)
         worker.process.send_signal(signal.SIGTERM)
         assert worker.wait() == 143
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert counts.started == counts.failed == 0 and counts.queued > 0
     assert len(texts_of(job)) == 8 * counts.finished
     assert jobs.workers() == []
@@ -190,7 +190,7 @@ def test_the_second_signal_hands_back_and_keeps_finished_rows(
         worker.process.send_signal(number)
         assert worker.wait() == 128 + number
         assert time.monotonic() - begin < 5.0
-    assert jobs.counts(job.id).queued == 1
+    assert jobs.counts(job).queued == 1
     assert 4 <= len(texts_of(job)) < 400
 
 
@@ -207,7 +207,7 @@ def test_what_is_not_finished_within_the_grace_is_handed_back(
         worker.process.send_signal(signal.SIGTERM)
         assert worker.wait() == 143
         assert 1.0 < time.monotonic() - begin < 6.0
-    assert jobs.counts(job.id).queued == 1
+    assert jobs.counts(job).queued == 1
     assert len(texts_of(job)) >= before + 8, "it went on for the time of the grace"
 
 
@@ -218,7 +218,7 @@ def test_a_worker_gives_its_gpu_back_at_the_hour(jobs: JobQueue, tmp_path: Path)
         jobs.url, tmp_path / "log", f"--until={soon}", "--grace=0.5", env={"ECHO_STEP_S": "0.2"}
     ) as worker:
         assert worker.wait() == 0
-    assert jobs.counts(job.id).queued == 1
+    assert jobs.counts(job).queued == 1
     assert 0 < len(texts_of(job)) < 400
 
 

@@ -38,7 +38,7 @@ def test_a_burst_decodes_every_row_once_and_empties_the_queue(
     job = submit(jobs, tmp_path, 30)
     assert run_worker(config(jobs.url), load=Loaded()) == 0
     assert texts_of(job) == expected(30)
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert (counts.open, counts.failed, counts.finished) == (0, 0, 8)
     assert JobFolder.open(job.path).missing_chunks() == []
     assert jobs.workers() == []
@@ -65,9 +65,9 @@ def test_the_batch_does_not_drain_between_chunks(jobs: JobQueue, tmp_path: Path)
 def test_no_more_chunks_are_taken_than_the_batch_needs(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, 60, chunk_size=4)
     worker = Background(jobs.url, Loaded(lambda: EchoEngine(capacity=4, step_s=0.2)))
-    wait_for(lambda: jobs.counts(job.id).started)
+    wait_for(lambda: jobs.counts(job).started)
     time.sleep(0.3)
-    assert jobs.counts(job.id).started <= 4, "others want some too"
+    assert jobs.counts(job).started <= 4, "others want some too"
     worker.stop(times=2)
 
 
@@ -123,7 +123,7 @@ def test_a_row_that_fails_is_a_row_and_not_the_end(jobs: JobQueue, tmp_path: Pat
     found = {row["prompt_index"]: row for row in rows_of(job)}
     assert [found[i]["finish_reason"] for i in range(3)] == ["stop", "error", "stop"]
     assert found[1]["error_code"] == "prompt_too_long"
-    assert jobs.counts(job.id).failed == 0
+    assert jobs.counts(job).failed == 0
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -173,7 +173,7 @@ def test_rows_that_are_done_are_not_decoded_again(jobs: JobQueue, tmp_path: Path
     run_worker(config(jobs.url), load=load)
     assert load.engine.batches == []
     assert texts_of(job) == expected(8)
-    assert jobs.counts(job.id).finished == 2
+    assert jobs.counts(job).finished == 2
 
 
 def test_only_the_missing_rows_of_a_chunk_are_decoded(jobs: JobQueue, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_rows_are_published_while_their_chunk_still_runs(jobs: JobQueue, tmp_pat
     load = Loaded(lambda: EchoEngine(capacity=2, step_s=0.05))
     worker = Background(jobs.url, load, publish_s=0.1)
     wait_for(lambda: JobFolder.open(job.path).progress().rows_ok >= 2)
-    assert jobs.counts(job.id).started == 1
+    assert jobs.counts(job).started == 1
     worker.stop(times=2)
 
 

@@ -41,7 +41,7 @@ def test_an_engine_that_raises_ends_the_worker_and_costs_no_row(
     job = submit(jobs, tmp_path, 20)
     with pytest.raises(TrbatchError, match="the engine failed: RuntimeError: device on fire"):
         run_worker(config(jobs.url), load=Loaded(fragile))
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert counts.started == counts.failed == 0, "a retry is left for each chunk"
     assert len(texts_of(job)) > 0
     assert run_worker(config(jobs.url), load=Loaded()) == 0
@@ -54,14 +54,14 @@ def test_a_chunk_that_cannot_be_read_fails_alone(jobs: JobQueue, tmp_path: Path)
     (Path(job.path) / job.manifest.chunk_name(1)).write_bytes(b"this is not Parquet")
     assert run_worker(config(jobs.url), load=Loaded()) == 0
     assert set(texts_of(job)) == {*range(4), *range(8, 12)}
-    assert list(jobs.failures(job.id)) == [1]
+    assert list(jobs.failures(job)) == [1]
 
 
 def test_a_job_folder_outside_the_allowed_ones_is_not_read(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, 4)
     run_worker(config(jobs.url, roots=(str(tmp_path / "elsewhere"),)), load=Loaded())
     assert rows_of(job) == []
-    assert "outside what this worker may read" in jobs.failures(job.id)[0]
+    assert "outside what this worker may read" in jobs.failures(job)[0]
     jobs.enqueue(job, [0])
     run_worker(config(jobs.url, roots=(str(tmp_path),)), load=Loaded())
     assert texts_of(job) == expected(4)
@@ -90,7 +90,7 @@ def test_chunks_of_an_older_generation_are_passed_over(jobs: JobQueue, tmp_path:
     assert grown.manifest.generation > 0
     assert run_worker(config(jobs.url), load=Loaded()) == 0
     assert texts_of(grown) == {i: f"SAY {i} #0" for i in range(10)}
-    assert jobs.counts(grown.id).open == 0
+    assert jobs.counts(grown).open == 0
 
 
 def test_a_storage_that_fails_for_a_moment_loses_nothing(
@@ -132,12 +132,12 @@ def test_the_queue_server_may_be_killed_and_started_again(jobs: JobQueue, tmp_pa
     job = submit(jobs, tmp_path, 40)
     load = Loaded(lambda: EchoEngine(capacity=2, step_s=0.03))
     worker = Background(jobs.url, load)
-    wait_for(lambda: jobs.counts(job.id).finished >= 1)
+    wait_for(lambda: jobs.counts(job).finished >= 1)
     time.sleep(1.1)  # the log is synced every second
     os.kill(server.status().pid, signal.SIGKILL)
     time.sleep(0.5)
     server.ensure()
-    wait_for(lambda: jobs.counts(job.id).finished == 10, timeout=30)
+    wait_for(lambda: jobs.counts(job).finished == 10, timeout=30)
     worker.stop()
     assert set(texts_of(job)) == set(range(40))
 
@@ -147,7 +147,7 @@ def test_two_workers_share_a_job_without_doubling_a_row(jobs: JobQueue, tmp_path
     workers = [
         Background(jobs.url, Loaded(lambda: EchoEngine(capacity=2, step_s=0.01))) for _ in range(2)
     ]
-    wait_for(lambda: jobs.counts(job.id).finished == 30, timeout=30)
+    wait_for(lambda: jobs.counts(job).finished == 30, timeout=30)
     for worker in workers:
         worker.stop()
     assert texts_of(job) == expected(60)

@@ -33,7 +33,7 @@ def test_a_worker_of_one_model_leaves_the_chunks_of_others(jobs: JobQueue, tmp_p
     run_worker(config(jobs.url), load=load)
     assert load.models == [MODEL]
     assert texts_of(mine) == expected(4)
-    assert jobs.counts(other.id).queued == 1
+    assert jobs.counts(other).queued == 1
     assert rows_of(other) == []
 
 
@@ -61,7 +61,7 @@ def test_an_idle_worker_finds_what_is_submitted_later(jobs: JobQueue, tmp_path: 
     wait_for(lambda: jobs.workers())
     for name, model in (("a", "maker/a"), ("b", "maker/b"), ("c", "maker/a")):
         job = submit(jobs, tmp_path, 5, name=name, model=model)
-        wait_for(lambda job=job: jobs.counts(job.id).finished == 2)
+        wait_for(lambda job=job: jobs.counts(job).finished == 2)
         assert texts_of(job) == expected(5)
     assert worker.stop() == 128 + signal.SIGTERM
 
@@ -72,7 +72,7 @@ def test_no_chunk_is_taken_before_the_model_stands(jobs: JobQueue, tmp_path: Pat
 
     def slow() -> EchoEngine:
         time.sleep(0.3)
-        seen.append(jobs.counts(job.id).started)
+        seen.append(jobs.counts(job).started)
         return EchoEngine()
 
     run_worker(config(jobs.url), load=Loaded(slow))
@@ -86,7 +86,7 @@ def test_a_configured_model_that_cannot_be_loaded_ends_the_worker(
     job = submit(jobs, tmp_path, 4)
     with pytest.raises(ModelError, match="no such model"):
         run_worker(config(jobs.url), load=Loaded(refuse={MODEL: ModelError("no such model")}))
-    assert jobs.counts(job.id).queued == 1
+    assert jobs.counts(job).queued == 1
     assert jobs.workers() == []
 
 
@@ -97,9 +97,7 @@ def test_a_jobs_model_that_cannot_be_loaded_fails_that_job_alone(
     good = submit(jobs, tmp_path, 8, name="good")
     load = Loaded(refuse={"maker/bad": ModelError("no such model")})
     assert run_worker(config(jobs.url, model=""), load=load) == 4
-    assert jobs.failures(bad.id) == dict.fromkeys(
-        (0, 1), "trbatch.errors.ModelError: no such model"
-    )
+    assert jobs.failures(bad) == dict.fromkeys((0, 1), "trbatch.errors.ModelError: no such model")
     assert texts_of(good) == expected(8)
 
 
@@ -110,7 +108,7 @@ def test_a_jobs_model_that_fails_in_an_unknown_way_fails_that_job_alone(
     good = submit(jobs, tmp_path, 8, name="good")
     load = Loaded(refuse={"maker/bad": TypeError("NoneType has no items")})
     assert run_worker(config(jobs.url, model=""), load=load) == 4
-    assert "TypeError: NoneType has no items" in jobs.failures(bad.id)[0]
+    assert "TypeError: NoneType has no items" in jobs.failures(bad)[0]
     assert texts_of(good) == expected(8)
 
 
@@ -120,7 +118,7 @@ def test_a_worker_that_cannot_load_anything_fails_no_chunk(jobs: JobQueue, tmp_p
     with pytest.raises(WorkerError, match="no GPU") as caught:
         run_worker(config(jobs.url, model=""), load=load)
     assert caught.value.exit_code == 4
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert (counts.queued, counts.failed) == (3, 0)
     assert run_worker(config(jobs.url, model=""), load=Loaded()) == 0
     assert texts_of(job) == expected(12)
@@ -140,7 +138,7 @@ def test_a_jobs_model_that_could_be_loaded_before_is_not_to_blame(
     jobs.enqueue(job, [0, 1, 2])
     with pytest.raises(WorkerError):
         run_worker(config(jobs.url, model=""), load=Loaded(refuse={MODEL: error}))
-    assert (jobs.counts(job.id).queued, jobs.counts(job.id).failed) == (3, 0)
+    assert (jobs.counts(job).queued, jobs.counts(job).failed) == (3, 0)
     assert run_worker(config(jobs.url, model=""), load=Loaded()) == 0
 
 
@@ -153,5 +151,5 @@ def test_a_worker_of_wrong_options_leaves_the_queue_as_it_was(
     job = submit(jobs, tmp_path, 8, model=str(small_model))
     with pytest.raises(WorkerError):
         run_worker(config(jobs.url, model="", engine=engine))
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert (counts.queued, counts.failed) == (2, 0)

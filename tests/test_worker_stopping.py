@@ -38,9 +38,9 @@ def test_one_signal_finishes_what_was_taken_and_leaves_the_rest(
     caplog.set_level("INFO")
     job = submit(jobs, tmp_path, 60, chunk_size=4)
     worker = Background(jobs.url, Loaded(lambda: EchoEngine(capacity=4, step_s=0.02)))
-    wait_for(lambda: jobs.counts(job.id).finished >= 1)
+    wait_for(lambda: jobs.counts(job).finished >= 1)
     assert worker.stop() == 128 + signal.SIGTERM
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert counts.started == counts.failed == 0
     assert counts.queued > 0
     assert re.search(r"asked to stop; in flight: \d chunks?, to be finished within", caplog.text)
@@ -59,7 +59,7 @@ def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(
     begin = time.monotonic()
     assert worker.stop(times=2) == 128 + signal.SIGTERM
     assert time.monotonic() - begin < 2.0
-    counts = jobs.counts(job.id)
+    counts = jobs.counts(job)
     assert (counts.queued, counts.started, counts.failed) == (2, 0, 0)
     assert "handed back with all finished rows kept" in caplog.text
     assert 2 <= len(texts_of(job)) < 40
@@ -72,7 +72,7 @@ def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(
 def test_the_third_signal_waits_for_no_step(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, 4)
     worker = Background(jobs.url, Loaded(lambda: EchoEngine(step_s=6.0)))
-    wait_for(lambda: jobs.counts(job.id).started)
+    wait_for(lambda: jobs.counts(job).started)
     begin = time.monotonic()
     worker.worker.stop.count = 3
     worker.thread.join(20)
@@ -95,13 +95,13 @@ def test_a_process_stops_cleanly_on_a_signal(
 ) -> None:
     job = submit(jobs, tmp_path, 60, chunk_size=4)
     with start_process(jobs) as process:
-        wait_for(lambda: jobs.counts(job.id).finished)
+        wait_for(lambda: jobs.counts(job).finished)
         process.send_signal(number)
         assert process.wait(20) == code
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()
-    assert jobs.counts(job.id).started == 0
-    assert len(texts_of(job)) == 4 * jobs.counts(job.id).finished
+    assert jobs.counts(job).started == 0
+    assert len(texts_of(job)) == 4 * jobs.counts(job).finished
 
 
 def test_what_a_killed_worker_held_is_decoded_by_the_next(
@@ -111,12 +111,12 @@ def test_what_a_killed_worker_held_is_decoded_by_the_next(
     with start_process(jobs) as process:
         wait_for(lambda: JobFolder.open(job.path).progress().rows_ok >= 2)
         process.kill()
-    assert jobs.counts(job.id).started >= 1
+    assert jobs.counts(job).started >= 1
     wip = jobs.queue(ModelKey(MODEL).queue_name).started_job_registry.key
     for member in jobs.connection.zrange(wip, 0, -1):
         jobs.connection.zadd(wip, {member: time.time() - 1})  # half a minute goes by
     worker = Background(jobs.url, Loaded())
-    wait_for(lambda: jobs.counts(job.id).finished == 2)
+    wait_for(lambda: jobs.counts(job).finished == 2)
     worker.stop()
     assert texts_of(job) == expected(24)
 
@@ -175,7 +175,7 @@ def test_a_third_ctrl_c_in_the_middle_of_a_step_tears_nothing_down(
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        wait_for(lambda: jobs.counts(job.id).started, timeout=30)
+        wait_for(lambda: jobs.counts(job).started, timeout=30)
         for _ in range(3):
             process.send_signal(signal.SIGINT)
             time.sleep(SAME_SIGNAL_S + 0.2)

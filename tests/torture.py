@@ -267,7 +267,7 @@ def wait_until_complete(job: JobFolder, url: str, seconds: float) -> None:
     while not job.progress().complete:
         assert time.monotonic() < deadline, f"not complete after {seconds:.0f} s more"
         with JobQueue.connect(url) as jobs:
-            failures = jobs.failures(job.id)
+            failures = jobs.failures(job)
         assert not failures, f"{len(failures)} chunks failed: {set(failures.values())}"
         time.sleep(0.2)
 

@@ -11,7 +11,6 @@ from trbatch.errors import TrbatchError
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue
 from trbatch.queue_control import withdraw
-from trbatch.queue_names import chunk_id
 
 logger = logging.getLogger("trbatch.worker")
 
@@ -52,10 +51,7 @@ def clear_if_held(jobs: JobQueue, folder: JobFolder) -> None:
     Whoever takes the job up meanwhile says so in its folder first and enqueues then, so that
     another look at the folder tells whether chunks were taken out that are wanted.
     """
-    ours = chunk_id(folder, 0).rsplit("-", 2)[0]  # of this job folder
     try:
-        if not all(entry.startswith(f"{ours}-") for entry in jobs.ids(folder.id)):
-            return  # a job in another store has the same name: they are told apart chunk by chunk
         if taken := withdraw(jobs, folder):
             logger.info("%s is held: %d waiting chunks taken out of the queue", folder.id, taken)
         control = folder.control()

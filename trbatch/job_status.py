@@ -126,12 +126,12 @@ def job_failure(status: JobStatus) -> TrbatchError:
 
 def _look(job: JobFolder, redis_url: str, control: Control) -> _Seen:
     with JobQueue.connect(redis_url) as jobs:
-        counts = jobs.counts(job.id)
+        counts = jobs.counts(job)
         model = str(ModelKey(job.manifest.model, job.manifest.revision))
         return _Seen(
             chunks=counts,
             workers=[worker for worker in jobs.workers() if worker.model == model],
-            failures=jobs.failures(job.id) if counts.failed else {},
+            failures=jobs.failures(job) if counts.failed else {},
             leases=leases(jobs, job) if counts.started else (),
             ahead=ahead(jobs, job, control.priority) if counts.queued else 0,
         )

@@ -37,7 +37,7 @@ from trbatch.chunk_job import (
 from trbatch.config import PRIORITIES
 from trbatch.connection import Breaks, Patience, connect, mask_url, reaching
 from trbatch.errors import UsageError
-from trbatch.queue_names import PREFIX, Folder, ModelKey, chunk_id, index_key, priority_of
+from trbatch.queue_names import PREFIX, Folder, ModelKey, Place, chunk_id, index_key, priority_of
 from trbatch.untrusted import answers_of, entry_of, failure_of, number_of, text_of
 
 logger = logging.getLogger("trbatch.queue")
@@ -196,12 +196,10 @@ class JobQueue:
     def _forget_older(self, job: Folder) -> None:
         """Count no chunk of an earlier generation any more that has come to its end."""
         ours = chunk_id(job, 0).rpartition("-")[0]  # of this generation
-        store = ours.rpartition("-")[0]  # of this job folder
-        ids = self.ids(job.id)
-        older = [i for i in ids if i.startswith(f"{store}-") and not i.startswith(f"{ours}-")]
+        older = [i for i in self.ids(job) if not i.startswith(f"{ours}-")]
         over = [i for i, status in self._statuses(older).items() if not _is_open(status)]
         if over:
-            self.connection.srem(index_key(job.id), *over)
+            self.connection.srem(index_key(job), *over)
 
     def _enqueue_batch(self, queue: ChunkQueue, job: Folder, chunks: Sequence[int]) -> int:
         ids = {chunk: chunk_id(job, chunk) for chunk in chunks}
@@ -215,34 +213,34 @@ class JobQueue:
             for name in ModelKey(job.manifest.model, job.manifest.revision).queue_names:
                 pipeline.zrem(self.queue(name).failed_job_registry.key, *fresh.values())
                 pipeline.zrem(self.queue(name).finished_job_registry.key, *fresh.values())
-            pipeline.sadd(index_key(job.id), *fresh.values())
-            pipeline.expire(index_key(job.id), FAILURE_TTL_S)
+            pipeline.sadd(index_key(job), *fresh.values())
+            pipeline.expire(index_key(job), FAILURE_TTL_S)
             queue.enqueue_many(
                 [_job_data(job, chunk, rq_id) for chunk, rq_id in fresh.items()], pipeline=pipeline
             )
             pipeline.execute()
         return len(fresh)
 
-    def counts(self, job_id: str) -> Counts:
+    def counts(self, job: Place) -> Counts:
         """Chunks of a job by where they are. A job that was never enqueued has none anywhere."""
         with reaching(self.url):
-            found = list(self._statuses(self.ids(job_id)).values())
+            found = list(self._statuses(self.ids(job)).values())
         queued = sum(status in WAITING for status in found)
         failed = found.count(JobStatus.FAILED) + found.count(JobStatus.STOPPED)
         return Counts(
             queued, found.count(JobStatus.STARTED), failed, found.count(JobStatus.FINISHED)
         )
 
-    def failures(self, job_id: str) -> dict[int, str]:
+    def failures(self, job: Place) -> dict[int, str]:
         """Of each failed chunk of a job, the last line of what went wrong."""
         with reaching(self.url):
-            failed = self.ids(job_id, JobStatus.FAILED)
+            failed = self.ids(job, JobStatus.FAILED)
             found = [failure_of(rq_id, self.connection) for rq_id in failed]
         return dict(sorted(one for one in found if one is not None))
 
-    def ids(self, job_id: str, status: JobStatus | None = None) -> list[str]:
+    def ids(self, job: Place, status: JobStatus | None = None) -> list[str]:
         """The rq jobs of a job's chunks; only those of a status unless that is None."""
-        ids = [text_of(rq_id) for rq_id in self.connection.smembers(index_key(job_id))]
+        ids = [text_of(rq_id) for rq_id in self.connection.smembers(index_key(job))]
         if status is None:
             return ids
         return [rq_id for rq_id, found in self._statuses(ids).items() if found == status]

@@ -57,12 +57,12 @@ def withdraw(jobs: JobQueue, job: Folder, *, unless_priority: str = "") -> int:
     queues = [jobs.queue(name).key for name in names]
     with reaching(jobs.url):
         script = jobs.connection.register_script(_WITHDRAW)
-        ids = jobs.ids(job.id, JobStatus.QUEUED)
+        ids = jobs.ids(job, JobStatus.QUEUED)
         taken = 0
         for start in range(0, len(ids), BATCH):
             with jobs.connection.pipeline(transaction=False) as pipeline:
                 for rq_id in ids[start : start + BATCH]:
-                    keys = [ChunkJob.key_for(rq_id), index_key(job.id), *queues]
+                    keys = [ChunkJob.key_for(rq_id), index_key(job), *queues]
                     script(keys, [rq_id], client=pipeline)
                 taken += sum(pipeline.execute())
     return taken
@@ -73,7 +73,7 @@ def forget(jobs: JobQueue, job: Folder) -> None:
     withdraw(jobs, job)
     model = ModelKey(job.manifest.model, job.manifest.revision)
     with reaching(jobs.url):
-        ids = jobs.ids(job.id)
+        ids = jobs.ids(job)
         with jobs.connection.pipeline() as pipeline:
             for start in range(0, len(ids), BATCH):
                 some = ids[start : start + BATCH]
@@ -82,7 +82,7 @@ def forget(jobs: JobQueue, job: Folder) -> None:
                     queue = jobs.queue(name)
                     pipeline.zrem(queue.failed_job_registry.key, *some)
                     pipeline.zrem(queue.finished_job_registry.key, *some)
-            pipeline.delete(index_key(job.id))
+            pipeline.delete(index_key(job))
             pipeline.execute()
 
 

@@ -15,14 +15,18 @@ from trbatch.naming import model_name
 PREFIX = "trbatch:"  # of every key that rq does not make itself
 
 
-class Folder(Protocol):
-    """What the queue reads of a `job.JobFolder`."""
+class Place(Protocol):
+    """Which job folder is meant: jobs of the same name in two stores are two jobs."""
 
     @property
     def id(self) -> str: ...
 
     @property
     def path(self) -> str | os.PathLike[str]: ...
+
+
+class Folder(Place, Protocol):
+    """What the queue reads of a `job.JobFolder`."""
 
     @property
     def manifest(self) -> Any: ...  # with `model`, `revision` and `generation`
@@ -66,8 +70,7 @@ class ModelKey:
 
 def chunk_id(job: Folder, chunk: int) -> str:
     """The rq job of a chunk: the same chunk of the same job folder always has the same."""
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", job.id)[:60]
-    return f"{slug}-{_digest(os.fspath(job.path))}-{job.manifest.generation}-{chunk}"
+    return f"{_name_of(job)}-{job.manifest.generation}-{chunk}"
 
 
 def priority_of(queue_name: str) -> str:
@@ -81,9 +84,14 @@ def matrix_key(model: str, task: str) -> str:
     return f"{PREFIX}matrix:{_digest(model, task)}"
 
 
-def index_key(job_id: str) -> str:
+def index_key(job: Place) -> str:
     """The set of the rq jobs of one job's chunks."""
-    return f"{PREFIX}chunks:{job_id}"
+    return f"{PREFIX}chunks:{_name_of(job)}"
+
+
+def _name_of(job: Place) -> str:
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", job.id)[:60]
+    return f"{slug}-{_digest(os.fspath(job.path))}"
 
 
 def _digest(*texts: str) -> str:
