@@ -110,7 +110,7 @@ def test_jobs_with_it_have_queues_and_fingerprints_of_their_own(base: Path, lora
     assert plain.queue_names != merged.queue_names
     assert str(merged) == f"{base} + {lora}"
     options: dict[str, Any] = {
-        "model": str(base), "adapter": str(lora), "json_schema": "", "regex": "", "choices": (),
+        "model": str(base), "adapter": str(lora), "json_schema": None, "regex": None, "choices": (),
     }  # fmt: skip
     assert job_spec("in.jsonl", options) == JobSpec(
         input="in.jsonl", model=name_of(base, lora), sampling=SamplingParams()

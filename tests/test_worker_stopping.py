@@ -35,7 +35,7 @@ from trbatch.worker import BatchWorker, run_worker
 def test_one_signal_finishes_what_was_taken_and_leaves_the_rest(
     jobs: JobQueue, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="trbatch.worker")
     job = submit(jobs, tmp_path, 60, chunk_size=4)
     worker = Background(jobs.url, Loaded(lambda: EchoEngine(capacity=4, step_s=0.02)))
     wait_for(lambda: jobs.counts(job).finished >= 1)
@@ -51,7 +51,7 @@ def test_one_signal_finishes_what_was_taken_and_leaves_the_rest(
 def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(
     jobs: JobQueue, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="trbatch.worker")
     job = submit(jobs, tmp_path, 40, chunk_size=20)
     load = Loaded(lambda: EchoEngine(capacity=2, step_s=0.05))
     worker = Background(jobs.url, load, publish_s=60.0)
