@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from worker_tools import (
     wait_for,
 )
 
+from trbatch.engine_thread import EngineThread, Finished
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue
 from trbatch.queue_names import ModelKey
@@ -46,6 +48,20 @@ def test_one_signal_finishes_what_was_taken_and_leaves_the_rest(
     assert re.search(r"asked to stop; in flight: \d chunks?, to be finished within", caplog.text)
     assert len(texts_of(job)) == 4 * counts.finished
     assert jobs.workers() == []
+
+
+def test_a_signal_that_outlasts_a_wait_for_the_engine_does_not_make_it_endless() -> None:
+    """So does one that comes while the engine holds Python's lock at the end of the wait."""
+    before = signal.signal(signal.SIGALRM, lambda *_: time.sleep(0.3))
+    unheard = threading.Timer(5.0, lambda: thread.events.put(Finished([])))
+    thread = EngineThread(Loaded())
+    try:
+        unheard.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        assert thread.next_events(0.2) == []
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        unheard.cancel()
 
 
 def test_two_signals_hand_back_what_was_taken_and_keep_what_is_done(

@@ -181,7 +181,8 @@ class EngineThread:
     def __init__(
         self, load: Loader, *, save_s: float = SAVE_S, flight: FlightRecord | None = None
     ) -> None:
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        # No SimpleQueue: its `get` waits for ever when a signal's handler outlasts the time limit.
+        self.events: queue.Queue[Event] = queue.Queue()
         self.stats: dict[str, Any] = {}  # the engine's figures, a second old at most
         self._load_engine = load
         self._save_s = save_s
