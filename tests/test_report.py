@@ -104,6 +104,20 @@ def test_the_large_figures(
     assert f"{hours * PRICE:.2f} in all: {hours:.3f} GPU hours at {PRICE}" in shown.words
 
 
+def test_the_time_of_decoding_is_that_of_the_rows(
+    rows: list[Row], spans: dict[str, list[tuple[float, float]]]
+) -> None:
+    """What segments say of themselves, from the rows in them alone."""
+    for worker, some in spans.items():
+        of_rows = [
+            (row["finished_at"] - row["decode_s"] - row["prefill_s"], row["finished_at"])
+            for row in decoded(rows)
+            if row["worker"] == worker
+        ]
+        assert all(any(a <= end <= b for a, b in some) for _, end in of_rows)
+        assert covered(some) == pytest.approx(covered(of_rows), rel=0.02)
+
+
 def test_throughput_over_time(
     report: Report, shown: Page, rows: list[Row], spans: dict[str, list[tuple[float, float]]]
 ) -> None:
