@@ -61,8 +61,8 @@ class SegmentWriter:
         unknown = set().union(*rows) - set(SCHEMA.names)
         assert not unknown, f"no such result columns: {sorted(unknown)}"
         ended = max(int(self._now() * 1e6), self._last + 1)
-        longest = max(took for _, took in _work_on(rows, ended / 1e6))
-        span = self._span(rows, ended / 1e6)
+        work = _work_on(rows, ended / 1e6)
+        longest, span = max(took for _, took in work), self._span(work)
         trace = Trace.of(worker, span, steps or {}, longest)
         metadata = footer(Figures.of(rows), span, facts, trace)
         table = pa.Table.from_pylist(list(rows), SCHEMA).replace_schema_metadata(metadata)
@@ -73,13 +73,12 @@ class SegmentWriter:
         self._last, self._reached = ended, span[1]
         return name
 
-    def _span(self, rows: Sequence[Mapping[str, Any]], now: float) -> Span:
+    def _span(self, work: Sequence[tuple[float, float]]) -> Span:
         """From when the first of the rows began until the last one was done, Unix seconds.
 
         Not before the span before has ended: spans of one writer tile its time, so that the rows of
         some of them over the length of these are a pace.
         """
-        work = _work_on(rows, now)
         end = max(self._reached, max(done for done, _ in work))
         return max(self._reached, min(done - took for done, took in work)), end
 
