@@ -32,6 +32,7 @@ class Script:
 
     def prepare(self, members: ListLike[Sequence], size: int) -> None:
         assert not self.under_way, "something runs while a step is made ready"
+        assert members, "nobody's step is made ready"
         self.prepared.add((len(members), size))
 
     def launch(self, members: ListLike[Sequence], size: int) -> int:
@@ -118,6 +119,16 @@ def test_the_device_has_the_next_step_before_the_host_reads_the_last() -> None:
     assert one.in_flight == 1
     assert decoder.drain() == 1
     assert one.in_flight == 0 and decoder.drain() == 0
+
+
+def test_nothing_is_made_ready_for_sequences_that_have_all_ended_meanwhile() -> None:
+    script = Script({1: [20, 21], 2: [60, 61]}, [4])
+    batch, decoder = [sequence(1, 2), sequence(2, 2)], decoder_of(script)
+    decoder.run(batch)
+    script.prepared.clear()  # what would come next has another shape, and waits for what runs
+    assert decoder.run(batch) == 4, "both end in the step that is read first"
+    assert script.launches == 1 and not script.prepared
+    assert not decoder.under_way
 
 
 def test_the_token_after_a_prompt_is_read_when_the_next_step_is_under_way() -> None:

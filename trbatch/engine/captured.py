@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -30,8 +30,7 @@ class Replay(Generic[Given]):
         if self.graph is None:
             return self.work()
         self.graph.replay()
-        assert self.given is not None
-        return self.given
+        return cast(Given, self.given)
 
 
 class Graphs:

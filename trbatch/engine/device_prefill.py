@@ -22,7 +22,7 @@ from trbatch.engine.prefill import advance, pieces_of
 from trbatch.engine.prefix import Piece, Prefixes
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
-from trbatch.engine.transfer import to_device
+from trbatch.engine.transfer import send, to_device
 
 _SHORTEST = 64  # tokens of the smallest shape; each next one has twice as many
 _MOST_PIECES = 64  # prompts of one prefill
@@ -31,12 +31,16 @@ _ENOUGH_SLOTS = 16  # one in so many waits no longer
 _PATIENCE = 16  # steps that a prompt waits for others at most
 
 
+_Part = tuple[Sequence, int, int]  # whose prompt, where in it, how many tokens
+
+
 @dataclass(frozen=True, slots=True)
 class _Shape:
     numbers: Tensor  # all inputs in one piece, for one copy
     sizes: list[int]  # how it is divided
     prompts: Prompts  # the parts
     replay: Replay[Tensor]
+    recall: Replay[None]  # of prompts that others have run
 
 
 class DevicePrefiller:
@@ -92,8 +96,8 @@ class DevicePrefiller:
         self._stepper.set_pages([sequence for sequence, _ in pieces])
         if self._learning:
             self._prefixes.count_kept(pieces)
+            self._recall([sequence for sequence, _ in pieces])
             for sequence, count in pieces:
-                self._recall(sequence)
                 sequence.learned = sequence.cached + count
                 self._tasks.touch(sequence.task)
         shape = self._filled([(sequence, sequence.cached, count) for sequence, count in pieces])
@@ -106,14 +110,23 @@ class DevicePrefiller:
         self._decoder.after_prompts(pieces, members, self._stepper.first(members, chosen))
         return self._choose_now([at for at in ready if at not in late], pieces, logits)
 
-    def _recall(self, sequence: Sequence) -> None:
-        """Learn what others' prompts have kept of the pages that this one took from them."""
-        for first in range(sequence.learned, sequence.cached, self._chunk):
-            count = min(self._chunk, sequence.cached - first)
-            shape = self._filled([(sequence, first, count)])
-            self._stepper.operations.recall(self._stepper.state, shape.prompts)
+    def _recall(self, sequences: list[Sequence]) -> None:
+        """Learn what others' prompts have kept of the pages that these took from them."""
+        group: list[_Part] = []
+        room = self._chunk
+        for sequence in sequences:
+            first = sequence.learned
+            while first < sequence.cached:
+                if not room or len(group) == self._pieces:
+                    self._filled(group).recall.run()
+                    group, room = [], self._chunk
+                count = min(room, sequence.cached - first)
+                group.append((sequence, first, count))
+                first, room = first + count, room - count
+        if group:
+            self._filled(group).recall.run()
 
-    def _filled(self, parts: list[tuple[Sequence, int, int]]) -> _Shape:
+    def _filled(self, parts: list[_Part]) -> _Shape:
         """The shape for these parts of prompts, told of them: where each begins, its tokens."""
         ends = torch.tensor([count for *_, count in parts]).cumsum(0).tolist()
         total = ends[-1]
@@ -130,7 +143,7 @@ class DevicePrefiller:
             for column, size in zip(columns, shape.sizes, strict=True)
             for number in [*column, *[0] * (size - len(column))]
         ]
-        shape.numbers.copy_(to_device(padded, shape.numbers.device, torch.int32))
+        send(padded, shape.numbers)
         return shape
 
     def _shape(self, tokens: int) -> _Shape:
@@ -139,12 +152,14 @@ class DevicePrefiller:
             sizes = [tokens, tokens, self._pieces + 1, *[self._pieces] * 3]
             numbers = torch.zeros(sum(sizes), dtype=torch.int32, device=self._stepper.device)
             prompts = Prompts(*numbers.split(sizes))
-            state, work = self._stepper.state, self._stepper.operations.prefill
-            replay = self._stepper.graphs.record(
-                partial(work, state, prompts, learning=self._learning),
-                what=f"a prefill of {tokens} tokens",
-            )
-            self._shapes[tokens] = _Shape(numbers, sizes, prompts, replay)
+            state, operations = self._stepper.state, self._stepper.operations
+            run = partial(operations.prefill, state, prompts, learning=self._learning)
+            recall: Replay[None] = Replay(partial(operations.recall, state, prompts))
+            record = self._stepper.graphs.record
+            replay = record(run, what=f"a prefill of {tokens} tokens")
+            if self._learning and state.kept is not None:
+                recall = record(recall.work, what=f"a look back at {tokens} tokens")
+            self._shapes[tokens] = _Shape(numbers, sizes, prompts, replay, recall)
         return self._shapes[tokens]
 
     def _choose_now(self, which: list[int], pieces: list[Piece], logits: Tensor) -> int:

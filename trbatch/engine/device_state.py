@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from trbatch.engine.matrix import ORDERS
-from trbatch.engine.transfer import to_device
+from trbatch.engine.transfer import send
 
 GOES_ON, STOPPED, FULL = 0, 1, 2  # how a row's step ended; FULL: no token is left
 MOST_TURNS = 1 << 46  # a turn is part of a priority of 63 bits (`kernels.learn`)
 REPORT_NUMBERS = 3  # of a row's report, before its tokens
 NO_RANK = -2
+_SOURCE = 3  # row of `Slots.whole`
+_ALIGNED = 16  # slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +41,16 @@ class Noise:
 class Slots:
     """S slots, each for one sequence. A row of a batch names its slot, -1 for a padding row."""
 
-    lengths: Tensor  # [S] int32 committed tokens, the last one (the next root) included
-    last: Tensor  # [S, 3] int32 the last of them, newest first, -1 before the start
-    left: Tensor  # [S] int32 tokens that may still come; of an active slot > 0
+    # Numbers of a slot that have one type lie in one piece: a slot is written with few copies.
+    # Their columns W ≥ S are as many as keep each row aligned, for which kernels are compiled.
+    whole: Tensor  # [9, W] int32: lengths, left, read, source, matched, tasks, begins, …
+    real: Tensor  # [3, W] float32: temperatures, min_ps, top_ps
+    wide: Tensor  # [2, W] int64: turns, seeds
+    last: Tensor  # [S, 3] int32 the last committed tokens, newest first, -1 before the start
     stops: Tensor  # [S, M] int32 ids that end the text, -1 behind them
     active: Tensor  # [S] bool
     pages: Tensor  # [S, P] int32 of the K/V cache, -1 behind them
     texts: Tensor  # [S, L] int32 the committed tokens; what is behind them means nothing
-    read: Tensor  # [S] int32 how many of them its spine has followed (`kernels.spine`)
-    source: Tensor  # [S] int32 place in the text whose token should come next, -1: none
-    matched: Tensor  # [S] int32 tokens before that place that agree with the text's last ones
-    tasks: Tensor  # [S] int32 whose matrix it teaches
-    # [S] int64 who comes before whom, by (row of the input, sample): from 0 up to
-    # MOST_TURNS, and of sequences that run together no two the same.
-    turns: Tensor
-    begins: Tensor  # [S] int32 tokens of its prompt
-    # How it samples: [S] float32 temperature, 0 takes the likeliest, min-p and top-p, [S] int32
-    # top-k, 0 for all; [S] int64 seed of its row, [S] int32 sample.
-    temperatures: Tensor
-    min_ps: Tensor
-    top_ps: Tensor
-    top_ks: Tensor
-    seeds: Tensor
-    samples: Tensor
 
     @classmethod
     def empty(
@@ -79,26 +68,18 @@ class Slots:
         def full(*shape: int, value: int = -1, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
+        width = -(-count // _ALIGNED) * _ALIGNED
+        whole = full(9, width, value=0)
+        whole[_SOURCE] = -1
         return cls(
-            lengths=full(count, value=0),
+            whole=whole,
+            real=full(3, width, value=0, dtype=torch.float32),
+            wide=full(2, width, value=0, dtype=torch.int64),
             last=full(count, ORDERS),
-            left=full(count, value=0),
             stops=full(count, stops),
             active=full(count, value=0, dtype=torch.bool),
             pages=full(count, pages),
             texts=full(count, longest),
-            read=full(count, value=0),
-            source=full(count),
-            matched=full(count, value=0),
-            tasks=full(count, value=0),
-            turns=full(count, value=0, dtype=torch.int64),
-            begins=full(count, value=0),
-            temperatures=full(count, value=0, dtype=torch.float32),
-            min_ps=full(count, value=0, dtype=torch.float32),
-            top_ps=full(count, value=1, dtype=torch.float32),
-            top_ks=full(count, value=0),
-            seeds=full(count, value=0, dtype=torch.int64),
-            samples=full(count, value=0),
         )
 
     def put(
@@ -123,23 +104,89 @@ class Slots:
         assert left > 0, "a sequence that may say nothing more has ended"
         assert 0 <= turn < MOST_TURNS, f"turn {turn}"
         newest = [*tokens[: -ORDERS - 1 : -1], *[-1] * ORDERS][:ORDERS]
-        numbers = (
-            (self.lengths, len(tokens)), (self.left, left), (self.tasks, task),
-            (self.turns, turn), (self.read, 0), (self.source, -1), (self.matched, 0),
-            (self.begins, noise.begin), (self.temperatures, noise.temperature),
-            (self.min_ps, noise.min_p), (self.top_ps, noise.top_p), (self.top_ks, noise.top_k),
-            (self.seeds, noise.seed), (self.samples, noise.sample),
-        )  # fmt: skip
-        for column, value in numbers:
-            column[slot].fill_(value)  # an assignment would wait for the device
+        whole = (len(tokens), left, 0, -1, 0, task, noise.begin, noise.top_k, noise.sample)
+        send(whole, self.whole[:, slot])
+        send((noise.temperature, noise.min_p, noise.top_p), self.real[:, slot])
+        send((turn, noise.seed), self.wide[:, slot])
         for table, values in ((self.last, newest), (self.stops, stops), (self.pages, pages)):
             width = table.shape[1]
             assert len(values) <= width, f"{len(values)} values, room for {width}"
-            padded = [*values, *[-1] * (width - len(values))]
-            table[slot].copy_(to_device(padded, table.device, table.dtype))
-        text = to_device(tokens, self.texts.device, self.texts.dtype)
-        self.texts[slot, : len(tokens)].copy_(text)
+            send([*values, *[-1] * (width - len(values))], table[slot])
+        send(tokens, self.texts[slot, : len(tokens)])
         self.active[slot].fill_(True)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] committed tokens, the last one (the next root) included."""
+        return self.whole[0, : len(self.active)]
+
+    @property
+    def left(self) -> Tensor:
+        """[S] tokens that may still come; of an active slot > 0."""
+        return self.whole[1, : len(self.active)]
+
+    @property
+    def read(self) -> Tensor:
+        """[S] how many of its tokens its spine has followed (`kernels.spine`)."""
+        return self.whole[2, : len(self.active)]
+
+    @property
+    def source(self) -> Tensor:
+        """[S] place in the text whose token should come next, -1: none."""
+        return self.whole[_SOURCE, : len(self.active)]
+
+    @property
+    def matched(self) -> Tensor:
+        """[S] tokens before that place that agree with the text's last ones."""
+        return self.whole[4, : len(self.active)]
+
+    @property
+    def tasks(self) -> Tensor:
+        """[S] whose matrix it teaches."""
+        return self.whole[5, : len(self.active)]
+
+    @property
+    def begins(self) -> Tensor:
+        """[S] tokens of its prompt."""
+        return self.whole[6, : len(self.active)]
+
+    @property
+    def top_ks(self) -> Tensor:
+        """[S] top-k, 0 for all."""
+        return self.whole[7, : len(self.active)]
+
+    @property
+    def samples(self) -> Tensor:
+        """[S] which sample of its row it is."""
+        return self.whole[8, : len(self.active)]
+
+    @property
+    def temperatures(self) -> Tensor:
+        """[S] 0 takes the likeliest."""
+        return self.real[0, : len(self.active)]
+
+    @property
+    def min_ps(self) -> Tensor:
+        """[S] min-p, 0 for none."""
+        return self.real[1, : len(self.active)]
+
+    @property
+    def top_ps(self) -> Tensor:
+        """[S] top-p, 1 for all."""
+        return self.real[2, : len(self.active)]
+
+    @property
+    def turns(self) -> Tensor:
+        """[S] who comes before whom, by (row of the input, sample).
+
+        From 0 up to MOST_TURNS, and of sequences that run together no two the same.
+        """
+        return self.wide[0, : len(self.active)]
+
+    @property
+    def seeds(self) -> Tensor:
+        """[S] of its row."""
+        return self.wide[1, : len(self.active)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.sampling import Kind
 from trbatch.engine.sequence import Sequence
-from trbatch.engine.transfer import Clock, OnItsWay, to_device
+from trbatch.engine.transfer import Clock, OnItsWay, send, to_device
 from trbatch.engine.tree import Tree
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # rows
@@ -118,7 +118,7 @@ class Shape:
         """Say whose step it is, padding behind. See `Batch`."""
         padding = self.inputs.shape[1] - len(rows)
         numbers = [[*rows, *[-1] * padding], [*reads, *[0] * padding]]
-        self.inputs.copy_(to_device(numbers, self.inputs.device, self.inputs.dtype))
+        send(numbers, self.inputs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,8 @@ class LaggedDecoder:
                 # So that no step's time has it in it.
                 given = self._settle_to(0)
                 members = [sequence for sequence in members if not sequence.ended]
-                self._stepper.prepare(members, size)
+                if members:
+                    self._stepper.prepare(members, size)
         if members:
             self._push(_Ticket(list(members), self._stepper.launch(members, size), size, context))
         left = 1 if members or self._after_prompts else 0
