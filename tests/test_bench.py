@@ -164,6 +164,9 @@ def test_acceptance_is_broken_down_and_compared(tmp_path: Path, own_costs: Path)
     assert (paper["tree_size"], set(paper["by_category"])) == (80, {"a", "b"})
     warm = acceptance(**settings, train=train)
     forgot = acceptance(**settings, train=train, forget="rows")
+    briefly = acceptance(**settings, train=train, train_tokens=2)
+    assert (warm["train_tokens"], briefly["train_tokens"]) == (24, 2)
+    assert warm["decode_forwards"] < briefly["decode_forwards"], "two tokens teach little"
     # What was decoded before is drafted at once.
     assert warm["by_category"]["a"] > cold["by_category"]["a"]
     assert warm["decode_forwards"] < forgot["decode_forwards"]

@@ -116,6 +116,12 @@ _prompts_option = click.option(
 @click.option("--spine/--no-spine", default=True, help="Continue repeated passages of the text.")
 @click.option("--train", type=_FILE, help="Prompts to decode first, so that the matrix is warm.")
 @click.option(
+    "--train-tokens",
+    type=_NONE_OR_MORE,
+    default=0,
+    help="Tokens to generate for each of these; 0: as --max-tokens.",
+)
+@click.option(
     "--forget",
     type=click.Choice(["", "rows"]),
     default="",

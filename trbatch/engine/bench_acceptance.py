@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ class AcceptanceSettings:
     """What is measured.
 
     `orders`: longest context of a sequence's own rows, `task_orders` of the task's; `bigrams`: what
-    the model says after each token stands behind them. `train`: prompts to decode first; `forget`
-    tells which of what they taught is kept: nothing is forgotten, or the rows are ("rows"), so that
-    only the calibration stays. `reference`: the paper's algorithm beside it, at batch 1.
+    the model says after each token stands behind them. `train`: prompts to decode first, each to
+    `train_tokens` tokens (0: `max_tokens`); `forget` tells which of what they taught is kept:
+    nothing is forgotten, or the rows are ("rows"), so that only the calibration stays. `reference`:
+    the paper's algorithm beside it, at batch 1.
     """
 
     batch: int = 8
@@ -39,6 +40,7 @@ class AcceptanceSettings:
     bigrams: bool = True
     spine: bool = True
     train: Path | None = None
+    train_tokens: int = 0
     forget: str = ""
     reference: bool = False
     check: bool = False
@@ -81,6 +83,7 @@ def acceptance(
         "bigrams": wanted.bigrams,
         "spine": wanted.spine,
         "train": wanted.train.name if wanted.train else None,
+        "train_tokens": (wanted.train_tokens or wanted.max_tokens) if wanted.train else None,
         "forget": wanted.forget,
         **results[0],
         "by_tree_size": results,
@@ -107,7 +110,8 @@ class _Bench:
             len(encode(tokenizer, request, loaded.vocab_size)) for request in self._requests()
         )
         # No more keys and values than these prompts need: several benchmarks may share a GPU.
-        self._longest = min(loaded.max_positions, longest + wanted.max_tokens)
+        most = max(wanted.max_tokens, wanted.train_tokens)
+        self._longest = min(loaded.max_positions, longest + most)
 
     def of_size(self, size: int) -> dict[str, Any]:
         """Figures with trees of `size` nodes."""
@@ -119,7 +123,10 @@ class _Bench:
         engine = Engine(self._loaded, config, orders=wanted.orders, task_orders=wanted.task_orders)
         if wanted.train is not None:
             self._progress(f"tree of {size} nodes: learning from {wanted.train.name} …")
-            taught = requests_of(read_prompts(wanted.train), self._sampling)
+            sampling = self._sampling
+            if wanted.train_tokens:
+                sampling = replace(sampling, max_tokens=wanted.train_tokens)
+            taught = requests_of(read_prompts(wanted.train), sampling)
             fitting = [r for r in taught if self._fits(r)]
             decode(engine, fitting)
             if wanted.forget == "rows":
@@ -136,7 +143,7 @@ class _Bench:
 
     def _fits(self, request: Request) -> bool:
         ids = encode(self._loaded.tokenizer, request, self._loaded.vocab_size)
-        return len(ids) + self._wanted.max_tokens <= self._longest
+        return len(ids) + request.sampling.max_tokens <= self._longest
 
     def reference(self) -> dict[str, Any]:
         """The paper's algorithm: one matrix, one sequence, its tree, nothing from the prompt."""
