@@ -160,6 +160,7 @@ class Engine:
         config, stepper = self.config, self._stepper
         fixed = self._most if config.tree_size or not config.speculate else 0
         longest = sizing.timed_context(self._cache, self.capacity, self._most)
+        longest = max(1, min(longest, self.max_model_len - 1))
         timer: sizing.Timer = sizing.StepTimer(self._model, self.loaded, longest)
         if stepper is not None:
             timer = DeviceTimer(stepper, task=_NOBODY, longest=longest)
