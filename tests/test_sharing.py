@@ -19,7 +19,8 @@ from trbatch.engine import replica
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.replica import unpack
 from trbatch.engine.sequence import TaskKey
-from trbatch.engine_thread import Changes, EngineThread, Whole
+from trbatch.engine_events import Changes, Whole
+from trbatch.engine_thread import EngineThread
 from trbatch.matrix_stream import MatrixStream
 from trbatch.queue import JobQueue
 from trbatch.sharing import Sharing

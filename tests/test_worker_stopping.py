@@ -26,7 +26,8 @@ from worker_tools import (
     wait_for,
 )
 
-from trbatch.engine_thread import EngineThread, Finished
+from trbatch.engine_events import Finished
+from trbatch.engine_thread import EngineThread
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue
 from trbatch.queue_names import ModelKey

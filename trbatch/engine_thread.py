@@ -11,15 +11,15 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
+from trbatch.engine_events import Broken, Changes, Event, Finished, LoadFailed, Ready, Whole
 from trbatch.errors import TrbatchError
 from trbatch.flight import FlightRecord
 from trbatch.queue_names import ModelKey
@@ -30,6 +30,8 @@ logger = logging.getLogger("trbatch.worker")
 
 SAVE_S = 60.0  # between savings of the matrices
 STATS_S = 1.0  # between looks at the engine's figures
+_TOGETHER = 16  # requests of one order
+ADD_S = 0.002  # between two steps, for requests that the engine does not need yet
 
 
 class Copies(Protocol):
@@ -66,6 +68,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def encoder(self) -> Encoder | None:
+        """Makes a request's prompt into tokens, for one other thread; None: `add` alone does."""
+        ...
+
+    @property
     def copies(self) -> Copies | None:
         """The matrices as others may share them; None if there are none."""
         ...
@@ -96,6 +103,7 @@ class Engine(Protocol):
 
 
 Loader = Callable[[ModelKey], Engine]
+Encoder = Callable[[Request], Request]
 
 
 def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
@@ -113,60 +121,6 @@ def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
             trust_remote_code=config.trust_remote_code,
         )
         return TorchEngine(loaded, config.engine)
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """An engine stands: it decodes `capacity` sequences together; loading took `seconds`."""
-
-    model: ModelKey
-    capacity: int
-    seconds: float
-    facts: dict[str, str]  # of the engine, for the dataset's metadata, e.g. its dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Requests came to their end in one step."""
-
-    completions: list[Completion]
-    steps: Steps = field(default_factory=dict)  # that the engine made since the last of these
-
-
-@dataclass(frozen=True, slots=True)
-class LoadFailed:
-    """The engine of this model could not be made. The thread waits for other orders."""
-
-    model: ModelKey
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The engine raised; what it held is lost and the thread has ended."""
-
-    error: BaseException
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What was written to a task's matrix since the last time, and where its copy stands."""
-
-    task: TaskKey
-    data: bytes
-    position: str
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """A task's whole matrix, which includes the stream up to `position`."""
-
-    task: TaskKey
-    data: bytes
-    position: str
-
-
-Event = Ready | Finished | LoadFailed | Broken | Changes | Whole
 
 
 class EngineThread:
@@ -188,7 +142,9 @@ class EngineThread:
         self._save_s = save_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._engine: Engine | None = None
+        self._encoder: Encoder | None = None  # of the engine, for the thread that gives the orders
         self._flight = flight or FlightRecord.create()
+        self._incoming: deque[Request] = deque()  # not added yet
         self._held: dict[Hashable, Request] = {}  # added and not answered, in this order
         self._told: Counter[tuple[int, int]] = Counter()  # steps of the engine; see `trace.Steps`
         self._stopping = False
@@ -205,8 +161,24 @@ class EngineThread:
         self._orders.put(partial(self._load, model))
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Decode these requests."""
-        self._orders.put(partial(self._add, requests))
+        """Decode these requests. Their prompts are encoded here, not in the engine's thread."""
+        for first in range(0, len(requests), _TOGETHER):
+            encoded = self._encoded(requests[first : first + _TOGETHER])
+            self._orders.put(partial(self._add, encoded))
+
+    def _encoded(self, requests: Sequence[Request]) -> list[Request]:
+        encode, found = self._encoder, []
+        if encode is None:
+            return list(requests)
+        for request in requests:
+            # A tokenizer may fail as badly as an engine.
+            self._flight.note_encoding([(request.key, request.order, request.sample_index)])
+            try:
+                found.append(encode(request))
+            except Exception:  # noqa: BLE001  the engine meets it again, where it is judged
+                found.append(request)
+        self._flight.note_encoding([])
+        return found
 
     def abort(self, keys: Iterable[Hashable]) -> None:
         """Drop requests. Some may still be answered by an event that is on its way."""
@@ -278,6 +250,7 @@ class EngineThread:
             self._orders.get()()
         while not self._stopping and not self._orders.empty():
             self._orders.get()()
+        self._add_some()
 
     def _step(self) -> None:
         if self._stopping or self._engine is None or not self._busy():
@@ -301,11 +274,12 @@ class EngineThread:
         return made - told
 
     def _busy(self) -> bool:
-        return self._engine is not None and self._engine.unfinished > 0
+        return self._engine is not None and bool(self._incoming or self._engine.unfinished)
 
     def _load(self, model: ModelKey) -> None:
         self._save()
-        self._engine = None
+        self._engine = self._encoder = None
+        self._incoming.clear()
         self._held.clear()
         self._told.clear()
         gc.collect()  # the old weights must be gone before the new ones come
@@ -313,6 +287,7 @@ class EngineThread:
         try:
             with self._flight.pulse.declared():
                 self._engine = self._load_engine(model)
+                self._encoder = self._engine.encoder
         except Exception as error:  # noqa: BLE001  it is the worker's to judge
             self.events.put(LoadFailed(model, error))
             return
@@ -325,14 +300,29 @@ class EngineThread:
         assert self._engine is not None, "requests are only added after a Ready"
         for task in {request.task for request in requests}:
             self._engine.open_task(task)
-        for request in requests:
+        self._incoming.extend(requests)
+
+    def _add_some(self) -> None:
+        """Hand requests to the engine: those that it needs, and of the others a few at a time.
+
+        Encoding hundreds of prompts at once would leave the device without work.
+        """
+        engine, end = self._engine, time.monotonic() + ADD_S
+        if engine is None or not self._incoming or self._stopping:
+            return
+        while self._incoming and (
+            engine.unfinished < 2 * engine.capacity or time.monotonic() < end
+        ):
+            request = self._incoming.popleft()
             self._note([request])  # a tokenizer may fail as badly as an engine
-            self._engine.add(request)
+            engine.add(request)
             self._held[request.key] = request
         self._note_running()
 
     def _abort(self, keys: list[Hashable]) -> None:
         if self._engine is not None:
+            unwanted = set(keys)
+            self._incoming = deque(r for r in self._incoming if r.key not in unwanted)
             self._engine.abort(keys)
             self._let_go(keys)
 

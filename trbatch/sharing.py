@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import redis
 
 from trbatch.engine.sequence import TaskKey
-from trbatch.engine_thread import Broken, Changes, EngineThread, Whole
+from trbatch.engine_events import Broken, Changes, Whole
+from trbatch.engine_thread import EngineThread
 from trbatch.matrix_stream import MatrixStream, connect, forget, stream_key
 from trbatch.queue import JobQueue
 

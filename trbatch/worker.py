@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Hashable
 from functools import partial
 
@@ -22,18 +23,16 @@ from trbatch.config import WorkerConfig
 from trbatch.confinement import Confinement
 from trbatch.connection import mask_url, reaching, undisturbed
 from trbatch.engine.sequence import Completion
-from trbatch.engine_thread import (
+from trbatch.engine_events import (
     Broken,
     Changes,
-    EngineThread,
     Event,
     Finished,
-    Loader,
     LoadFailed,
     Ready,
     Whole,
-    load_engine,
 )
+from trbatch.engine_thread import EngineThread, Loader, load_engine
 from trbatch.errors import JobFailed, TrbatchError, Unreachable
 from trbatch.flight import FlightRecord
 from trbatch.holds import Holds, asked_again, clear_if_held, requeue_if_wanted
@@ -53,6 +52,9 @@ from trbatch.telling import Telling
 
 logger = logging.getLogger("trbatch.worker")
 
+# Python's lock is asked back for after so long: the engine's thread lets go of it many times a step
+# and must not wait for its turn while this one writes rows.
+SWITCH_S = 0.0002
 BUSY_S = 0.05  # the longest wait for the engine while it works
 ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
 LEAVE_S = 0.5  # the same when somebody is tired of waiting
@@ -84,6 +86,7 @@ def run_worker(
         JobQueue.connect(config.redis_url, patient=True) as jobs,
         reaching(jobs.url),
     ):
+        sys.setswitchinterval(SWITCH_S)
         worker = BatchWorker(config, jobs, load or partial(load_engine, config), flight, metrics)
         with signals_to(worker.stop.ask):
             return worker.run()

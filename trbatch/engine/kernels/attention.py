@@ -321,7 +321,7 @@ def choose_launch(
         return launch
     # What many rows found in many parts takes long to join.
     wanted = processors // programs if launch.block_m >= 64 else -(-2 * processors // programs)
-    splits = min(wanted, _MOST_SPLITS, triton.cdiv(keys, 2 * launch.block_n))
+    splits = min(wanted, _MOST_SPLITS, triton.cdiv(keys, launch.block_n))
     return launch._replace(splits=splits)
 
 

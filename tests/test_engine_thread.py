@@ -1,0 +1,136 @@
+"""The engine's thread by itself: what is encoded where, and that nothing holds up its steps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from worker_tools import MODEL, EchoEngine
+
+from trbatch.config import SamplingParams
+from trbatch.engine.sequence import Completion, Request
+from trbatch.engine_events import Broken, Finished, Ready
+from trbatch.engine_thread import EngineThread
+from trbatch.flight import FlightRecord
+from trbatch.queue_names import ModelKey
+
+
+def request(number: int, text: str = "one") -> Request:
+    return Request(key=("lease", number), order=number, prompt=text, sampling=SamplingParams())
+
+
+class Slow(EchoEngine):
+    """Adding a request takes a while, as encoding it does."""
+
+    def __init__(self) -> None:
+        super().__init__(capacity=2)
+        self.added: list[Request] = []
+        self.steps_before: list[int] = []  # of each request, when it was added
+
+    def add(self, request: Request) -> None:
+        time.sleep(0.005)
+        self.added.append(request)
+        self.steps_before.append(len(self.batches))
+        super().add(request)
+
+
+@pytest.fixture
+def flight() -> FlightRecord:
+    return FlightRecord.create()
+
+
+@pytest.fixture
+def started(request: pytest.FixtureRequest, flight: FlightRecord) -> Callable[..., EngineThread]:
+    def start(engine: Callable[[], EchoEngine]) -> EngineThread:
+        thread = EngineThread(lambda _: engine(), flight=flight)
+        thread.start()
+        request.addfinalizer(lambda: thread.stop(10))
+        thread.load(ModelKey(MODEL, ""))
+        assert isinstance(thread.events.get(timeout=10), Ready)
+        return thread
+
+    return start
+
+
+def finished(thread: EngineThread, count: int) -> list[Completion]:
+    done: list[Completion] = []
+    while len(done) < count:
+        event = thread.events.get(timeout=10)
+        assert isinstance(event, Finished)
+        done += event.completions
+    return done
+
+
+def test_hundreds_of_requests_do_not_hold_up_the_steps(
+    started: Callable[..., EngineThread],
+) -> None:
+    engines: list[Slow] = []
+    thread = started(lambda: engines.append(Slow()) or engines[-1])
+    thread.add([request(number) for number in range(100)])
+    done = finished(thread, 100)
+    (engine,) = engines
+    assert [one.key[1] for one in done] == list(range(100)), "in the order in which they came"
+    assert engine.steps_before[:4] == [0] * 4, "what it needs, it gets at once"
+    late = engine.steps_before[8:]
+    assert all(b - a >= 1 for a, b in zip(late, late[4:], strict=False)), "then a few at a time"
+
+
+def test_prompts_are_encoded_by_the_thread_that_gives_the_orders(
+    started: Callable[..., EngineThread], flight: FlightRecord
+) -> None:
+    engines: list[Slow] = []
+    seen: list[tuple[threading.Thread, dict[str, list[tuple[int, int]]]]] = []
+
+    def encode(one: Request) -> Request:
+        seen.append((threading.current_thread(), flight.running()))
+        if one.order == 1:
+            raise KeyError("no such token")
+        return replace(one, encoded=[one.order])
+
+    def make() -> Slow:
+        engines.append(Slow())
+        engines[-1].encoder = encode
+        return engines[-1]
+
+    thread = started(make)
+    thread.add([request(number) for number in range(3)])
+    assert {where for where, _ in seen} == {threading.current_thread()}
+    for number, (_, noted) in enumerate(seen):
+        assert (number, 0) in noted["lease"], "should it take the process down, it is a suspect"
+    finished(thread, 3)
+    # One that could not be encoded is the engine's to judge.
+    assert [one.encoded for one in engines[0].added] == [[0], None, [2]]
+    assert flight.running() == {}, "nothing is in anybody's hands"
+
+
+def test_requests_that_wait_for_the_engine_can_be_dropped(
+    started: Callable[..., EngineThread],
+) -> None:
+    thread = started(Slow)
+    thread.add([request(number) for number in range(60)])
+    thread.abort([("lease", number) for number in range(1, 60)])
+    thread.add([request(99)])
+    keys = {one.key[1] for one in finished(thread, 1)}
+    while 99 not in keys:
+        keys |= {one.key[1] for one in finished(thread, 1)}
+    assert len(keys) < 30, "what waited is gone"
+    assert thread.events.empty()
+
+
+def test_an_engine_that_fails_while_requests_wait_says_so(
+    started: Callable[..., EngineThread],
+) -> None:
+    def broken() -> Slow:
+        engine = Slow()
+        engine.fail_at_step = 2
+        return engine
+
+    thread = started(broken)
+    thread.add([request(number) for number in range(30)])
+    events = [thread.events.get(timeout=10)]
+    while not isinstance(events[-1], Broken):
+        events.append(thread.events.get(timeout=10))
+    assert "device on fire" in str(events[-1].error)
