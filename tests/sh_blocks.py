@@ -17,11 +17,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # the guide
 GPU = Path("/dev/nvidiactl").exists()
 ON_A_CPU = {"--gpu 0": "--device cpu", "--gpu all": "--device cpu"}
 
-# What runs beside the block is asked to end when the block has, and must end well.
+# What runs beside the block is asked to end when the block has, and must end well. The queue's
+# server is ended from here, where the environment is that has it.
 _BEGIN = """\
 set -euo pipefail
 beside=()
-trap 'code=$?; kill "${beside[@]}" 2>/dev/null || true; exit $code' EXIT
+end() {
+    code=$?
+    kill "${beside[@]}" 2>/dev/null || true
+    trbatch server stop >/dev/null 2>&1 || true
+    exit $code
+}
+trap end EXIT
 """
 _END = """
 for process in "${beside[@]}"; do kill -TERM $process; wait $process || [ $? -eq 143 ]; done

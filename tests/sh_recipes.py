@@ -102,7 +102,8 @@ RECIPES = {
         beside=("trbatch worker",),
         before=f"{THREE}trbatch submit prompts.jsonl --name shared --chunk-size 1",
         after="trbatch wait shared\n"
-        'until [ $(trbatch status --json | grep -o \'"state":"idle"\' | wc -l) -ge 3 ]; do\n'
+        "for try in $(seq 60); do\n"
+        '    [ $(trbatch status --json | grep -o \'"state":"idle"\' | wc -l) -ge 3 ] && break\n'
         "    sleep 0.2\ndone\n"
         "trbatch collect shared -o answers.parquet",
     ),

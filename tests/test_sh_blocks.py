@@ -291,17 +291,19 @@ def test_security_acl(session: Session, play: Play, tmp_path: Path) -> None:
             target=lambda: printed.append(play(session, folder=tmp_path, port=front.port, **secret))
         )
         asked.start()
-        wait_for_file(session.folder / "written", asked)
-        assert rules.stat().st_mode & 0o777 == 0o600
-        with redis_server(tmp_path, "--aclfile", str(rules)) as port:
-            front.target = port
+        try:
+            wait_for_file(session.folder / "written", asked)
+            with redis_server(tmp_path, "--aclfile", str(rules)) as port:
+                front.target = port
+                (session.folder / "started").touch()
+                asked.join(60)
+                url = f"redis://trbatch-client:{secret['client']}@127.0.0.1:{port}/0"
+                with redis.Redis.from_url(url) as client:
+                    assert client.exists("rq:queues") == 0, "let in, and an empty queue"
+        finally:
             (session.folder / "started").touch()
             asked.join(60)
-            client = redis.Redis.from_url(
-                f"redis://trbatch-client:{secret['client']}@127.0.0.1:{port}/0"
-            )
-            with client:
-                assert client.exists("rq:queues") == 0, "let in, and an empty queue"
+    assert rules.stat().st_mode & 0o777 == 0o600
     (said,) = printed
     assert f"rediss://trbatch-worker:***@localhost:{front.port}/0" in said
     assert secret["worker"] not in said
