@@ -3,7 +3,8 @@
     ```console                  commands behind `$ `, continued behind `> `, then what they print
     ```console second-terminal  the same in another terminal: runs on until the page ends
     ```python                   a program; a ```text block right behind it is what it prints
-    ```sh                       commands that cannot run everywhere: only parsed
+    ```sh                       a script that needs what a test has not: run with stand-ins, see
+                                sh_blocks.py and the table in sh_recipes.py
 
 In what is printed, `…` stands for anything, and alone on a line for any lines. Whole numbers below
 a thousand must be the same; larger ones, numbers with a point, clock times, dates and the eight

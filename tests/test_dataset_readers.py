@@ -1,21 +1,16 @@
-"""What people open a dataset with, its card, and the places that it is pushed to."""
+"""What people open a dataset with, and its card. Pushing to the hub: test_hub.py."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import fsspec
 import pandas as pd
 import polars as pl
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from fsspec.implementations.memory import MemoryFileSystem
 from job_tools import decode, write_lines
 
 from trbatch import api, cli
@@ -30,34 +25,6 @@ ROWS = [
 ]
 
 
-class Hub(MemoryFileSystem):
-    """Stands in for the hub: datasets that exist take files, others do not."""
-
-    protocol = "hf"
-    store: dict[str, Any] = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return "/" + path.removeprefix("hf://").strip("/")
-
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        if not path.startswith("/datasets/me/answers/"):
-            raise FileNotFoundError(f"no such repository: {path}")
-        return super()._open(path, mode, **options)
-
-    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
-        self.pipe_file(rpath, Path(lpath).read_bytes())
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The files of the hub by their paths below `hf://datasets/me/answers`."""
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
-    yield Hub.store
-    Hub.store.clear()
-
-
 @pytest.fixture
 def job(tmp_path: Path) -> api.Job:
     path = write_lines(tmp_path / "in.jsonl", *ROWS)
@@ -68,11 +35,6 @@ def job(tmp_path: Path) -> api.Job:
     made = JobFolder.submit(spec)
     decode(made, 0)
     return api.Job(made)
-
-
-def content(hub: dict[str, Any], name: str) -> bytes:
-    data: bytes = hub[f"/datasets/me/answers/{name}"].getvalue()
-    return data
 
 
 def header(text: str) -> dict[str, Any]:
@@ -159,51 +121,3 @@ def test_a_card_never_replaces_one_of_another_hand(job: api.Job, tmp_path: Path)
     assert not (tmp_path / "out.parquet").exists()
     for _ in range(2):  # its own it writes anew
         job.collect(tmp_path / "apart" / "out.parquet", card=True)
-
-
-def test_a_dataset_is_pushed_with_its_card(
-    job: api.Job, tmp_path: Path, hub: dict[str, Any]
-) -> None:
-    url = "hf://datasets/me/answers"
-    result = invoke("collect", job.path, "-o", tmp_path / "out.parquet", "--push", url)
-    assert result.exit_code == 3, result.stderr  # one row is bad
-    assert f"pushed to               {url}/data/night.parquet" in result.stdout
-    assert content(hub, "data/night.parquet") == (tmp_path / "out.parquet").read_bytes()
-    (config,) = header(content(hub, "README.md").decode())["configs"]
-    assert config["data_files"] == [{"split": "train", "path": "data/*.parquet"}]
-    with fsspec.open(f"{url}/data/night.parquet", "rb") as file:
-        assert pd.read_parquet(file)["custom_id"].tolist() == ["a", "a", "b", "c"]
-    told = json.loads(invoke("collect", job.path, "--push", url, "--json").stdout)
-    assert (told["pushed"], told["card"]) == (f"{url}/data/night.parquet", f"{url}/README.md")
-
-
-def test_the_hubs_own_card_stays(
-    job: api.Job, tmp_path: Path, hub: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with fsspec.open("hf://datasets/me/answers/README.md", "wb") as file:
-        file.write(b"# Mine\n")
-    receipt = job.collect(tmp_path / "out.parquet", push="hf://datasets/me/answers/")
-    assert (receipt.pushed[-18:], receipt.card) == ("data/night.parquet", "")
-    assert content(hub, "README.md") == b"# Mine\n"
-    assert "stays as it is" in capsys.readouterr().err
-
-
-def test_what_cannot_be_pushed_is_told(
-    job: api.Job, tmp_path: Path, hub: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    def push(url: str, *more: str) -> Result:
-        return invoke("collect", job.path, "-o", tmp_path / "out", "--push", url, *more)
-
-    for url in ("me/answers", "hf://datasets/me/answers/data/train.parquet"):
-        assert push(url).exit_code == 2
-    assert push("hf://datasets/me/answers", "--format", "jsonl").exit_code == 2
-    assert not (tmp_path / "out").exists()
-    absent = push("hf://datasets/nobody/nothing")
-    assert absent.exit_code == 75
-    assert "no such repository" in absent.stderr
-    path = write_lines(tmp_path / "more.jsonl", *({"id": str(i), "prompt": "p"} for i in range(3)))
-    unfinished = JobFolder.submit(JobSpec(input=str(path), out=str(tmp_path / "s"), model="m"))
-    receipt = api.Job(unfinished).collect(tmp_path / "part", push="hf://datasets/me/answers")
-    assert receipt.pushed == ""
-    assert not hub
-    assert "not pushed: the dataset is not complete" in capsys.readouterr().err

@@ -69,10 +69,23 @@ def test_commands_are_found_wherever_a_shell_would_run_them() -> None:
     ]  # fmt: skip
 
 
+# Blocks of these languages are run by test_doc_pages.py and test_sh_blocks.py; others are shown.
+RUN = {"console", "python", "sh"}
+SHOWN = {"", "text", "json", "toml", "mermaid", "promql"}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_only_parsed_is_at_least_a_script(name: str) -> None:
+def test_every_block_is_run_or_is_no_program(name: str) -> None:
+    used = {block.language for block in doc_pages.blocks((ROOT / name).read_text())}
+    assert used <= RUN | SHOWN
+    if (ROOT / name).parent not in (ROOT, ROOT / "docs"):
+        assert not used & RUN, "blocks are run of the README and the guides alone: move them there"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_is_one_before_it_is_run(name: str) -> None:
     for block in doc_pages.blocks((ROOT / name).read_text()):
-        if block.language in ("sh", "bash"):
+        if block.language == "sh":
             script = "\n".join(block.lines)
             done = subprocess.run(
                 ["bash", "-n"], input=script, capture_output=True, text=True, check=False

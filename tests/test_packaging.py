@@ -67,7 +67,7 @@ def test_the_base_install_has_no_torch_and_the_extra_worker_has() -> None:
 
 def test_every_third_party_import_of_the_package_is_a_declared_dependency() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    known_extras = ("worker", "gpu", "bench", "lora", "structured")
+    known_extras = ("worker", "gpu", "bench", "lora", "structured", "hub")
     lines = [*PROJECT["project"]["dependencies"], *(one for e in known_extras for one in extras[e])]
     declared = {re.split(r"[<>=;\[ ]", line)[0] for line in lines}
     pattern = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)

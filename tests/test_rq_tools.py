@@ -1,12 +1,15 @@
 """rq-dashboard and rq-exporter show a queue of trbatch: each in an environment of its own.
 
-They need other versions of rq than trbatch does, and are what operators have already.
+They need other versions of rq than trbatch does, and are what operators have already. What is
+installed and run is what docs/operations.md says: the first and the second command of its blocks.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -15,11 +18,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from echo_worker import EchoEngine
+from sh_blocks import found
 
 from trbatch import api
 from trbatch.lease import LeaseWorker
@@ -28,28 +33,45 @@ from workers import submit, wait_for, work, working
 
 pytestmark = pytest.mark.long
 
-# What docs/operations.md says to install.
-DASHBOARD = ("rq-dashboard==0.9.0", "six==1.17.0", "rq==2.12.0")
-EXPORTER = ("rq-exporter==3.1.0", "rq==2.12.0")
+PAGE = "docs/operations.md"
 MODEL = ModelKey("org/echo")
 
 
-def environment(folder: Path, *packages: str) -> Path:
-    """The folder of the programs of a new environment with these packages."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *packages], check=True, timeout=300)
-    return folder / "bin"
+@dataclass(frozen=True)
+class Tool:
+    """An installed tool: its folder, and the command that starts it as the page has it."""
+
+    folder: Path
+    command: str
+
+    def words(self, url: str, port: int) -> list[str]:
+        """The command for this queue and this port of its own."""
+        command = self.command.replace("redis://queue-host:6379", url)
+        assert url in command, "the page names another queue"
+        program, *rest = shlex.split(command)
+        return [str(self.folder / program), *rest, "-p", str(port)]  # the last one counts
+
+
+def installed(folder: Path, key: str) -> Tool:
+    """Run the first command of the page's block that begins like this, in a folder."""
+    install, start = found(PAGE, key).splitlines()
+    environment = os.environ | {
+        "PATH": f"{sys.base_prefix}/bin:{os.environ['PATH']}",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_QUIET": "1",
+    }
+    subprocess.run(["bash", "-euc", install], cwd=folder, env=environment, check=True, timeout=300)
+    return Tool(folder, start)
 
 
 @pytest.fixture(scope="module")
-def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment(tmp_path_factory.mktemp("dashboard"), *DASHBOARD) / "rq-dashboard"
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Tool:
+    return installed(tmp_path_factory.mktemp("tool"), "python3 -m venv dashboard")
 
 
 @pytest.fixture(scope="module")
-def exporter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return environment(tmp_path_factory.mktemp("exporter"), *EXPORTER) / "rq-exporter"
+def exporter(tmp_path_factory: pytest.TempPathFactory) -> Tool:
+    return installed(tmp_path_factory.mktemp("tool"), "python3 -m venv exporter")
 
 
 @contextmanager
@@ -107,13 +129,12 @@ def by_status(jobs: JobQueue) -> dict[str, int]:
 
 
 def test_the_exporter_counts_what_trbatch_counts(
-    exporter: Path, jobs: JobQueue, worker: LeaseWorker, port: int, tmp_path: Path
+    exporter: Tool, jobs: JobQueue, worker: LeaseWorker, port: int, tmp_path: Path
 ) -> None:
     submit(tmp_path, rows=40)
     fail_one(jobs, worker)
     assert worker.take(jobs.queue(MODEL.queue_name)) is not None
-    command = (exporter, "--redis-url", jobs.url, "--host", "127.0.0.1", "-p", port)
-    with serving(port, *map(str, command)) as url:
+    with serving(port, *exporter.words(jobs.url, port)) as url:
         text = ask(f"{url}/metrics")
     pattern = r'^rq_jobs\{queue="([^"]+)",status="(\w+)"\} ([\d.]+)$'
     found = {(q, s): float(n) for q, s, n in re.findall(pattern, text, re.MULTILINE)}
@@ -125,8 +146,14 @@ def test_the_exporter_counts_what_trbatch_counts(
 
 
 @contextmanager
-def dashboard_of(dashboard: Path, jobs: JobQueue, port: int, *flags: str) -> Iterator[Any]:
-    command = [dashboard, "--json", "-u", jobs.url, "-b", "127.0.0.1", "-p", str(port), *flags]
+def dashboard_of(
+    dashboard: Tool, jobs: JobQueue, port: int, *, deleting: bool = False
+) -> Iterator[Any]:
+    """The page's command; `deleting`: without the flag that forbids it."""
+    command = dashboard.words(jobs.url, port)
+    assert "--disable-delete" in command
+    if deleting:
+        command.remove("--disable-delete")
     with serving(port, *command) as url:
 
         def data(path: str) -> Any:
@@ -136,12 +163,12 @@ def dashboard_of(dashboard: Path, jobs: JobQueue, port: int, *flags: str) -> Ite
 
 
 def test_the_dashboard_shows_chunks_and_workers(
-    dashboard: Path, jobs: JobQueue, worker: LeaseWorker, port: int, tmp_path: Path
+    dashboard: Tool, jobs: JobQueue, worker: LeaseWorker, port: int, tmp_path: Path
 ) -> None:
     job = submit(tmp_path, rows=40)
     failed = fail_one(jobs, worker)
     assert worker.take(jobs.queue(MODEL.queue_name)) is not None
-    with dashboard_of(dashboard, jobs, port, "--disable-delete") as (url, data):
+    with dashboard_of(dashboard, jobs, port) as (url, data):
         (queue,) = data("queues")["queues"]
         counts = by_status(jobs)
         assert queue["name"] == MODEL.queue_name
@@ -169,7 +196,7 @@ def test_the_dashboard_shows_chunks_and_workers(
     ids=["one", "all"],
 )  # fmt: skip
 def test_a_failed_chunk_that_the_dashboard_requeues_is_decoded(
-    dashboard: Path,
+    dashboard: Tool,
     jobs: JobQueue,
     worker: LeaseWorker,
     port: int,
@@ -179,17 +206,17 @@ def test_a_failed_chunk_that_the_dashboard_requeues_is_decoded(
     job = submit(tmp_path, rows=12)
     failed = fail_one(jobs, worker)
     worker.close()
-    with dashboard_of(dashboard, jobs, port, "--disable-delete") as (url, _):
+    with dashboard_of(dashboard, jobs, port) as (url, _):
         ask(f"{url}/{path(failed)}", post=True)
     work()
     assert job.status().state == "completed"
 
 
 def test_a_queue_that_the_dashboard_empties_is_filled_again_by_resume(
-    dashboard: Path, jobs: JobQueue, port: int, tmp_path: Path
+    dashboard: Tool, jobs: JobQueue, port: int, tmp_path: Path
 ) -> None:
     job = submit(tmp_path, rows=12)
-    with dashboard_of(dashboard, jobs, port) as (url, _):
+    with dashboard_of(dashboard, jobs, port, deleting=True) as (url, _):
         ask(f"{url}/queue/{MODEL.queue_name}/queued/empty", post=True)
     assert job.status().state == "failed", "no chunk of it is in the queue"
     assert api.resume(job) == 3
@@ -198,12 +225,12 @@ def test_a_queue_that_the_dashboard_empties_is_filled_again_by_resume(
 
 
 def test_a_worker_loses_the_lease_of_a_chunk_that_the_dashboard_deletes(
-    dashboard: Path, jobs: JobQueue, worker: LeaseWorker, port: int, tmp_path: Path
+    dashboard: Tool, jobs: JobQueue, worker: LeaseWorker, port: int, tmp_path: Path
 ) -> None:
     job = submit(tmp_path, rows=12)
     lease = worker.take(jobs.queue(MODEL.queue_name))
     assert lease is not None and worker.holds(lease)
-    with dashboard_of(dashboard, jobs, port) as (url, _):
+    with dashboard_of(dashboard, jobs, port, deleting=True) as (url, _):
         ask(f"{url}/job/{lease.job.id}/delete", post=True)
     assert not worker.holds(lease)
     worker.drop(lease)
@@ -216,7 +243,7 @@ def test_a_worker_loses_the_lease_of_a_chunk_that_the_dashboard_deletes(
 
 
 def test_a_worker_goes_on_while_the_dashboard_looks(
-    dashboard: Path, jobs: JobQueue, port: int, tmp_path: Path
+    dashboard: Tool, jobs: JobQueue, port: int, tmp_path: Path
 ) -> None:
     job = submit(tmp_path, rows=40)
     with (

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _PARTS = re.compile(r"(?s)([A-Za-z][\w+.-]*://)?(?:(.*)(@))?(.*)")
+# A branch or tag of a repository, which is no user's password: hf://datasets/me/answers@v2.
+_REVISION = re.compile(r"hf://(\w+/)?[\w.-]+/[\w.-]+@[^@]*")
 _PASSWORD = re.compile(r"(?is)(password=).*?(?=&\w+=|$)")
 # In running text: up to the last '@' before a space, since a password may hold one, too.
 _URL_IN_TEXT = re.compile(r"\b[A-Za-z][\w+.-]*://[^\s'\"]*@[^\s'\"]*")
@@ -19,6 +21,8 @@ def mask_url(url: str) -> str:
 
     Works on the raw text, because what is no URL may hold a password all the same.
     """
+    if _REVISION.fullmatch(url):
+        return url
     parts = _PARTS.fullmatch(_PASSWORD.sub(r"\1***", url))
     assert parts is not None, "the pattern fits every text"
     scheme, who, at, place = parts.groups(default="")

@@ -22,7 +22,7 @@ _PACKAGES = {
     "s3": "pip install 'trbatch[s3]'",
     "gs": "pip install gcsfs",
     "gcs": "pip install gcsfs",
-    "hf": "pip install huggingface_hub",
+    "hf": "pip install 'trbatch[hub]'",
 }
 
 
@@ -67,7 +67,7 @@ class RemoteFolder(Folder):
             with super()._errors("write", name, absent=True):
                 file.flush()
             with self._errors("write", name, absent=True):
-                self._files.put_file(file.name, self._at(name))
+                self._put(file.name, self._at(name))
 
     @contextmanager
     def _scratch(self, name: str) -> Iterator[Any]:
@@ -77,7 +77,7 @@ class RemoteFolder(Folder):
 
     def write(self, name: str, data: bytes | memoryview, *, durable: bool = True) -> None:
         with self._errors("write", name, absent=True):
-            self._files.pipe_file(self._at(name), bytes(data))
+            self._pipe(bytes(data), self._at(name))
 
     def create(self, name: str, data: bytes) -> bool:
         with self._errors("write", name, absent=True):
@@ -144,6 +144,13 @@ class RemoteFolder(Folder):
             except NotImplementedError:  # a store that keeps no times
                 modified = 0.0
             return Stat(int(found["size"] or 0), modified)
+
+    def _put(self, source: str, at: str) -> None:
+        """A local file as an object."""
+        self._files.put_file(source, at)
+
+    def _pipe(self, data: bytes, at: str) -> None:
+        self._files.pipe_file(at, data)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/")

@@ -7,16 +7,19 @@ so that nights add up to one dataset and a job that is pushed again replaces wha
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 
 from trbatch import card
-from trbatch.errors import UsageError
+from trbatch.errors import Unreachable, UsageError
 from trbatch.job import JobFolder
 from trbatch.logs import note
 from trbatch.masking import mask_url
 from trbatch.parquet_files import open_parquet
 from trbatch.receipt import Receipt
 from trbatch.storage import Folder, folder, place, writing
+
+_ON_THE_HUB = re.compile(r"hf://(datasets|buckets)/[^/@]+/[^/@]+(@[^/]+(/.*)?|/.*)?")
 
 
 def check_push(url: str, format: str) -> None:
@@ -31,6 +34,10 @@ def check_push(url: str, format: str) -> None:
         raise UsageError(
             f"{mask_url(url)} is no place for a dataset",
             hint="give the URL of a dataset or a folder, e.g. hf://datasets/me/answers",
+        )
+    if url.startswith("hf://") and not _ON_THE_HUB.fullmatch(url):
+        raise UsageError(
+            f"{mask_url(url)} names no dataset", hint="write hf://datasets/NAME/DATASET"
         )
 
 
@@ -71,7 +78,15 @@ def push(job: JobFolder, receipt: Receipt, url: str) -> Receipt:
     if not receipt.complete:
         note("not pushed: the dataset is not complete; collect again when the job is done")
         return receipt
-    root = folder(url)
+    try:
+        return _copy(job, receipt, folder(url))
+    except Unreachable as error:
+        whole = f"the dataset is whole in {mask_url(receipt.output)}; the same command pushes it"
+        hint = f"{error.hint}; {whole}" if error.hint else whole
+        raise Unreachable(error.message, hint=hint) from error
+
+
+def _copy(job: JobFolder, receipt: Receipt, root: Folder) -> Receipt:
     name = f"data/{job.id}.parquet"
     source, base = place(receipt.output)
     with source.open(base) as file, writing(root.join(name)) as target:

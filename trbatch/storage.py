@@ -151,7 +151,12 @@ def folder(path: str | os.PathLike[str]) -> Folder:
         text = text.removeprefix("file://")
     if "://" not in text:
         return LocalFolder(Path(text))
-    from trbatch.object_storage import RemoteFolder  # here: most jobs lie on a disk
+    # Here: most jobs lie on a disk.
+    if text.startswith("hf://"):
+        from trbatch.hub_folder import HubFolder
+
+        return HubFolder(text)
+    from trbatch.object_storage import RemoteFolder
 
     return RemoteFolder(text)
 
