@@ -210,6 +210,7 @@ def test_any_mix_of_lengths_comes_to_its_end(adjacent: bool, window: int, seed: 
             break
         while (first := scheduler.next()) is not None:
             scheduler.admit(first)
+            assert scheduler._reserve() <= scheduler._most_reserve()
             if first.request.key not in came:
                 came.append(first.request.key)
         assert scheduler.running, "nobody runs and nobody can"
@@ -218,6 +219,7 @@ def test_any_mix_of_lengths_comes_to_its_end(adjacent: bool, window: int, seed: 
             while one.room is not None and not scheduler.grow(one, len(one.tokens) + SIZE):
                 assert len(scheduler.running) > 1
                 scheduler.preempt(scheduler.running[-1])
+        assert scheduler._reserve() <= scheduler._most_reserve()
         held = [page for one in scheduler.running for page in one.room.pages]
         assert len(held) == len(set(held)) == 26 - cache.pool.free
         for one in list(scheduler.running):

@@ -59,8 +59,11 @@ class Scheduler:
         first = self._first() if len(self.running) < self.most else None
         if first is None:
             return None
-        need = self._pages(first, self._begin_tokens(first)) + self._reserve()
-        return first if self._can_take(need, first) else None
+        need = self._pages(first, self._begin_tokens(first))
+        # With room for all that they may ever ask for, nobody has to be asked: there are many.
+        if self._pool.can_take(need + self._most_reserve()):
+            return first
+        return first if self._can_take(need + self._reserve(), first) else None
 
     def admit(self, sequence: Sequence) -> None:
         """Give the one that `next` named a slot (the lowest free one) and its room."""
@@ -168,6 +171,11 @@ class Scheduler:
         """Pages that a running sequence has after two of the largest steps."""
         largest = self._largest_step(len(self.running))
         return self._pages(sequence, len(sequence.tokens) + sequence.ahead + 2 * largest)
+
+    def _most_reserve(self) -> int:
+        """No less than `_reserve`: each has room for what it has, and a page may begin behind it."""
+        largest = self._largest_step(len(self.running))
+        return len(self.running) * (self._cache.pages_for(2 * largest) + 1)
 
     def _reserve(self) -> int:
         """Pages that those that run will ask for next."""
