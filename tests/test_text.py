@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,10 @@ def test_encoding_beforehand_gives_the_same_tokens(tokenizer: Any, fields: dict[
     ready = encoder(request)
     assert ready.encoded == encode(tokenizer, request, VOCAB)
     assert encode(None, ready, VOCAB) == ready.encoded, "no tokenizer is asked again"
+    sample = replace(request, key=1, sample_index=1)
+    assert encoder(sample) == replace(sample, encoded=ready.encoded)
+    other = replace(request, key=2, prompt="Twice", messages=None, prompt_token_ids=None)
+    assert encoder(other).encoded == encode(tokenizer, other, VOCAB)
 
 
 @pytest.mark.parametrize(
