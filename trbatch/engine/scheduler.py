@@ -173,7 +173,7 @@ class Scheduler:
         return self._pages(sequence, len(sequence.tokens) + sequence.ahead + 2 * largest)
 
     def _most_reserve(self) -> int:
-        """No less than `_reserve`: each has room for what it has, and a page may begin behind it."""
+        """No less than `_reserve`: each has room for what it has, and may begin a page behind."""
         largest = self._largest_step(len(self.running))
         return len(self.running) * (self._cache.pages_for(2 * largest) + 1)
 
