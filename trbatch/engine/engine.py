@@ -23,6 +23,7 @@ from trbatch.engine import sizing
 from trbatch.engine.bigrams import rows_of
 from trbatch.engine.budget import Budget
 from trbatch.engine.calibration import Calibration
+from trbatch.engine.costs import TIMED_SIZES, CostTable
 from trbatch.engine.curve import STEP_SIZES
 from trbatch.engine.device_prefill import DevicePrefiller
 from trbatch.engine.device_step import DeviceStep, Operations, operations_for
@@ -65,6 +66,7 @@ class Engine:
             `config.tree` says.
         orders: longest context that keys a sequence's own rows, tokens.
         task_orders: the same of a task's rows.
+        costs: what steps take; None: they are timed, unless that was done before.
 
     Raises:
         ModelError: the model is not supported, or not even one sequence fits into memory.
@@ -79,6 +81,7 @@ class Engine:
         tree: Tree | None = None,
         orders: int = ORDERS,
         task_orders: int = TASK_ORDERS,
+        costs: CostTable | None = None,
     ) -> None:
         config = config or EngineConfig()
         config = replace(config, prefill_chunk=sizing.prefill_chunk(config, loaded))
@@ -124,7 +127,9 @@ class Engine:
             candidates=self._matrix.candidates if recycling and config.recycle_prompts else 0,
         )  # fmt: skip
         self._stepper = self._make_stepper(operations)
-        self.budget = self._make_budget()
+        self.budget = Budget(
+            costs or self._step_costs(), most=self._most, most_tokens=sizing.most_tokens(loaded)
+        )
         drafter = Drafter(
             self._matrix, self._calibration, self._paths, self.budget, config,
             most=self._most, template=template,
@@ -156,23 +161,22 @@ class Engine:
             capture=not self.config.enforce_eager,
         )  # fmt: skip
 
-    def _make_budget(self) -> Budget:
+    def timer(self) -> sizing.Timer:
+        """What times steps as this engine makes them. Use it while nothing is admitted."""
+        longest = sizing.timed_context(self._cache, self.capacity, self._most)
+        longest = max(1, min(longest, self.max_model_len - 1))
+        if self._stepper is None:
+            return sizing.StepTimer(self._model, self.loaded, longest)
+        return DeviceTimer(self._stepper, task=_NOBODY, longest=longest)
+
+    def _step_costs(self) -> CostTable:
         """Time the steps that will be made, or read what was timed before."""
         config, stepper = self.config, self._stepper
         fixed = self._most if config.tree_size or not config.speculate else 0
-        longest = sizing.timed_context(self._cache, self.capacity, self._most)
-        longest = max(1, min(longest, self.max_model_len - 1))
-        timer: sizing.Timer = sizing.StepTimer(self._model, self.loaded, longest)
-        if stepper is not None:
-            timer = DeviceTimer(stepper, task=_NOBODY, longest=longest)
-        if stepper is None:
-            costs = sizing.step_costs(timer, self.loaded, self._most, self.capacity, fixed=fixed)
-        else:
-            costs = sizing.step_costs(
-                timer, self.loaded, self._most, self.capacity, fixed=fixed, how=stepper.kind,
-                grid=STEP_SIZES,
-            )  # fmt: skip
-        return Budget(costs, most=self._most, most_tokens=sizing.most_tokens(self.loaded))
+        return sizing.step_costs(
+            self.timer(), self.loaded, self._most, self.capacity, fixed=fixed,
+            how=stepper.kind if stepper else "", grid=STEP_SIZES if stepper else TIMED_SIZES,
+        )  # fmt: skip
 
     @cached_property
     def encoder(self) -> Encoder:

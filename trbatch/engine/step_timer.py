@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from trbatch.engine.device_step import DeviceStep, bucket_of
+from trbatch.engine.device_step import DeviceStep, Shape, bucket_of
 from trbatch.engine.transfer import OnItsWay
 
 
@@ -24,23 +26,32 @@ class DeviceTimer:
     def __init__(self, stepper: DeviceStep, *, task: int, longest: int) -> None:
         self._stepper, self._task, self.longest = stepper, task, longest
 
-    @torch.inference_mode()
     def __call__(self, batch: int, size: int, context: int) -> float:
         """Seconds of one step of (batch, T) with `context` committed tokens a sequence."""
-        stepper = self._stepper
-        bucket = bucket_of(batch, stepper.capacity)
-        shape = stepper.shape(bucket, size)
-        rooms = self._take_slots(min(bucket, stepper.capacity), size, context)
-        shape.fill(range(len(rooms)), [self._task] * len(rooms))
-        stepper.wait()
-        start = time.perf_counter()
-        report = OnItsWay(shape.replay.run().report)
-        report.wait()
-        seconds = time.perf_counter() - start
-        self._give_back(rooms)
-        return seconds
+        with self.step(batch, size, context) as shape:
+            self._stepper.wait()
+            start = time.perf_counter()
+            report = OnItsWay(shape.replay.run().report)
+            report.wait()
+            return time.perf_counter() - start
 
-    def _take_slots(self, count: int, size: int, context: int) -> list[Any]:
+    @contextmanager
+    def step(self, batch: int, size: int, context: int, *, times: int = 1) -> Iterator[Shape]:
+        """A step of (batch, T), and texts of `context` tokens that it may be run on.
+
+        Args:
+            times: how often it may be run: as often, the texts can grow by `size` tokens.
+        """
+        stepper = self._stepper
+        with torch.inference_mode():
+            bucket = bucket_of(batch, stepper.capacity)
+            shape = stepper.shape(bucket, size)
+            rooms = self._take_slots(min(bucket, stepper.capacity), size * times, context)
+            shape.fill(range(len(rooms)), [self._task] * len(rooms))
+            yield shape
+            self._give_back(rooms)
+
+    def _take_slots(self, count: int, more: int, context: int) -> list[Any]:
         cache, slots = self._stepper.state.model.cache, self._stepper.state.slots
         assert cache is not None
         # Random words, of which each text repeats its own: drafts have something to find.
@@ -49,7 +60,7 @@ class DeviceTimer:
         rooms = []
         for slot in range(count):
             text = [words[(slot + i * i) % len(words)] for i in range(context + 1)]
-            room = cache.take_room(context + 1 + size)
+            room = cache.take_room(context + 1 + more)
             slots.put(slot, text, left=1 << 20, stops=[], pages=room.pages, task=self._task,
                       turn=slot)  # fmt: skip
             rooms.append(room)
