@@ -192,15 +192,18 @@ def sequence(key: int, prompt: int, output: int) -> Sequence:
 
 
 @pytest.mark.parametrize("adjacent", [True, False])
+@pytest.mark.parametrize("most_tokens", [0, 12])  # of a step: five rows get two each
 @pytest.mark.parametrize("window", [1, 6])
 @pytest.mark.parametrize("seed", range(6))
-def test_any_mix_of_lengths_comes_to_its_end(adjacent: bool, window: int, seed: int) -> None:
+def test_any_mix_of_lengths_comes_to_its_end(
+    adjacent: bool, most_tokens: int, window: int, seed: int
+) -> None:
     rng = random.Random(seed)
     cache = KVCache(
         [(1, 1)], slots=PAGE * 26, page_size=PAGE, device=torch.device("cpu"),
         dtype=torch.float32, adjacent=adjacent,
     )  # fmt: skip
-    scheduler = Scheduler(cache, slots=5, spare=SIZE, window=window)
+    scheduler = Scheduler(cache, slots=5, spare=SIZE, window=window, most_tokens=most_tokens)
     rows = [sequence(i, rng.randint(1, 40), rng.randint(1, 50)) for i in range(30)]
     for one in rows:
         scheduler.add(one)
@@ -214,17 +217,18 @@ def test_any_mix_of_lengths_comes_to_its_end(adjacent: bool, window: int, seed: 
             if first.request.key not in came:
                 came.append(first.request.key)
         assert scheduler.running, "nobody runs and nobody can"
+        step = scheduler._largest_step(len(scheduler.running))
         for one in list(scheduler.running):
             one.cached = one.goal
-            while one.room is not None and not scheduler.grow(one, len(one.tokens) + SIZE):
+            while one.room is not None and not scheduler.grow(one, len(one.tokens) + step):
                 assert len(scheduler.running) > 1
                 scheduler.preempt(scheduler.running[-1])
         assert scheduler._reserve() <= scheduler._most_reserve()
         held = [page for one in scheduler.running for page in one.room.pages]
         assert len(held) == len(set(held)) == 26 - cache.pool.free
         for one in list(scheduler.running):
-            assert one.room.capacity >= len(one.tokens) - 1 + SIZE
-            more = min(rng.randint(1, SIZE), one.max_tokens - one.generated)
+            assert one.room.capacity >= len(one.tokens) - 1 + step
+            more = min(rng.randint(1, step), one.max_tokens - one.generated)
             one.tokens += [5] * more
             if one.generated == one.max_tokens:
                 scheduler.retire(one)

@@ -174,8 +174,8 @@ class Scheduler:
 
     def _most_reserve(self) -> int:
         """No less than `_reserve`: each has room for what it has, and may begin a page behind."""
-        largest = self._largest_step(len(self.running))
-        return len(self.running) * (self._cache.pages_for(2 * largest) + 1)
+        count = len(self.running)
+        return count and count * (self._cache.pages_for(2 * self._largest_step(count)) + 1)
 
     def _reserve(self) -> int:
         """Pages that those that run will ask for next."""
