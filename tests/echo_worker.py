@@ -28,7 +28,6 @@ class EchoEngine:
 
     capacity = 4
     copies = None  # it has no matrices
-    encoder = None  # it has no tokenizer
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s

@@ -31,7 +31,6 @@ class InstantEngine:
 
     capacity = 1024
     copies = None
-    encoder = None  # it has no tokenizer
 
     def __init__(self) -> None:
         self.rows = 0

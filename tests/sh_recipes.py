@@ -63,6 +63,18 @@ RECIPES = {
             "--as-shape llama-8b --json": "--json",  # eight billion weights
         },
     ),
+    "performance_scripts": Recipe(
+        "docs/performance.md",
+        ("python docs/measurements/scripts/steps.py",),
+        instead={
+            "--batch 32 --tree-size 8,32": (
+                "--batch 2 --tree-size 4 --limit 3 --max-tokens 8 --json parted.json"
+            ),
+            "--rows 2000 --max-tokens 128": "--rows 6 --max-tokens 8 --json jobs.json",
+        },
+        without_gpu={"--idle 32": "--idle 32 || [ $? -eq 2 ]"},  # it says that it needs one
+        before=MANY,
+    ),
     "quickstart_install": Recipe(
         "docs/quickstart.md",
         ("git clone URL trbatch",),

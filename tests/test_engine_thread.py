@@ -1,14 +1,13 @@
-"""The engine's thread by itself: what is encoded where, and that nothing holds up its steps."""
+"""The engine's thread by itself: nothing holds up its steps."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
-from worker_tools import MODEL, EchoEngine
+from worker_tools import MODEL, EchoEngine, wait_for
 
 from trbatch.config import SamplingParams
 from trbatch.engine.sequence import Completion, Request
@@ -78,32 +77,26 @@ def test_hundreds_of_requests_do_not_hold_up_the_steps(
     assert all(b - a >= 1 for a, b in zip(late, late[4:], strict=False)), "then a few at a time"
 
 
-def test_prompts_are_encoded_by_the_thread_that_gives_the_orders(
+def test_an_idle_engine_that_hangs_over_a_prompt_is_not_idle_any_more(
     started: Callable[..., EngineThread], flight: FlightRecord
 ) -> None:
-    engines: list[Slow] = []
-    seen: list[tuple[threading.Thread, dict[str, list[tuple[int, int]]]]] = []
+    reading, read = threading.Event(), threading.Event()
 
-    def encode(one: Request) -> Request:
-        seen.append((threading.current_thread(), flight.running()))
-        if one.order == 1:
-            raise KeyError("no such token")
-        return replace(one, encoded=[one.order])
+    class Stuck(Slow):
+        def add(self, request: Request) -> None:
+            reading.set()
+            assert read.wait(10)
+            super().add(request)
 
-    def make() -> Slow:
-        engines.append(Slow())
-        engines[-1].encoder = encode
-        return engines[-1]
-
-    thread = started(make)
-    thread.add([request(number) for number in range(3)])
-    assert {where for where, _ in seen} == {threading.current_thread()}
-    for number, (_, noted) in enumerate(seen):
-        assert (number, 0) in noted["lease"], "should it take the process down, it is a suspect"
-    finished(thread, 3)
-    # One that could not be encoded is the engine's to judge.
-    assert [one.encoded for one in engines[0].added] == [[0], None, [2]]
-    assert flight.running() == {}, "nothing is in anybody's hands"
+    thread = started(Stuck)
+    wait_for(lambda: not flight.pulse.stepping)
+    thread.add([request(0)])
+    assert reading.wait(10)
+    assert flight.pulse.stepping, "who watches it takes it for idle"
+    assert flight.running() == {"lease": [(0, 0)]}
+    read.set()
+    finished(thread, 1)
+    wait_for(lambda: not flight.pulse.stepping)
 
 
 def test_requests_that_wait_for_the_engine_can_be_dropped(

@@ -223,3 +223,5 @@ def test_a_revision_is_no_password() -> None:
     assert mask_url(pushed) == pushed
     assert mask_text(f"pushed to {pushed}") == f"pushed to {pushed}"
     assert mask_url("hf://me:secret@hub.example/x") == "hf://me:***@hub.example/x"
+    for told in (f"{pushed}/data?password=secret", "hf://user/secret@datasets/me/x"):
+        assert "secret" not in mask_url(told)

@@ -217,16 +217,6 @@ def test_a_note_that_a_death_cut_short_leaves_the_one_before(flight: FlightRecor
     assert flight.running() == {"e": [(1, 0)]}
 
 
-def test_what_is_encoded_beside_the_engine_is_told_with_what_runs(flight: FlightRecord) -> None:
-    flight.note_running([(("e", 0), 1, 0), (("e", 1), 2, 0)])
-    flight.note_encoding([(("e", 1), 2, 0)])
-    assert flight.running() == {"e": [(1, 0), (2, 0)]}
-    flight.note_encoding([(("f", 0), 3, 1)])
-    assert flight.running() == {"e": [(1, 0), (2, 0)], "f": [(3, 1)]}
-    flight.note_encoding([])
-    assert flight.running() == {"e": [(1, 0), (2, 0)]}
-
-
 def test_a_record_needs_no_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     record = FlightRecord.create()

@@ -220,6 +220,17 @@ def test_performance_acceptance(
 
 
 @pytest.mark.long
+def test_performance_scripts(session: Session, play: Play, tiny_as_default: dict[str, str]) -> None:
+    printed = play(session, tiny_as_default)
+    assert sh_blocks.GPU or "steps are captured on a GPU" in printed
+    parted, jobs = (
+        json.loads((session.folder / name).read_text()) for name in ("parted.json", "jobs.json")
+    )
+    assert "recycled, batch 2, 4 tokens" in json.dumps(parted)
+    assert [one["rows"] for one in jobs["jobs"].values()] == [6, 6, 6]
+
+
+@pytest.mark.long
 def test_readme_pip(installed: tuple[Session, dict[str, str]]) -> None:
     session, environment = installed  # the block was run for this
     code = "import torch, trbatch; print(torch.__version__.partition('+')[0], trbatch.__file__)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer
 
 from trbatch.config import SamplingParams
 from trbatch.engine.sequence import Request
-from trbatch.engine.text import Encoder, EncodingFailed, StopChecker, encode
+from trbatch.engine.text import EncodingFailed, StopChecker, encode
 
 VOCAB = 49152
 # Characters of one to four bytes, joined ones, and one whose bytes this tokenizer takes one by one.
@@ -162,24 +161,6 @@ def test_a_prompt_is_taken_as_it_is(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"prompt": "Once upon"}, {"messages": [{"role": "user", "content": "世界?"}]},
-     {"prompt_token_ids": (5, 6)}],
-)  # fmt: skip
-def test_encoding_beforehand_gives_the_same_tokens(tokenizer: Any, fields: dict[str, Any]) -> None:
-    request = Request(key=0, sampling=SamplingParams(), **fields)
-    encoder = Encoder(tokenizer, VOCAB)
-    assert encoder._tokenizer is not tokenizer, "two threads must not share one"
-    ready = encoder(request)
-    assert ready.encoded == encode(tokenizer, request, VOCAB)
-    assert encode(None, ready, VOCAB) == ready.encoded, "no tokenizer is asked again"
-    sample = replace(request, key=1, sample_index=1)
-    assert encoder(sample) == replace(sample, encoded=ready.encoded)
-    other = replace(request, key=2, prompt="Twice", messages=None, prompt_token_ids=None)
-    assert encoder(other).encoded == encode(tokenizer, other, VOCAB)
-
-
-@pytest.mark.parametrize(
     ("code", "template", "fields"),
     [
         ("no_chat_template", None, {"messages": [{"role": "user", "content": "a"}]}),
@@ -200,9 +181,7 @@ def test_what_cannot_become_tokens_says_why(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     tokenizer.chat_template = template
-    request = Request(key=0, sampling=SamplingParams(), **fields)
-    assert Encoder(tokenizer, VOCAB)(request) is request, "the engine is to say why"
     with pytest.raises(EncodingFailed) as caught:
-        encode(tokenizer, request, VOCAB)
+        encode(tokenizer, Request(key=0, sampling=SamplingParams(), **fields), VOCAB)
     assert caught.value.error.code == code
     assert caught.value.error.message

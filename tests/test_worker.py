@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -36,7 +37,15 @@ def test_a_burst_decodes_every_row_once_and_empties_the_queue(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
     job = submit(jobs, tmp_path, 30)
-    assert run_worker(config(jobs.url), load=Loaded()) == 0
+    turns: list[float] = []
+
+    def make() -> EchoEngine:
+        turns.append(sys.getswitchinterval())
+        return EchoEngine()
+
+    before = sys.getswitchinterval()
+    assert run_worker(config(jobs.url), load=Loaded(make)) == 0
+    assert turns == [pytest.approx(0.0002)] and sys.getswitchinterval() == before
     assert texts_of(job) == expected(30)
     counts = jobs.counts(job)
     assert (counts.open, counts.failed, counts.finished) == (0, 0, 8)

@@ -29,7 +29,6 @@ class EchoEngine:
     """Answers each prompt with itself in capitals, one forward per word, a batch at a time."""
 
     copies = None  # it has no matrices
-    encoder = None  # it has no tokenizer
 
     def __init__(self, capacity: int = 4, step_s: float = 0.0) -> None:
         self._capacity = capacity

@@ -30,7 +30,6 @@ logger = logging.getLogger("trbatch.worker")
 
 SAVE_S = 60.0  # between savings of the matrices
 STATS_S = 1.0  # between looks at the engine's figures
-_TOGETHER = 16  # requests of one order
 ADD_S = 0.002  # between two steps, for requests that the engine does not need yet
 
 
@@ -68,11 +67,6 @@ class Engine(Protocol):
         ...
 
     @property
-    def encoder(self) -> Encoder | None:
-        """Makes a request's prompt into tokens, for one other thread; None: `add` alone does."""
-        ...
-
-    @property
     def copies(self) -> Copies | None:
         """The matrices as others may share them; None if there are none."""
         ...
@@ -103,7 +97,6 @@ class Engine(Protocol):
 
 
 Loader = Callable[[ModelKey], Engine]
-Encoder = Callable[[Request], Request]
 
 
 def load_engine(config: WorkerConfig, model: ModelKey) -> Engine:
@@ -142,7 +135,6 @@ class EngineThread:
         self._save_s = save_s
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._engine: Engine | None = None
-        self._encoder: Encoder | None = None  # of the engine, for the thread that gives the orders
         self._flight = flight or FlightRecord.create()
         self._incoming: deque[Request] = deque()  # not added yet
         self._held: dict[Hashable, Request] = {}  # added and not answered, in this order
@@ -161,24 +153,8 @@ class EngineThread:
         self._orders.put(partial(self._load, model))
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Decode these requests. Their prompts are encoded here, not in the engine's thread."""
-        for first in range(0, len(requests), _TOGETHER):
-            encoded = self._encoded(requests[first : first + _TOGETHER])
-            self._orders.put(partial(self._add, encoded))
-
-    def _encoded(self, requests: Sequence[Request]) -> list[Request]:
-        encode, found = self._encoder, []
-        if encode is None:
-            return list(requests)
-        for request in requests:
-            # A tokenizer may fail as badly as an engine.
-            self._flight.note_encoding([(request.key, request.order, request.sample_index)])
-            try:
-                found.append(encode(request))
-            except Exception:  # noqa: BLE001  the engine meets it again, where it is judged
-                found.append(request)
-        self._flight.note_encoding([])
-        return found
+        """Decode these requests."""
+        self._orders.put(partial(self._add, requests))
 
     def abort(self, keys: Iterable[Hashable]) -> None:
         """Drop requests. Some may still be answered by an event that is on its way."""
@@ -247,7 +223,9 @@ class EngineThread:
         """Carry out every order; without work, wait for one."""
         if not self._busy():
             self._flight.pulse.idle()
-            self._orders.get()()
+            order = self._orders.get()
+            self._flight.pulse.awake()
+            order()
         while not self._stopping and not self._orders.empty():
             self._orders.get()()
         self._add_some()
@@ -278,7 +256,7 @@ class EngineThread:
 
     def _load(self, model: ModelKey) -> None:
         self._save()
-        self._engine = self._encoder = None
+        self._engine = None
         self._incoming.clear()
         self._held.clear()
         self._told.clear()
@@ -287,7 +265,6 @@ class EngineThread:
         try:
             with self._flight.pulse.declared():
                 self._engine = self._load_engine(model)
-                self._encoder = self._engine.encoder
         except Exception as error:  # noqa: BLE001  it is the worker's to judge
             self.events.put(LoadFailed(model, error))
             return

@@ -30,10 +30,10 @@ SLOW_STEPS = 10.0  # a step may take so many times the slowest one so far
 _FLIGHT = "TRBATCH_FLIGHT"  # in a worker's environment: its supervisor's pid and the record's fd
 _PAGE = mmap.PAGESIZE
 _SLOT = 1 << 20  # bytes a note, at most
-_SIZE = _PAGE + 6 * _SLOT  # of which only what is written takes memory
+_SIZE = _PAGE + 4 * _SLOT  # of which only what is written takes memory
 _HEADER = struct.Struct("<QII")  # number, bytes, checksum
 _DOUBLE = struct.Struct("<d")
-_HOLDINGS, _RUNNING, _ENCODING = range(3)
+_HOLDINGS, _RUNNING = range(2)
 _IDLE, _STEPPING, _DECLARED = 0.0, 1.0, 2.0
 
 Row = tuple[int, int]  # a sample of a row within its job: the row's place in the input, the sample
@@ -53,6 +53,10 @@ class Pulse:
     def idle(self) -> None:
         """The engine has nothing to do."""
         self._mark(_IDLE)
+
+    def awake(self) -> None:
+        """It has something to do again, be it to read a prompt: from now on it may hang."""
+        self._mark(_STEPPING)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -154,8 +158,8 @@ def declared() -> Iterator[None]:
 class FlightRecord:
     """The record of one worker process.
 
-    Three notes beside the pulse, each written by one thread of the worker. A note lies in one of
-    two slots in turn, with a checksum: a death in the middle of writing leaves the one before.
+    Two notes beside the pulse, each written by one thread of the worker. A note lies in one of two
+    slots in turn, with a checksum: a death in the middle of writing leaves the one before.
     """
 
     def __init__(self, fd: int) -> None:
@@ -163,7 +167,7 @@ class FlightRecord:
         self._close = weakref.finalize(self, os.close, fd)
         self._memory = mmap.mmap(fd, _SIZE)  # to write to it needs no disk and knows no quota
         self.pulse = Pulse(self._memory)
-        self._numbers = [0, 0, 0]
+        self._numbers = [0, 0]
 
     @classmethod
     def create(cls) -> Self:
@@ -213,11 +217,8 @@ class FlightRecord:
 
         A key is a tuple whose first part names the lease.
         """
-        self._note_rows(_RUNNING, rows)
-
-    def note_encoding(self, rows: Sequence[tuple[Any, int, int]]) -> None:
-        """Note the rows, one or none, whose prompts are being encoded beside the engine."""
-        self._note_rows(_ENCODING, rows)
+        noted = [[str(key[0]), order, sample] for key, order, sample in rows]
+        self._write(_RUNNING, lambda most: noted[:most], len(noted))
 
     def holdings(self) -> tuple[str, dict[str, tuple[str, str]]]:
         """The worker's name, and of each lease that it holds the entry's id and the queue."""
@@ -225,18 +226,11 @@ class FlightRecord:
         return worker, {execution: (entry, queue) for execution, (entry, queue) in leases.items()}
 
     def running(self) -> dict[str, list[Row]]:
-        """Of each lease the rows that the engine, or its tokenizer, may have touched last."""
+        """Of each lease the rows that the engine may have touched last."""
         found: dict[str, list[Row]] = {}
-        for kind in (_RUNNING, _ENCODING):
-            for lease, order, sample in self._read(kind) or []:
-                rows = found.setdefault(lease, [])
-                if (order, sample) not in rows:
-                    rows.append((order, sample))
+        for lease, order, sample in self._read(_RUNNING) or []:
+            found.setdefault(lease, []).append((order, sample))
         return found
-
-    def _note_rows(self, kind: int, rows: Sequence[tuple[Any, int, int]]) -> None:
-        noted = [[str(key[0]), order, sample] for key, order, sample in rows]
-        self._write(kind, lambda most: noted[:most], len(noted))
 
     def _write(self, kind: int, first: Callable[[int], Any], count: int) -> None:
         """Write a note of the first so many things, of fewer if there is no room for them."""

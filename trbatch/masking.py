@@ -9,7 +9,7 @@ from typing import Any
 
 _PARTS = re.compile(r"(?s)([A-Za-z][\w+.-]*://)?(?:(.*)(@))?(.*)")
 # A branch or tag of a repository, which is no user's password: hf://datasets/me/answers@v2.
-_REVISION = re.compile(r"hf://(\w+/)?[\w.-]+/[\w.-]+@[^@]*")
+_REVISION = re.compile(r"hf://(datasets|buckets|spaces)/[\w.-]+/[\w.-]+@[^@?]*")
 _PASSWORD = re.compile(r"(?is)(password=).*?(?=&\w+=|$)")
 # In running text: up to the last '@' before a space, since a password may hold one, too.
 _URL_IN_TEXT = re.compile(r"\b[A-Za-z][\w+.-]*://[^\s'\"]*@[^\s'\"]*")

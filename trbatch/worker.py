@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Hashable
 from functools import partial
 
@@ -49,12 +48,10 @@ from trbatch.server_revival import Revival
 from trbatch.sharing import Sharing
 from trbatch.stopping import Stops, signals_to
 from trbatch.telling import Telling
+from trbatch.turns import quick_turns
 
 logger = logging.getLogger("trbatch.worker")
 
-# Python's lock is asked back for after so long: the engine's thread lets go of it many times a step
-# and must not wait for its turn while this one writes rows.
-SWITCH_S = 0.0002
 BUSY_S = 0.05  # the longest wait for the engine while it works
 ENGINE_STOP_S = 60.0  # for the last step and the saving of the matrices
 LEAVE_S = 0.5  # the same when somebody is tired of waiting
@@ -85,8 +82,8 @@ def run_worker(
         metrics_on(config.metrics_port, config.metrics_host) as metrics,
         JobQueue.connect(config.redis_url, patient=True) as jobs,
         reaching(jobs.url),
+        quick_turns(),
     ):
-        sys.setswitchinterval(SWITCH_S)
         worker = BatchWorker(config, jobs, load or partial(load_engine, config), flight, metrics)
         with signals_to(worker.stop.ask):
             return worker.run()

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ from trbatch.engine.scheduler import Scheduler
 from trbatch.engine.sequence import Completion, Figures, Request, Sequence, TaskKey
 from trbatch.engine.step_timer import DeviceTimer
 from trbatch.engine.tasks import Task, Tasks
-from trbatch.engine.text import Encoder, EncodingFailed, StopChecker, encode
+from trbatch.engine.text import EncodingFailed, StopChecker, encode
 from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
 from trbatch.flight import declared
@@ -177,11 +176,6 @@ class Engine:
             self.timer(), self.loaded, self._most, self.capacity, fixed=fixed,
             how=stepper.kind if stepper else "", grid=STEP_SIZES if stepper else TIMED_SIZES,
         )  # fmt: skip
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """Encodes requests in one other thread, so that `add` need not."""
-        return Encoder(self.loaded.tokenizer, self.loaded.vocab_size)
 
     @property
     def unfinished(self) -> int:

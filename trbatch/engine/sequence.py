@@ -45,7 +45,6 @@ class Request:
     messages: ListLike[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None  # beside messages
     prompt_token_ids: ListLike[int] | None = None
-    encoded: ListLike[int] | None = None  # the tokens of any of these, if somebody has made them
     logits_processors: tuple[LogitsProcessor, ...] = ()
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -34,8 +32,6 @@ def encode(tokenizer: Any, request: Request, vocab_size: int) -> list[int]:
     Raises:
         EncodingFailed: no chat template, a template that refuses the messages, or no tokens.
     """
-    if request.encoded is not None:
-        return list(request.encoded)
     if request.prompt_token_ids is not None:
         ids = list(request.prompt_token_ids)
     elif request.messages is not None:
@@ -49,36 +45,6 @@ def encode(tokenizer: Any, request: Request, vocab_size: int) -> list[int]:
     if not all(0 <= token < vocab_size for token in ids):
         raise EncodingFailed("invalid_token", f"a prompt token is outside 0 … {vocab_size - 1}")
     return ids
-
-
-class Encoder:
-    """`encode` for a thread beside the engine's, with a tokenizer of its own.
-
-    A tokenizer does not serve two threads at a time.
-    """
-
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        self._tokenizer, self._vocab_size = copy.deepcopy(tokenizer), vocab_size
-        self._last: Request | None = None
-
-    def __call__(self, request: Request) -> Request:
-        """The request with its prompt's tokens; as it was if it has none: `encode` says why."""
-        last = self._last
-        if last is not None and _says(last) == _says(request):  # another sample of its row
-            return replace(request, encoded=last.encoded)
-        try:
-            ids = encode(self._tokenizer, request, self._vocab_size)
-        except EncodingFailed:
-            return request
-        self._last = replace(request, encoded=ids)
-        return self._last
-
-
-def _says(request: Request) -> tuple[Any, ...]:
-    """What decides a prompt's tokens."""
-    return (
-        request.prompt, request.messages, request.chat_template_kwargs, request.prompt_token_ids
-    )  # fmt: skip
 
 
 def prompt_text(tokenizer: Any, request: Request) -> str:
