@@ -73,6 +73,7 @@ def test_a_cpu_asks_for_the_first_tokens_only_and_a_large_model_for_none(
     assert bigrams.rows_of(model, candidates=8) is None
 
 
+@pytest.mark.long
 def test_a_real_model_needs_fewer_forwards_with_them_and_says_the_same(small_model: Path) -> None:
     loaded = load_model(str(small_model), device="cpu")
     texts = ["Name three rivers of Europe.", "Why is the sky blue?"]

@@ -91,6 +91,7 @@ def test_a_dataset_arrives_whole_with_its_card(hub: Hub, job: JobFolder, push: P
     assert config["data_files"] == [{"split": "train", "path": "data/*.parquet"}]
 
 
+@pytest.mark.long
 def test_a_second_push_of_the_same_changes_nothing(hub: Hub, job: JobFolder, push: Pushing) -> None:
     assert push(job).returncode == 3
     before = dict(hub.datasets["me/answers"])
@@ -101,6 +102,7 @@ def test_a_second_push_of_the_same_changes_nothing(hub: Hub, job: JobFolder, pus
     assert len([path for verb, path in hub.requests if verb == "PUT"]) == 1, "sent once"
 
 
+@pytest.mark.long
 def test_jobs_add_up_to_one_dataset(
     hub: Hub, job: JobFolder, push: Pushing, tmp_path: Path
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_push_that_fails_says_what_to_do_and_loses_nothing(
     assert hub.datasets["me/answers"][DATA] == push.output.read_bytes()
 
 
+@pytest.mark.long
 def test_a_card_that_fails_leaves_the_data_that_arrived(
     hub: Hub, job: JobFolder, push: Pushing
 ) -> None:

@@ -56,6 +56,7 @@ def test_one_row_that_kills_its_worker_is_poison_and_the_others_are_done(
     assert receipt.complete and (receipt.rows_ok, receipt.rows_failed) == (63, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["die", "raise"])
 def test_a_death_by_exit_code_or_by_an_exception_of_the_engine_counts_as_well(
     jobs: JobQueue, tmp_path: Path, kind: str

@@ -50,6 +50,7 @@ def test_a_burst_does_not_end_before_the_chunks_of_the_dead_are_done(
     assert len(rows_of(job)) == 16
 
 
+@pytest.mark.long
 def test_a_burst_does_not_end_before_a_chunk_that_somebody_died_over_taking(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
