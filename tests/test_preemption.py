@@ -194,7 +194,7 @@ def sequence(key: int, prompt: int, output: int) -> Sequence:
 @pytest.mark.parametrize("adjacent", [True, False])
 @pytest.mark.parametrize("most_tokens", [0, 12])  # of a step: five rows get two each
 @pytest.mark.parametrize("window", [1, 6])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_mix_of_lengths_comes_to_its_end(
     adjacent: bool, most_tokens: int, window: int, seed: int
 ) -> None:

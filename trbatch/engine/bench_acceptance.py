@@ -123,9 +123,8 @@ class _Bench:
         engine = Engine(self._loaded, config, orders=wanted.orders, task_orders=wanted.task_orders)
         if wanted.train is not None:
             self._progress(f"tree of {size} nodes: learning from {wanted.train.name} …")
-            sampling = self._sampling
-            if wanted.train_tokens:
-                sampling = replace(sampling, max_tokens=wanted.train_tokens)
+            length = wanted.train_tokens or wanted.max_tokens
+            sampling = replace(self._sampling, max_tokens=length)
             taught = requests_of(read_prompts(wanted.train), sampling)
             fitting = [r for r in taught if self._fits(r)]
             decode(engine, fitting)
