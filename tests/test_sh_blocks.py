@@ -326,6 +326,12 @@ def wait_for_file(path: Path, asked: threading.Thread) -> None:
         asked.join(0.05)
 
 
+def went_through(session: Session, bucket: str) -> None:
+    """The job `nightly` lies in the bucket, and its answers are here."""
+    assert ids_of(session.folder / "answers.parquet") == IDS
+    assert fsspec.filesystem("s3").exists(f"{bucket}/trbatch/nightly/manifest.json")
+
+
 @pytest.mark.long
 def test_storage_hosts(
     installed: tuple[Session, dict[str, str]], play: Play,
@@ -339,8 +345,7 @@ def test_storage_hosts(
         session, environment | own,
         bucket=bucket, port=queue_port, s3=s3.url, credentials=credentials,
     )  # fmt: skip
-    assert ids_of(session.folder / "answers.parquet") == IDS
-    assert fsspec.filesystem("s3").exists(f"{bucket}/trbatch/nightly/manifest.json")
+    went_through(session, bucket)
 
 
 @pytest.mark.long
@@ -350,8 +355,7 @@ def test_workers_many_machines(
 ) -> None:  # fmt: skip
     session, environment = installed
     play(session, environment | s3.environment, bucket=bucket, port=queue_port)
-    assert ids_of(session.folder / "answers.parquet") == IDS
-    assert fsspec.filesystem("s3").exists(f"{bucket}/trbatch/nightly/manifest.json")
+    went_through(session, bucket)
 
 
 @pytest.mark.long
