@@ -34,7 +34,8 @@ class InstantEngine:
 
     def __init__(self) -> None:
         self.rows = 0
-        self.memory: list[tuple[int, int]] = []  # rows answered, bytes resident
+        # Rows answered, bytes resident, small objects alive (what no fragmentation changes).
+        self.memory: list[tuple[int, int, int]] = []
         self._waiting: deque[Request] = deque()
 
     @property
@@ -51,7 +52,7 @@ class InstantEngine:
         before = self.rows // 10_000
         self.rows += count
         if self.rows // 10_000 > before:
-            self.memory.append((self.rows, resident()))
+            self.memory.append((self.rows, resident(), sys.getallocatedblocks()))
         return [self._answer(self._waiting.popleft()) for _ in range(count)]
 
     def abort(self, keys: Iterable[Hashable]) -> None: ...
