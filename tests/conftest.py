@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ from trbatch.queue import JobQueue
 if not Path("/dev/nvidiactl").exists():
     # The kernels run in Triton's interpreter, which must be known before anyone imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Under nohup. What tests start would ignore it as well; a handler is not passed on.
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 OUTSIDE = ("TRBATCH_REDIS_URL", "REDIS_URL", "TRBATCH_MODEL", "TRBATCH_STORE", "TRBATCH_SERVER")
 

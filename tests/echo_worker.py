@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from trbatch.config import WorkerConfig
@@ -43,6 +43,10 @@ class EchoEngine:
 
     def add(self, request: Request) -> None:
         self._requests.append(request)
+
+    def add_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.add(request)
 
     def step(self) -> list[Completion]:
         time.sleep(self.step_s)

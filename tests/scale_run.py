@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class InstantEngine:
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)
+
+    def add_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.add(request)
 
     def step(self) -> list[Completion]:
         count = min(self.capacity, len(self._waiting))

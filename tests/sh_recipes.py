@@ -71,6 +71,7 @@ RECIPES = {
                 "--batch 2 --tree-size 4 --limit 3 --max-tokens 8 --json parted.json"
             ),
             "--rows 2000 --max-tokens 128": "--rows 6 --max-tokens 8 --json jobs.json",
+            "--rows 1000 --batch 128 --size 1,8 --repeat 5": "--rows 9 --batch 4 --repeat 1",
         },
         without_gpu={"--idle 32": "--idle 32 || [ $? -eq 2 ]"},  # it says that it needs one
         before=MANY,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from worker_tools import MODEL, EchoEngine, wait_for
@@ -12,7 +12,7 @@ from worker_tools import MODEL, EchoEngine, wait_for
 from trbatch.config import SamplingParams
 from trbatch.engine.sequence import Completion, Request
 from trbatch.engine_events import Broken, Finished, Ready
-from trbatch.engine_thread import EngineThread
+from trbatch.engine_thread import MOST_TOGETHER, EngineThread
 from trbatch.flight import FlightRecord
 from trbatch.queue_names import ModelKey
 
@@ -75,6 +75,51 @@ def test_hundreds_of_requests_do_not_hold_up_the_steps(
     assert engine.steps_before[:4] == [0] * 4, "what it needs, it gets at once"
     late = engine.steps_before[8:]
     assert all(b - a >= 1 for a, b in zip(late, late[4:], strict=False)), "then a few at a time"
+
+
+class Quick(EchoEngine):
+    """Takes requests in at once, as many as come."""
+
+    def __init__(self) -> None:
+        super().__init__(capacity=2)
+        self.together: list[int] = []
+
+    def add_all(self, requests: Sequence[Request]) -> None:
+        self.together.append(len(requests))
+        super().add_all(requests)
+
+
+def test_a_quick_engine_gets_many_requests_at_once(started: Callable[..., EngineThread]) -> None:
+    engines: list[Quick] = []
+    thread = started(lambda: engines.append(Quick()) or engines[-1])
+    thread.add([request(number) for number in range(1000)])
+    done = finished(thread, 1000)
+    assert [one.key[1] for one in done] == list(range(1000)), "in the order in which they came"
+    (engine,) = engines
+    assert engine.together[0] == 1
+    assert max(engine.together) == MOST_TOGETHER
+
+
+class Panic(BaseException):
+    """As a tokenizer's library raises it."""
+
+
+def test_a_request_that_no_engine_takes_is_known_among_others(
+    started: Callable[..., EngineThread], flight: FlightRecord
+) -> None:
+    class Picky(Quick):
+        def add_all(self, requests: Sequence[Request]) -> None:
+            if any(one.order == 200 for one in requests):
+                raise Panic("not this one")
+            super().add_all(requests)
+
+    thread = started(Picky)
+    thread.add([request(number) for number in range(400)])
+    events = [thread.events.get(timeout=10)]
+    while not isinstance(events[-1], Broken):
+        events.append(thread.events.get(timeout=10))
+    assert isinstance(events[-1].error, Panic)
+    assert flight.running() == {"lease": [(200, 0)]}
 
 
 def test_an_idle_engine_that_hangs_over_a_prompt_is_not_idle_any_more(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import divergence
+import host
 import idle
 import pytest
 import queue_ab
@@ -32,7 +33,7 @@ from trbatch.models import load_model
 SCRIPTS = Path(__file__).parent.parent / "docs" / "measurements" / "scripts"
 
 
-@pytest.mark.parametrize("script", [steps, divergence, queue_ab])
+@pytest.mark.parametrize("script", [steps, divergence, queue_ab, host])
 def test_each_script_says_what_it_measures_and_how_it_is_run(
     script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +252,23 @@ def test_texts_in_float32_do_not_part_and_all_figures_are_written(
     for one in found["runs"].values():
         assert (one["diverged"], one["of"], one["per_1000_tokens"]) == (0, 5, 0.0)
         assert 5 <= one["tokens_until_then"] <= 60
+
+
+# The host's own work
+
+
+def test_the_hosts_work_is_told_by_row_step_and_token(small_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "host.json"
+    asked = ["--rows", "9", "--batch", "4", "--size", "1,8", "--max-tokens", "16", "--repeat", "2"]
+    assert host.main([*asked, "--model", str(small_model), "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert (found["rows"], found["batch"], list(found["sizes"])) == (9, 4, ["1", "8"])
+    for one in found["sizes"].values():
+        assert all(value > 0 for value in one.values())
+    plain, recycled = found["sizes"].values()
+    # Two tokens a step on average instead of one, of four rows at most.
+    assert plain["ms_a_step"] / plain["us_a_token"] < 0.004 + 1e-6
+    assert recycled["ms_a_step"] / recycled["us_a_token"] > plain["ms_a_step"] / plain["us_a_token"]
 
 
 # A job through the queue

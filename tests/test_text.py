@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from trbatch.config import SamplingParams
 from trbatch.engine.sequence import Request
-from trbatch.engine.text import EncodingFailed, StopChecker, encode
+from trbatch.engine.text import EncodingFailed, StopChecker, encode, encode_all
 
 VOCAB = 49152
 # Characters of one to four bytes, joined ones, and one whose bytes this tokenizer takes one by one.
@@ -185,3 +185,53 @@ def test_what_cannot_become_tokens_says_why(
         encode(tokenizer, Request(key=0, sampling=SamplingParams(), **fields), VOCAB)
     assert caught.value.error.code == code
     assert caught.value.error.message
+
+
+class CountingTokenizer:
+    """Notes which texts it is asked for together."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.asked = tokenizer, []
+        self.chat_template = tokenizer.chat_template
+        self.apply_chat_template = tokenizer.apply_chat_template
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        self.asked.append(texts)
+        return self.tokenizer(texts, **options)
+
+
+def test_many_prompts_together_are_what_each_is_alone(tokenizer: Any) -> None:
+    sampling = SamplingParams()
+    requests = [
+        *(Request(key=i, sampling=sampling, prompt=text) for i, text in enumerate(TEXTS)),
+        Request(key="none", sampling=sampling, prompt=""),
+        *(
+            Request(key=text, sampling=sampling, messages=[{"role": "user", "content": text}])
+            for text in TEXTS
+        ),
+        Request(key="refused", sampling=sampling, messages=[{"role": "user"}]),
+        Request(key="ids", sampling=sampling, prompt_token_ids=[5, 6]),
+        Request(key="unknown", sampling=sampling, prompt_token_ids=[VOCAB]),
+        *(Request(key=n, sampling=sampling, sample_index=n, prompt=TEXTS[0]) for n in range(3)),
+    ]
+    counting = CountingTokenizer(tokenizer)
+    found = encode_all(counting, requests, VOCAB)
+    failed = {}
+    for request, ids in zip(requests, found, strict=True):
+        if isinstance(ids, EncodingFailed):
+            failed[request.key] = ids.error.code
+        else:
+            assert ids == encode(tokenizer, request, VOCAB)
+    assert failed == {
+        "none": "empty_prompt", "refused": "chat_template_failed", "unknown": "invalid_token",
+    }  # fmt: skip
+    assert [len(texts) for texts in counting.asked] == [len(TEXTS), len(TEXTS) + 1], "once each"
+
+
+@slow_fixture
+@given(st.lists(st.text(max_size=60), min_size=2, max_size=8))
+def test_a_text_among_others_has_its_own_tokens(tokenizer: Any, texts: list[str]) -> None:
+    requests = [Request(key=i, sampling=SamplingParams(), prompt=t) for i, t in enumerate(texts)]
+    for text, ids in zip(texts, encode_all(tokenizer, requests, VOCAB), strict=True):
+        alone = tokenizer(text)["input_ids"]
+        assert ids == alone if alone else isinstance(ids, EncodingFailed)

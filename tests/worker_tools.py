@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class EchoEngine:
     def add(self, request: Request) -> None:
         assert threading.current_thread() is self.thread
         self.waiting.append(request)
+
+    def add_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.add(request)
 
     def step(self) -> list[Completion]:
         time.sleep(self.step_s)

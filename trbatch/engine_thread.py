@@ -31,6 +31,7 @@ logger = logging.getLogger("trbatch.worker")
 SAVE_S = 60.0  # between savings of the matrices
 STATS_S = 1.0  # between looks at the engine's figures
 ADD_S = 0.002  # between two steps, for requests that the engine does not need yet
+MOST_TOGETHER = 64  # requests handed to the engine at once
 
 
 class Copies(Protocol):
@@ -75,8 +76,8 @@ class Engine(Protocol):
         """Load the task's matrix unless that was done."""
         ...
 
-    def add(self, request: Request) -> None:
-        """Take a request in."""
+    def add_all(self, requests: Sequence[Request], /) -> None:
+        """Take requests in; none of them, if it raises."""
         ...
 
     def step(self) -> list[Completion]:
@@ -139,6 +140,7 @@ class EngineThread:
         self._incoming: deque[Request] = deque()  # not added yet
         self._held: dict[Hashable, Request] = {}  # added and not answered, in this order
         self._told: Counter[tuple[int, int]] = Counter()  # steps of the engine; see `trace.Steps`
+        self._together = 1  # requests, as many as the engine takes in within `ADD_S`
         self._stopping = False
         self._saved_at = time.monotonic()
         self._looked_at = 0.0
@@ -290,11 +292,27 @@ class EngineThread:
         while self._incoming and (
             engine.unfinished < 2 * engine.capacity or time.monotonic() < end
         ):
-            request = self._incoming.popleft()
-            self._note([request])  # a tokenizer may fail as badly as an engine
-            engine.add(request)
-            self._held[request.key] = request
+            count, begin = min(self._together, len(self._incoming)), time.monotonic()
+            self._add_to(engine, [self._incoming.popleft() for _ in range(count)])
+            if (passed := time.monotonic() - begin) > ADD_S:
+                self._together = max(1, count // 2)
+            elif passed < ADD_S / 2:
+                self._together = min(2 * self._together, MOST_TOGETHER)
         self._note_running()
+
+    def _add_to(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._note(requests)  # a tokenizer may fail as badly as an engine
+        try:
+            engine.add_all(requests)
+        except BaseException:
+            if len(requests) == 1:
+                raise
+            # One after the other: it is raised again, and then it is known whose fault it is. What
+            # a tokenizer raises when its library fails is no `Exception`.
+            for request in requests:
+                self._add_to(engine, [request])
+            return
+        self._held |= {request.key: request for request in requests}
 
     def _abort(self, keys: list[Hashable]) -> None:
         if self._engine is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from trbatch.config import EngineConfig
 from trbatch.engine.calibration import PLACES, Calibration
 from trbatch.engine.captured import Graphs, Replay
-from trbatch.engine.device_state import NO_RANK, REPORT_NUMBERS, Accepted, Noise, Slots
+from trbatch.engine.device_state import REPORT_NUMBERS, Accepted, Noise, Slots
 from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
@@ -174,6 +174,7 @@ class DeviceStep:
         self._steps = 0
         self._shapes: dict[tuple[int, int, Kind], Shape] = {}
         self._turns: dict[int, int] = {}  # slot -> turn
+        self._kinds = [Kind.GREEDY] * capacity  # of each slot
         self._reads: set[int] = set()  # tasks of which something may have been counted
 
     @property
@@ -189,6 +190,7 @@ class DeviceStep:
             started before its last token has been seen.
         """
         request, stops = sequence.request, sorted(sequence.stop.stop_ids)
+        self._kinds[sequence.slot] = Kind.of(request.sampling)
         self.state.slots.put(
             sequence.slot, sequence.tokens, left=sequence.max_tokens - sequence.generated,
             stops=stops[:MOST_STOPS], pages=[page for _, page in sequence.room.news()],
@@ -209,6 +211,7 @@ class DeviceStep:
         numbers = [
             (sequence.slot, place, page)
             for sequence in sequences
+            if sequence.room.has_news
             for place, page in sequence.room.news()
         ]
         if numbers:
@@ -247,7 +250,9 @@ class DeviceStep:
         rows = to_device([sequence.slot for sequence in members], self.device, torch.int64)
         clock, report = Clock(self.device), rows
         if members:
-            report = self.operations.first(self.state, rows, logits, sampling=_kind(members)).report
+            report = self.operations.first(
+                self.state, rows, logits, sampling=self._kind(members)
+            ).report
         copy = OnItsWay(report)
         clock.stop()
         return _Handle(copy, clock, len(members), 0)
@@ -270,7 +275,10 @@ class DeviceStep:
         return turn
 
     def _key(self, members: ListLike[Sequence], size: int) -> tuple[int, int, Kind]:
-        return bucket_of(len(members), self.capacity), size, _kind(members)
+        return bucket_of(len(members), self.capacity), size, self._kind(members)
+
+    def _kind(self, members: ListLike[Sequence]) -> Kind:
+        return max(self._kinds[sequence.slot] for sequence in members)
 
     def shape(self, bucket: int, size: int, sampling: Kind = Kind.GREEDY) -> Shape:
         """A step of this shape, captured if it was not yet."""
@@ -302,10 +310,6 @@ class DeviceStep:
             self.absorb()
 
 
-def _kind(members: ListLike[Sequence]) -> Kind:
-    return max(Kind.of(sequence.request.sampling) for sequence in members)
-
-
 def _noise_of(sequence: Sequence) -> Noise | None:
     request, params = sequence.request, sequence.request.sampling
     if Kind.of(params) is Kind.GREEDY:
@@ -319,9 +323,8 @@ def _noise_of(sequence: Sequence) -> Noise | None:
 def _outcome(report: list[int], drafted: int) -> Outcome:
     """What one row of `Accepted.report` says."""
     count, ranks = report[0], (len(report) + REPORT_NUMBERS) // 2
-    counted = [rank for rank in report[ranks : ranks + count] if rank != NO_RANK]
     tokens = report[REPORT_NUMBERS : REPORT_NUMBERS + count]
-    return Outcome(tokens, drafted, report[2], counted)
+    return Outcome(tokens, drafted, report[2], report[ranks : ranks + count])
 
 
 def bucket_of(rows: int, capacity: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Hashable, Iterable
+from collections.abc import Sequence as ListLike
 from dataclasses import replace
 from typing import Any
 
@@ -28,20 +29,19 @@ from trbatch.engine.device_prefill import DevicePrefiller
 from trbatch.engine.device_step import DeviceStep, Operations, operations_for
 from trbatch.engine.drafter import Drafter
 from trbatch.engine.eager import EagerDecoder
-from trbatch.engine.grammar import GrammarFailed, Grammars
+from trbatch.engine.grammar import Grammars
+from trbatch.engine.intake import Intake
 from trbatch.engine.lagged import LaggedDecoder
 from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.prefill import Prefiller
 from trbatch.engine.prefix import Prefixes
-from trbatch.engine.processors import with_processors
 from trbatch.engine.replica import Copies
 from trbatch.engine.scheduler import Scheduler
-from trbatch.engine.sequence import Completion, Figures, Request, Sequence, TaskKey
+from trbatch.engine.sequence import Completion, Request, Sequence, TaskKey
 from trbatch.engine.step_timer import DeviceTimer
 from trbatch.engine.tasks import Task, Tasks
-from trbatch.engine.text import EncodingFailed, StopChecker, encode
 from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
 from trbatch.flight import declared
@@ -118,6 +118,7 @@ class Engine:
         )  # fmt: skip
         self.copies = Copies(self._matrix, self._tasks)
         self._grammars = Grammars(loaded)
+        self._intake = Intake(loaded, self._grammars, longest=self.max_model_len)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
         recycling = self._most > 1
@@ -184,6 +185,8 @@ class Engine:
 
     def open_task(self, key: TaskKey) -> Task:
         """Make a task's matrix ready, from its saved file if there is one. Harmless twice."""
+        if (task := self._tasks.ready(key)) is not None:
+            return task
         self._absorb()
         with declared():  # a store may be slow
             return self._tasks.open(key, busy=self._busy_tasks())
@@ -195,32 +198,15 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. One that cannot run comes back from the next `step` as an error."""
-        tokenizer, vocab = self.loaded.tokenizer, self.loaded.vocab_size
-        stop = StopChecker(tokenizer, request.sampling, self.loaded.eos_token_ids)
-        try:
-            ids = encode(tokenizer, request, vocab)
-            request = with_processors(request, ids, stop.stop_ids, vocab)
-            request = self._grammars.constrained(request, ids)
-        except (EncodingFailed, GrammarFailed) as failed:
-            self._refuse(request, failed.error)
-            return
-        if len(ids) >= self.max_model_len:
-            self._refuse(request, RowError(
-                "prompt_too_long",
-                f"the prompt has {len(ids)} tokens; prompt and output together may have "
-                f"{self.max_model_len} (--max-model-len)",
-            ), len(ids))  # fmt: skip
-            return
-        self._scheduler.add(
-            Sequence(
-                request=request,
-                tokens=ids,
-                prompt_length=len(ids),
-                max_tokens=min(request.sampling.max_tokens, self.max_model_len - len(ids)),
-                stop=stop,
-                figures=Figures(added=time.perf_counter()),
-            )
-        )
+        self.add_all([request])
+
+    def add_all(self, requests: ListLike[Request]) -> None:
+        """Queue requests; quicker than one by one. If this raises, none of them was taken."""
+        for one in self._intake.prepare(requests):
+            if isinstance(one, Sequence):
+                self._scheduler.add(one)
+            else:
+                self._finished.append(one)
 
     def abort(self, keys: Iterable[Hashable]) -> None:
         """Drop requests; they are not returned."""
@@ -252,7 +238,8 @@ class Engine:
 
     def _admit(self) -> None:
         while (waits := self._scheduler.next()) is not None:
-            if not self._tasks.can_open(waits.request.task, self._busy_tasks()):
+            key = waits.request.task
+            if not self._tasks.ready(key) and not self._tasks.can_open(key, self._busy_tasks()):
                 break
             self._scheduler.admit(waits)
             self._begin(waits)
@@ -273,12 +260,10 @@ class Engine:
 
     def _decode(self) -> None:
         """One step of those on the device, one of the others."""
-        late = [sequence for sequence in self._scheduler.decoding() if sequence.lagged]
+        late, now = self._decoding()
         size = self._lagged.next_size(late) if late else 0
-        self._make_room(size)
-        sequences = self._scheduler.decoding()
-        late = [sequence for sequence in sequences if sequence.lagged]
-        now = [sequence for sequence in sequences if not sequence.lagged]
+        if self._make_room(size):
+            late, now = self._decoding()
         if self._stepper is not None:
             self._tokens += self._lagged.run(late, size)
             for task in {sequence.task for sequence in late}:
@@ -288,17 +273,33 @@ class Engine:
             self._tokens += self._eager.run(now)
         self._forwards += bool(late) + bool(now)
 
-    def _make_room(self, size: int) -> None:
+    def _decoding(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Those that decode: whose steps are read late, and the others."""
+        sequences = self._scheduler.decoding()
+        late = [sequence for sequence in sequences if sequence.lagged]
+        now = [sequence for sequence in sequences if not sequence.lagged]
+        return late, now
+
+    def _make_room(self, size: int) -> bool:
         """Pages for the next step of all that decode. Whoever came last gives way if need be.
 
         Args:
             size: tokens of each sequence whose steps are read late.
+
+        Returns:
+            Whether somebody who decoded does so no longer.
         """
+        changed = False
         for sequence in list(self._scheduler.running):
+            step = size if sequence.lagged else self._most
+            tokens = len(sequence.tokens) + sequence.ahead + step
+            if sequence.room is not None and tokens <= sequence.room.capacity:  # nearly always
+                continue
             while sequence.decodes and not self._scheduler.grow(
                 sequence,
-                len(sequence.tokens) + sequence.ahead + (size if sequence.lagged else self._most),
+                tokens,
             ):
+                changed = True
                 if self._stepper is not None and self._lagged.under_way:
                     self._drain()  # who has ended may give its pages back
                     self._retire_ended()
@@ -307,6 +308,7 @@ class Engine:
                     self._preempt(self._scheduler.running[-1])
         if self._stepper is not None:
             self._stepper.set_pages(self._scheduler.running)
+        return changed
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence.slot)
@@ -381,19 +383,6 @@ class Engine:
             "model_fingerprint": self.loaded.fingerprint,
         }
 
-    def _refuse(self, request: Request, error: RowError, prompt_tokens: int = 0) -> None:
-        self._finished.append(
-            Completion(
-                key=request.key,
-                finish_reason="error",
-                error_code=error.code,
-                error_message=error.message,
-                prompt_tokens=prompt_tokens,
-                seed=request.seed,
-                sample_index=request.sample_index,
-            )
-        )
-
     def _busy_tasks(self) -> set[int]:
         return {sequence.task for sequence in self._scheduler.running if sequence.task >= 0}
 
@@ -407,7 +396,7 @@ class Engine:
             sequence.lagged = self._stepper.admit(sequence)
 
     def _retire_ended(self) -> None:
-        for sequence in [s for s in self._scheduler.running if s.ended and not s.in_flight]:
+        for sequence in [s for s in self._scheduler.running if not s.in_flight and s.ended]:
             self._retire(sequence)
 
     def _release(self, slot: int) -> None:

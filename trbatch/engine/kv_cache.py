@@ -213,10 +213,13 @@ class Room:
         self._changed(count)
         return rest
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `news` would name any."""
+        return self._told != len(self.pages)
+
     def news(self) -> list[tuple[int, int]]:
         """(place, page) of each of its pages that may be another than when this was asked last."""
-        if self._told == len(self.pages):
-            return []
         begin, self._told = self._told, len(self.pages)
         return list(enumerate(self.pages))[begin:]
 

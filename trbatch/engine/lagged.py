@@ -18,22 +18,22 @@ import time
 from collections import deque
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from trbatch.engine.budget import Budget
+from trbatch.engine.device_state import NO_RANK
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import Sequence
 
 _PATHS_OF = 8  # one row in so many is looked at for paths of ranks: the host is busy enough
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one step gave one sequence.
 
     `tokens`: those that it took, cut at its end; `drafted`: nodes verified behind its root;
     `accepted`: how many of the tokens had been drafted; `ranks`: of the tokens in the rows that
-    should have predicted them, -1 for none, as far as it was looked for.
+    should have predicted them, -1 for none, `NO_RANK` where nobody looked.
     """
 
     tokens: list[int]
@@ -193,9 +193,10 @@ class LaggedDecoder:
             sequence.ahead -= ticket.gives
             kept.append(_taken(sequence, outcome))
             if self._paths and sequence.request.seed % _PATHS_OF == 0:
+                paths = self._paths[sequence.reads]
                 for rank in kept[-1].ranks:
-                    run = self._paths[sequence.reads]
-                    run.count(sequence.ranks, None if rank < 0 else rank)
+                    if rank != NO_RANK:
+                        paths.count(sequence.ranks, None if rank < 0 else rank)
         if ticket.size:
             self._account(ticket, kept, seconds)
         total = sum(count for _, count in ticket.pieces)
@@ -221,6 +222,9 @@ class LaggedDecoder:
             self._budget.count_tokens(size, given, alive)
 
 
+_NOTHING = Outcome([], 0, 0)
+
+
 def _context(members: ListLike[Sequence]) -> float:
     return sum(len(sequence.tokens) for sequence in members) / len(members)
 
@@ -228,7 +232,9 @@ def _context(members: ListLike[Sequence]) -> float:
 def _taken(sequence: Sequence, outcome: Outcome) -> Outcome:
     """Append an outcome's tokens to its text; what comes after its end is thrown away."""
     if sequence.ended:
-        return Outcome([], 0, 0)
+        return _NOTHING
     count = sequence.take(outcome.tokens)
+    if count == len(outcome.tokens):
+        return outcome
     accepted = min(count, outcome.accepted)
     return Outcome(outcome.tokens[:count], outcome.drafted, accepted, outcome.ranks[:count])

@@ -181,7 +181,7 @@ class Figures:
         return Acceptance(float(tokens), float(self.forwards))
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """A request inside the engine.
 
@@ -258,6 +258,9 @@ class Sequence:
 
     def take(self, proposed: list[int]) -> int:
         """Append proposed tokens up to the first that ends the text. Returns how many it took."""
+        if self.generated + len(proposed) < self.max_tokens and self.stop.takes_all(proposed):
+            self.tokens += proposed
+            return len(proposed)
         for count, token in enumerate(proposed, 1):
             self.tokens.append(token)
             if self.stop.ends_with(token):

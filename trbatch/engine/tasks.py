@@ -116,6 +116,14 @@ class Tasks:
         """The task of this key if it is open."""
         return self._tasks.get(key)
 
+    def ready(self, key: TaskKey) -> Task | None:
+        """The task, if it is open and nothing has to be done for it to be used."""
+        task = self._tasks.get(key)
+        if task is None or task.outdated:
+            return None
+        task.used = time.monotonic()
+        return task
+
     def can_open(self, key: TaskKey, busy: set[int]) -> bool:
         """Whether there is a place for this task, given those that running sequences use."""
         return key in self._tasks or len(busy) < self._places
