@@ -12,7 +12,7 @@ from worker_tools import MODEL, EchoEngine, wait_for
 from trbatch.config import SamplingParams
 from trbatch.engine.sequence import Completion, Request
 from trbatch.engine_events import Broken, Finished, Ready
-from trbatch.engine_thread import MOST_TOGETHER, EngineThread
+from trbatch.engine_thread import MOST_LENGTH, MOST_TOGETHER, EngineThread
 from trbatch.flight import FlightRecord
 from trbatch.queue_names import ModelKey
 
@@ -98,6 +98,25 @@ def test_a_quick_engine_gets_many_requests_at_once(started: Callable[..., Engine
     (engine,) = engines
     assert engine.together[0] == 1
     assert max(engine.together) == MOST_TOGETHER
+
+
+def test_few_requests_say_nothing_of_how_many_an_engine_takes_at_once(
+    started: Callable[..., EngineThread],
+) -> None:
+    """They trickle in one by one; then there are many, and they are long."""
+    engines: list[Quick] = []
+    thread = started(lambda: engines.append(Quick()) or engines[-1])
+    for number in range(20):
+        thread.add([request(number)])
+        finished(thread, 1)
+    (engine,) = engines
+    thread.add([request(number) for number in range(20, 60)])
+    finished(thread, 40)
+    assert engine.together[20] <= 2
+    engine.together.clear()
+    thread.add([request(number, "x" * (MOST_LENGTH // 2)) for number in range(100, 120)])
+    finished(thread, 20)
+    assert max(engine.together) == 2, "long ones are read a few at a time"
 
 
 class Panic(BaseException):

@@ -241,3 +241,20 @@ def test_any_mix_of_lengths_comes_to_its_end(
         assert came == list(range(30))
     else:
         assert came != list(range(30))
+
+
+def test_nobody_gives_way_for_tokens_that_did_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After what was under way has been read, it is known how many did."""
+    one, refused = engine(on_device=True, pages=40), []
+    grow = Scheduler.grow
+
+    def watched(self: Scheduler, sequence: Sequence, tokens: int) -> bool:
+        assert tokens == len(sequence.tokens) + sequence.ahead + SIZE
+        fits = grow(self, sequence, tokens)
+        if not fits:
+            refused.append(sequence.in_flight)
+        return fits
+
+    monkeypatch.setattr(Scheduler, "grow", watched)
+    tiny.decode(one, requests())
+    assert max(refused) > 0, "nothing was under way when pages ran out"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -236,3 +238,15 @@ def test_kernels_learn_from_shared_pages_what_they_would_have_run() -> None:
     written = mine.pair_keys >= 0
     assert written.sum() >= len(set(itertools.pairwise(COMMON)))
     assert torch.equal(mine.pair_rows[written], others.pair_rows[written])
+
+
+def test_who_has_ended_is_kept_by_nobody() -> None:
+    one = tiny.engine(tiny.loaded())
+    for at, ids in enumerate(tiny.prompts(12, seed=8)):
+        one.add(tiny.request(at, ids, max_tokens=4))
+    began = weakref.WeakSet()
+    while one.unfinished:
+        one.step()
+        began.update(one._scheduler.running)
+    gc.collect()
+    assert not began

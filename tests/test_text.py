@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trbatch.config import SamplingParams
+from trbatch.engine import text as module
 from trbatch.engine.sequence import Request
 from trbatch.engine.text import EncodingFailed, StopChecker, encode, encode_all
 
@@ -200,7 +201,10 @@ class CountingTokenizer:
         return self.tokenizer(texts, **options)
 
 
-def test_many_prompts_together_are_what_each_is_alone(tokenizer: Any) -> None:
+def test_many_prompts_together_are_what_each_is_alone(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_takes_many", lambda _: True)
     sampling = SamplingParams()
     requests = [
         *(Request(key=i, sampling=sampling, prompt=text) for i, text in enumerate(TEXTS)),
@@ -228,10 +232,27 @@ def test_many_prompts_together_are_what_each_is_alone(tokenizer: Any) -> None:
     assert [len(texts) for texts in counting.asked] == [len(TEXTS), len(TEXTS) + 1], "once each"
 
 
+class FillsIn(PreTrainedTokenizerFast):
+    """Like Code Llama's: a lone text gets other tokens than one among others."""
+
+    def _encode_plus(self, text: Any, *arguments: Any, **options: Any) -> Any:
+        text = text.replace("?", "!") if isinstance(text, str) else text
+        return super()._encode_plus(text, *arguments, **options)
+
+
+def test_texts_go_together_where_that_changes_nothing(tokenizer: Any, small_model: Path) -> None:
+    assert module._takes_many(tokenizer)
+    own = FillsIn.from_pretrained(small_model)
+    requests = [Request(key=n, sampling=SamplingParams(), prompt="a?" * n) for n in (1, 2)]
+    alone = [own(request.prompt)["input_ids"] for request in requests]
+    assert encode_all(own, requests, VOCAB) == alone
+    assert own([request.prompt for request in requests])["input_ids"] != alone
+
+
 @slow_fixture
 @given(st.lists(st.text(max_size=60), min_size=2, max_size=8))
 def test_a_text_among_others_has_its_own_tokens(tokenizer: Any, texts: list[str]) -> None:
     requests = [Request(key=i, sampling=SamplingParams(), prompt=t) for i, t in enumerate(texts)]
-    for text, ids in zip(texts, encode_all(tokenizer, requests, VOCAB), strict=True):
-        alone = tokenizer(text)["input_ids"]
+    for one, ids in zip(texts, encode_all(tokenizer, requests, VOCAB), strict=True):
+        alone = tokenizer(one)["input_ids"]
         assert ids == alone if alone else isinstance(ids, EncodingFailed)

@@ -59,8 +59,8 @@ class NumberTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(f"{token} " for token in ids if not (skip_special_tokens and token < 3))
 
-    def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[int(part) for part in text.split()] for text in texts]}
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [int(part) for part in text.split()]}
 
 
 def network(kind: str, *, seed: int = 0, **changes: Any) -> torch.nn.Module:

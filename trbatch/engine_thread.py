@@ -31,7 +31,8 @@ logger = logging.getLogger("trbatch.worker")
 SAVE_S = 60.0  # between savings of the matrices
 STATS_S = 1.0  # between looks at the engine's figures
 ADD_S = 0.002  # between two steps, for requests that the engine does not need yet
-MOST_TOGETHER = 64  # requests handed to the engine at once
+MOST_TOGETHER = 16  # requests handed to the engine at once; if it dies over one, all are suspects
+MOST_LENGTH = 1 << 14  # of their prompts
 
 
 class Copies(Protocol):
@@ -262,6 +263,7 @@ class EngineThread:
         self._incoming.clear()
         self._held.clear()
         self._told.clear()
+        self._together = 1
         gc.collect()  # the old weights must be gone before the new ones come
         begin = time.monotonic()
         try:
@@ -292,21 +294,34 @@ class EngineThread:
         while self._incoming and (
             engine.unfinished < 2 * engine.capacity or time.monotonic() < end
         ):
-            count, begin = min(self._together, len(self._incoming)), time.monotonic()
-            self._add_to(engine, [self._incoming.popleft() for _ in range(count)])
+            begin, requests = time.monotonic(), self._next_few()
+            self._add_to(engine, requests)
             if (passed := time.monotonic() - begin) > ADD_S:
-                self._together = max(1, count // 2)
+                self._together = max(1, len(requests) // 2)
             elif passed < ADD_S / 2:
-                self._together = min(2 * self._together, MOST_TOGETHER)
+                self._together = max(self._together, min(2 * len(requests), MOST_TOGETHER))
         self._note_running()
+
+    def _next_few(self) -> list[Request]:
+        """As many of those that wait as the engine should take in at once."""
+        requests = [self._incoming.popleft()]
+        length = requests[0].length
+        while self._incoming and len(requests) < self._together:
+            length += self._incoming[0].length
+            if length > MOST_LENGTH:
+                break
+            requests.append(self._incoming.popleft())
+        return requests
 
     def _add_to(self, engine: Engine, requests: Sequence[Request]) -> None:
         self._note(requests)  # a tokenizer may fail as badly as an engine
+        self._flight.pulse.awake()
         try:
             engine.add_all(requests)
-        except BaseException:
+        except BaseException as error:
             if len(requests) == 1:
                 raise
+            logger.warning("taking in %d rows one by one: %s", len(requests), type(error).__name__)
             # One after the other: it is raised again, and then it is known whose fault it is. What
             # a tokenizer raises when its library fails is no `Exception`.
             for request in requests:

@@ -141,7 +141,8 @@ class PrometheusMetrics(Metrics):
         self._rows_now = gauge("rows_in_flight", "Rows of these not decoded yet.")
         self._unpublished = gauge("rows_unpublished", "Rows decoded and not in a segment yet.")
         self._busy = counter(
-            "engine_busy_seconds", "Time in which the engine prefilled or decoded."
+            "engine_busy_seconds",
+            "Time in which the engine prefilled or decoded, or its device did so alone.",
         )
         self._kv = gauge("kv_cache_usage_ratio", "Pages of the K/V cache in use, of all.")
         self._queue = gauge("queue_chunks", "Chunks in the queue.", _QUEUE_LABELS)

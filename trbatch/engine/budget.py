@@ -22,6 +22,9 @@ from trbatch.trace import step_kind
 # Steps between plain ones, which keep the baseline honest: the less drafting gains, the less one
 # costs and the more depends on it. (gain below which, steps)
 _PLAIN_EVERY = ((1.1, 12), (1.3, 48), (math.inf, 256))
+# Where steps are read one late: plain ones in a row, of which the middle one has its like around
+# it, and the steps before the first of them.
+_PLAIN_RUN, _PLAIN_FROM = 3, 29
 _HOPELESS = 32  # steps without a node worth drafting, after which drafting rests
 _REST = 16  # plain steps between two tries then
 _PACE_STEP = 0.1  # weight of the newest step in the machine's pace, logarithmic
@@ -29,6 +32,7 @@ _SIZE_STEP = 0.03  # the same in the usual size of a tree
 _FIRST_STEP = 0.5  # of the first in a kind; it falls as 1 / (steps of the kind)
 _KIND_STEP = 0.015  # the same in what is particular to its kind of step
 _WORTH_A_CHANGE = 1.03  # gain for which the size of a step is changed: each has its own graph
+_PATIENCE = 64  # steps without a typical one, from which on the others teach as well
 _SURPRISE = math.log(1.5)  # a step that something else disturbed counts as this much at most
 
 
@@ -50,6 +54,7 @@ class Budget:
         self._made: dict[tuple[int, int], int] = {}  # steps of each kind
         self._gain = 1.0  # expected of the last drafts over plain decoding, smoothed
         self._steps = self._misses = self._pause = 0
+        self._untypical = 0  # steps since the last typical one
         self.usual_size = float(most)  # tokens a step and sequence, of the last 30 steps or so
         self.steps: Counter[tuple[int, int]] = Counter()  # that were made; see `trace.Steps`
         self._curve = Curve()
@@ -75,8 +80,8 @@ class Budget:
 
     def least_chance(self, batch: int, context: float) -> float:
         """The chance below which no node of any sequence can pay for itself."""
-        plain = self._seconds(batch, 1.0, context)
-        slope = self._seconds(batch, 1 + 8 / batch, context) - plain
+        plain = self.step_seconds(batch, 1.0, context)
+        slope = self.step_seconds(batch, 1 + 8 / batch, context) - plain
         return min(0.5, max(0.01, 0.7 * slope / 8 / (plain / batch)))
 
     def choose(self, batch: int, context: float, chances: Sequence[float]) -> int:
@@ -87,12 +92,12 @@ class Budget:
             context: committed tokens of a sequence, on average.
             chances: of all candidates, falling.
         """
-        plain_rate = batch / self._seconds(batch, 1.0, context)
+        plain_rate = batch / self.step_seconds(batch, 1.0, context)
         best, best_rate, expected, taken = 0, plain_rate, 0.0, 0
         for count in _grid(min(len(chances), batch * (self._most - 1))):
             expected += sum(chances[taken:count])
             taken = count
-            rate = (batch + expected) / self._seconds(batch, 1 + count / batch, context)
+            rate = (batch + expected) / self.step_seconds(batch, 1 + count / batch, context)
             if rate > best_rate:
                 best, best_rate = count, rate
         self._gain += _PACE_STEP * (best_rate / plain_rate - self._gain)
@@ -109,7 +114,7 @@ class Budget:
         """
 
         def rate(size: int) -> float:
-            return self._curve.expected(size) / self._seconds(batch, float(size), context)
+            return self._curve.expected(size) / self.step_seconds(batch, float(size), context)
 
         self._steps += 1
         room = self._most_tokens // batch if self._most_tokens else self._most
@@ -118,7 +123,7 @@ class Budget:
         if self._size in sizes and rate(best) < _WORTH_A_CHANGE * rate(self._size):
             best = self._size
         self._size = best
-        if self._steps % _PLAIN_EVERY[-1][1] == 0:
+        if (self._steps - _PLAIN_FROM) % _PLAIN_EVERY[-1][1] < _PLAIN_RUN:
             drafting = [size for size in sizes if size > 1]
             return max(drafting, key=rate, default=1) if best == 1 else 1
         return best
@@ -129,26 +134,46 @@ class Budget:
 
     def plain_seconds(self, batch: int, context: float) -> float:
         """What a plain step of this batch takes here."""
-        return self._seconds(batch, 1.0, context)
+        return self.step_seconds(batch, 1.0, context)
 
-    def count(self, tokens: int, batch: int, context: float, seconds: float) -> None:
-        """Learn from a step that was made: its tokens in all and its time."""
+    def count(
+        self,
+        tokens: int,
+        batch: int,
+        context: float,
+        seconds: float,
+        *,
+        typical: bool | None = None,
+    ) -> None:
+        """Learn from a step that was made: its tokens in all and its time.
+
+        Args:
+            typical: whether its time is known to have nothing else in it, or known to have; None:
+                it may have.
+        """
         size = tokens / batch
         self.usual_size += _SIZE_STEP * (size - self.usual_size)
         self.steps[step_kind(batch, size)] += 1
         kind = _kind(batch, size)
+        self._untypical = self._untypical + 1 if typical is False else 0
+        if 0 < self._untypical < _PATIENCE:
+            return
         found = math.log(seconds / self._costs.seconds(batch, size, context))
         if self._pace is None:
             self._pace = found
-        particular = self._particular.get(kind, 0.0)
-        surprise = max(-_SURPRISE, min(_SURPRISE, found - self._pace - particular))
+        particular, made = self._particular.get(kind, 0.0), self._made.get(kind, 0)
+        surprise, first = min(_SURPRISE, found - self._pace - particular), _FIRST_STEP
+        if typical and surprise < 0:
+            first = 1.0  # whatever goes on beside it, no step is quicker than it can be
+        else:
+            surprise = max(-_SURPRISE, surprise)
         # A kind that is hardly known says more about itself than about the machine.
-        made = self._made.get(kind, 0)
         self._made[kind] = made + 1
         self._pace += _PACE_STEP * made / (made + 3) * surprise
-        self._particular[kind] = particular + max(_KIND_STEP, _FIRST_STEP / (made + 1)) * surprise
+        self._particular[kind] = particular + max(_KIND_STEP, first / (made + 1)) * surprise
 
-    def _seconds(self, batch: int, size: float, context: float) -> float:
+    def step_seconds(self, batch: int, size: float, context: float) -> float:
+        """What a step of `size` tokens a sequence takes here."""
         correction = (self._pace or 0.0) + self._particular.get(_kind(batch, size), 0.0)
         return math.exp(correction) * self._costs.seconds(batch, size, context)
 

@@ -121,6 +121,7 @@ class Engine:
         self._intake = Intake(loaded, self._grammars, longest=self.max_model_len)
         self._finished: list[Completion] = []
         self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
+        self._left_at = 0.0  # the clock at the end of the last step
         recycling = self._most > 1
         self._prefixes = Prefixes(
             self._cache, sharing=config.prefix_sharing,
@@ -220,6 +221,7 @@ class Engine:
     def step(self) -> list[Completion]:
         """Prefill a piece of the prompts that wait, then decode once. Returns who finished."""
         start = time.perf_counter()
+        self._busy_s += self._busy_meanwhile(start)
         too_much, in_prompts = "", True
         try:
             self._admit()
@@ -233,8 +235,15 @@ class Engine:
             self._run_less(too_much, in_prompts=in_prompts)
         self._retire_ended()
         finished, self._finished = self._finished, []
-        self._busy_s += time.perf_counter() - start
+        self._left_at = time.perf_counter()
+        self._busy_s += self._left_at - start
         return finished
+
+    def _busy_meanwhile(self, now: float) -> float:
+        """For how long, since the last step, the device went on with what is under way, nearly."""
+        if self._stepper is None or not self._lagged.under_way:
+            return 0.0
+        return max(0.0, min(now, self._lagged.done_at) - self._left_at)
 
     def _admit(self) -> None:
         while (waits := self._scheduler.next()) is not None:
@@ -290,15 +299,15 @@ class Engine:
             Whether somebody who decoded does so no longer.
         """
         changed = False
-        for sequence in list(self._scheduler.running):
+
+        def need(sequence: Sequence) -> int:
             step = size if sequence.lagged else self._most
-            tokens = len(sequence.tokens) + sequence.ahead + step
-            if sequence.room is not None and tokens <= sequence.room.capacity:  # nearly always
-                continue
-            while sequence.decodes and not self._scheduler.grow(
-                sequence,
-                tokens,
-            ):
+            return len(sequence.tokens) + sequence.ahead + step
+
+        for sequence in list(self._scheduler.running):
+            if sequence.room is not None and need(sequence) <= sequence.room.capacity:
+                continue  # nearly always
+            while sequence.decodes and not self._scheduler.grow(sequence, need(sequence)):
                 changed = True
                 if self._stepper is not None and self._lagged.under_way:
                     self._drain()  # who has ended may give its pages back

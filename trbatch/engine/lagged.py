@@ -106,7 +106,10 @@ class LaggedDecoder:
         self._pending: deque[_Ticket] = deque()
         self._after_prompts = False  # whether the newest is one of prompts
         self._read_at = 0.0
+        self._before = 0  # size of the step that was read last
         self._owed = 0.0  # seconds of prompts that passed before a step was read
+        self._device_s = 0.0  # that the device was busy with what was read last
+        self.done_at = 0.0  # the clock when it is through with what is under way, if as quickly
 
     def after_prompts(
         self, pieces: ListLike[tuple[Sequence, int]], members: ListLike[Sequence], handle: Any
@@ -168,8 +171,10 @@ class LaggedDecoder:
         return given
 
     def _push(self, ticket: _Ticket) -> None:
+        now = time.perf_counter()
         if not self._pending:
-            self._read_at = time.perf_counter()
+            self._read_at = now
+        self.done_at = max(now, self.done_at) + self._device_s
         self._pending.append(ticket)
         for sequence in ticket.members:
             sequence.in_flight += 1
@@ -179,13 +184,16 @@ class LaggedDecoder:
         """Wait for what was started and write it down. Returns its tokens."""
         reading = self._stepper.read(ticket.handle)
         now = time.perf_counter()
+        self._device_s = reading.seconds
+        self.done_at = now + len(self._pending) * reading.seconds
         seconds, self._read_at = now - self._read_at, now
         if not ticket.size:
             seconds, self._owed = seconds + self._owed, 0.0
         elif any(not later.size for later in self._pending):
             # The host was busy with prompts meanwhile. Else what passed between two readings is
             # what a step takes, also where the device had to wait for the host.
-            passed, seconds = seconds, min(seconds, reading.seconds)
+            usual = self._budget.step_seconds(len(ticket.members), ticket.size, ticket.context)
+            passed, seconds = seconds, min(seconds, max(reading.seconds, usual))
             self._owed += passed - seconds
         kept = []
         for sequence, outcome in zip(ticket.members, reading.outcomes, strict=True):
@@ -198,25 +206,34 @@ class LaggedDecoder:
                     if rank != NO_RANK:
                         paths.count(sequence.ranks, None if rank < 0 else rank)
         if ticket.size:
-            self._account(ticket, kept, seconds)
+            # In the time between two readings the host has read the step before, and started the
+            # next one: where these are of another kind, it says little of this one.
+            around = {self._before, *(later.size for later in self._pending)}
+            self._account(ticket, kept, seconds, typical=around == {ticket.size})
+        self._before = ticket.size
         total = sum(count for _, count in ticket.pieces)
         for sequence, count in ticket.pieces:
             sequence.figures.prefill_s += seconds * count / total
         return sum(len(outcome.tokens) for outcome in kept)
 
-    def _account(self, ticket: _Ticket, outcomes: ListLike[Outcome], seconds: float) -> None:
+    def _account(
+        self, ticket: _Ticket, outcomes: ListLike[Outcome], seconds: float, *, typical: bool
+    ) -> None:
         """Write a step into its sequences' figures and the budget's."""
         count, size = len(ticket.members), ticket.size
         plain_s = self._budget.plain_seconds(count, ticket.context)
+        # What held this one up, rows that ended and came for instance, would have held up a plain
+        # one as well.
+        delay_s = seconds - self._budget.step_seconds(count, size, ticket.context)
         alive = 0
         for sequence, outcome in zip(ticket.members, outcomes, strict=True):
             if outcome.tokens:
                 alive += 1
                 sequence.figures.count_forward(
                     tokens=len(outcome.tokens), accepted=outcome.accepted, drafted=outcome.drafted,
-                    seconds=seconds, plain_s=plain_s,
+                    seconds=seconds, plain_s=plain_s, delay_s=delay_s,
                 )  # fmt: skip
-        self._budget.count(size * count, count, ticket.context, seconds)
+        self._budget.count(size * count, count, ticket.context, seconds, typical=typical)
         if alive:
             given = sum(len(outcome.tokens) for outcome in outcomes)
             self._budget.count_tokens(size, given, alive)

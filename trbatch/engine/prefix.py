@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Sequence as ListLike
 from collections.abc import Set
 from itertools import takewhile
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,7 +30,6 @@ from trbatch.engine.sequence import Sequence
 Piece = tuple[Sequence, int]  # whose text, and how many of its tokens come next
 _KEY_BYTES = 16
 _WORTH_WAITING = 4  # pages that another is about to fill
-_FEW = 64  # sequences, that are not looked through for those that have ended
 
 
 class Prefixes:
@@ -49,8 +49,8 @@ class Prefixes:
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._recalled: set[int] = set()  # known pages whose candidates are kept
-        self._whole: dict[bytes, Sequence] = {}  # those that have run a whole prompt
-        self._many = _FEW  # of them, when they are looked through next
+        # Those that have run a whole prompt. Who has ended is kept by nobody, so not here either.
+        self._whole: WeakValueDictionary[bytes, Sequence] = WeakValueDictionary()
         # [slots, k] what the model said after each token that was run as a prompt.
         self.candidates: Tensor | None = None
         if sharing and candidates:
@@ -128,7 +128,6 @@ class Prefixes:
         if not self._sharing:
             return
         if sequence.decodes and not sequence.generated:
-            self._forget_ended()
             # The newest, which is likely to decode longest.
             self._whole[self._whole_key(sequence)] = sequence
         end = sequence.cached // self.page_size
@@ -162,12 +161,6 @@ class Prefixes:
         """[end - first, k] int64: what was kept of a sequence's tokens, up to `recalled`."""
         assert self.candidates is not None and end <= sequence.recalled
         return self.candidates[sequence.room.slots[first:end]].to(torch.int64)
-
-    def _forget_ended(self) -> None:
-        """Let go of sequences that nobody can copy from, when there are many of them."""
-        if len(self._whole) >= self._many:
-            self._whole = {key: one for key, one in self._whole.items() if one.decodes}
-            self._many = 2 * len(self._whole) + _FEW
 
     def clear(self) -> None:
         """Forget all pages."""

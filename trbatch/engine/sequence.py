@@ -47,6 +47,12 @@ class Request:
     prompt_token_ids: ListLike[int] | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()
 
+    @property
+    def length(self) -> int:
+        """Of its prompt, in characters or tokens, nearly: how much there is to encode."""
+        said = sum(len(str(message.get("content", ""))) for message in self.messages or ())
+        return len(self.prompt or "") + len(self.prompt_token_ids or ()) + said
+
 
 class Likelihood(NamedTuple):
     """What the model says of a token at its place, and which are the likeliest there."""
@@ -155,7 +161,14 @@ class Figures:
     histogram: list[int] = field(default_factory=list)
 
     def count_forward(
-        self, *, tokens: int, accepted: int, drafted: int, seconds: float, plain_s: float
+        self,
+        *,
+        tokens: int,
+        accepted: int,
+        drafted: int,
+        seconds: float,
+        plain_s: float,
+        delay_s: float = 0.0,
     ) -> None:
         """Count one decode forward.
 
@@ -165,12 +178,13 @@ class Figures:
             drafted: nodes that it verified for this sequence.
             seconds: that it took, for the whole batch.
             plain_s: that a plain step of this batch takes.
+            delay_s: by how much it took longer than such steps do, whatever is drafted.
         """
         self.forwards += 1
         self.drafted += drafted
         self.accepted += accepted
         self.decode_s += seconds
-        self.baseline_s += tokens * plain_s
+        self.baseline_s += max(0.0, tokens * plain_s + delay_s)
         if len(self.histogram) < tokens:
             self.histogram.extend([0] * (tokens - len(self.histogram)))
         self.histogram[tokens - 1] += 1
@@ -181,7 +195,7 @@ class Figures:
         return Acceptance(float(tokens), float(self.forwards))
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Sequence:
     """A request inside the engine.
 

@@ -79,10 +79,28 @@ def _encoded(tokenizer: Any, texts: Iterable[_Text]) -> dict[_Text, list[int]]:
     found: dict[_Text, list[int]] = {}
     for whole in (True, False):
         group = [text for text in texts if text.whole == whole]
-        if group:
-            ids = tokenizer([text.text for text in group], add_special_tokens=not whole)
-            found |= zip(group, ids["input_ids"], strict=True)
+        asked = {"add_special_tokens": not whole}
+        if len(group) > 1 and _takes_many(tokenizer):
+            ids = tokenizer([text.text for text in group], **asked)["input_ids"]
+            found |= zip(group, ids, strict=True)
+        else:
+            found |= {text: tokenizer(text.text, **asked)["input_ids"] for text in group}
     return found
+
+
+def _takes_many(tokenizer: Any) -> bool:
+    """Whether a text among others surely gets the tokens that it gets alone.
+
+    Code Llama's, for one, looks for the place to fill in lone texts only.
+    """
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # slow to import
+
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+    )
 
 
 def _checked(ids: list[int], vocab_size: int) -> list[int] | EncodingFailed:
