@@ -256,7 +256,10 @@ def test_paths_of_ranks_are_counted_on_the_device() -> None:
     assert wanted["path_counts"][-1] > LENGTH
     # A text's last step is counted up to its end here, and to the end of its path there.
     assert found["path_counts"][-1] == pytest.approx(float(wanted["path_counts"][-1]), rel=0.1)
-    assert len(found["paths"]) == pytest.approx(len(wanted["paths"]), rel=0.2)
+    # Other trees, since chances are looked at again at other steps: so it finds other ranks.
+    sums = [float(one["path_counts"][:-1].sum()) for one in (found, wanted)]
+    assert sums[0] == pytest.approx(sums[1], rel=0.2)
+    assert len(found["paths"]) == pytest.approx(len(wanted["paths"]), rel=0.3)
     other = engine(PlainOperations, tree_size=9)
     tiny.decode(other, [tiny.request(0, PROMPTS[0], max_tokens=LENGTH, seed=1)])
     assert other._paths[0].places == 0, "one row in eight is enough"
