@@ -111,7 +111,8 @@ def test_a_job_of_a_million_rows_is_drained_in_little_memory(
     assert figures["submit, bytes a row"] <= 24
     assert figures["redis at most, MiB"] * MIB <= 20e6
     assert figures["worker growth, objects"] < rows / 50
-    # 12 MiB for half of the rows; the rest is what the allocator keeps of a busier moment.
-    assert figures["worker growth, MiB"] * MIB < 24 * rows / 2 + 24 * MIB
+    # 12 MiB for half of the rows; the rest is what allocators keep of a busier moment. It was 17
+    # where 9,000 rows/s went through, and may have been 40 with 16,000.
+    assert figures["worker growth, MiB"] * MIB < 24 * rows / 2 + 64 * MIB
     memory = list(figures["worker memory, MiB"].values())
     assert max(memory[1:]) - min(memory[1:]) < 128  # MiB: two seconds of rows, being published
