@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
 from trbatch.config import SamplingParams
+from trbatch.engine import engine as engine_module
 from trbatch.engine.kv_cache import PagePool
 from trbatch.engine.model import LoadedModel, from_network
 from trbatch.engine.sequence import Completion, Request
@@ -361,22 +362,21 @@ def test_samples_of_one_row_differ_and_are_what_each_says_alone(model) -> None:
 
 @pytest.mark.parametrize("under_way", [True, False])
 def test_what_the_device_does_between_two_steps_is_time_in_which_the_engine_is_busy(
-    model, under_way: bool
+    model, under_way: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = 100.0
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: now))
     engine = tiny.engine(model, operations=PlainOperations())
     engine.add(tiny.request(0, PROMPTS[0], max_tokens=20))
     for _ in range(3):
         engine.step()
     before = engine.stats()["busy_s"]
-    now = time.perf_counter()
     engine._lagged.done_at = now + 0.2 if under_way else now
-    time.sleep(0.4)
+    now += 0.4
     assert engine._lagged.under_way
-    begin = time.perf_counter()
-    engine.step()
-    step_s = time.perf_counter() - begin
-    busy_s = engine.stats()["busy_s"] - before - step_s
-    assert busy_s == pytest.approx(0.2 if under_way else 0.0, abs=0.02)
+    engine.step()  # takes no time by this clock
+    busy_s = engine.stats()["busy_s"] - before
+    assert busy_s == pytest.approx(0.2 if under_way else 0.0)
 
 
 def test_every_completion_says_what_plain_decoding_would_have_cost(model) -> None:

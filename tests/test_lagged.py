@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as ListLike
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -247,28 +248,32 @@ def test_the_curve_goes_over_from_the_prior_to_what_was_counted() -> None:
 
 
 class Clockwork(Script):
-    """Each step takes the device so long from where it was started."""
+    """The host waits so long for each step, by a clock that else stands still."""
 
     seconds = 0.02
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, text: list[int]) -> None:
+        super().__init__({0: text}, [1])
+        self.now = 100.0
+        monkeypatch.setattr(lagged, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
     def read(self, handle: int) -> Reading:
-        time.sleep(self.seconds)
+        self.now += self.seconds
         return Reading(super().read(handle).outcomes, self.seconds)
 
 
-def test_it_is_known_until_when_the_device_is_busy() -> None:
-    script = Clockwork({0: [1] * 50}, [1])
+def test_it_is_known_until_when_the_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Clockwork(monkeypatch, [1] * 50)
     decoder, one = decoder_of(script), sequence(0, 50)
     for _ in range(2):  # before anything was measured
         decoder.run([one])
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = script.now
         decoder.run([one])
-        now = time.perf_counter()
-        assert now < decoder.done_at <= now + script.seconds
+        assert script.now < decoder.done_at <= script.now + script.seconds
         assert decoder.done_at >= begin + script.seconds
     decoder.drain()
-    assert decoder.done_at <= time.perf_counter()
+    assert decoder.done_at <= script.now
 
 
 class SlowHost:
@@ -282,7 +287,7 @@ class SlowHost:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
         self.now, self.owed, self.tokens, self.steps = 100.0, 0.0, tokens, 0
         self.done: dict[int, tuple[int, float, int]] = {}
-        monkeypatch.setattr(lagged.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(lagged, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     @staticmethod
     def device_s(size: int) -> float:

@@ -31,6 +31,7 @@ from trbatch.engine.engine import Engine
 from trbatch.engine.model import LoadedModel
 from trbatch.engine.sampling import Kind
 from trbatch.engine.sequence import Request
+from trbatch.engine_thread import MOST_TOGETHER
 from trbatch.models import load_model, small_model
 
 LONGEST, DEEPEST, MADE = 512, 12, 8  # tokens; levels of a tree; reports of each shape
@@ -121,8 +122,8 @@ def once(loaded: LoadedModel, batch: int, size: int, requests: list[Request]) ->
     engine._calibration.absorb = lambda *_, **__: None  # type: ignore[method-assign]
     operations = engine._stepper.operations  # type: ignore[union-attr]
     begin = time.perf_counter()
-    for at in range(0, len(requests), 16):
-        engine.add_all(requests[at : at + 16])
+    for at in range(0, len(requests), MOST_TOGETHER):
+        engine.add_all(requests[at : at + MOST_TOGETHER])
     added = time.perf_counter()
     steps = tokens = 0
     while engine.unfinished:
