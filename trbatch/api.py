@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trbatch import adapters, control_verbs, pruning
+from trbatch.checks import refuse_unknown
 from trbatch.config import (
     SAMPLING_FIELDS,
     EngineConfig,
@@ -18,7 +19,6 @@ from trbatch.config import (
     SamplingParams,
     WorkerConfig,
     default_model,
-    refuse_unknown,
 )
 from trbatch.extras import require_worker
 from trbatch.job import JobFolder

@@ -33,11 +33,11 @@ from trbatch.cli_output import (
     print_error,
     print_json,
     print_queue,
-    print_server,
     print_status,
     print_summary,
 )
 from trbatch.cli_reports import REPORT_COMMANDS
+from trbatch.cli_server import server_group
 from trbatch.errors import (
     EXIT_CODES,
     EXIT_OK,
@@ -315,49 +315,11 @@ def collect_command(context: click.Context, /, job: str, **settings: Any) -> Non
     context.exit(_collect(opened, opened.folder.progress(), settings).exit_code)
 
 
-@commands.group("server", epilog=epilog("trbatch server status"))
-def server_group() -> None:
-    """Start, stop or look at the embedded queue server.
-
-    It starts by itself when a command needs it, and belongs to this user on this host.
-    """
-
-
-@server_group.command("start", **example("trbatch server start"))
-@options.json_option
-def server_start(as_json: bool) -> None:
-    """Start the server if it does not run."""
-    from trbatch import server
-
-    print_server(server.start(), as_json=as_json)
-
-
-@server_group.command("stop", **example("trbatch server stop"))
-@options.json_option
-def server_stop(as_json: bool) -> None:
-    """Stop the server; what is queued stays on disk for its next start."""
-    from trbatch import server
-
-    ran = server.stop()
-    if as_json:
-        print_json({"stopped": ran})
-    else:
-        click.echo("stopped" if ran else "was not running")
-
-
-@server_group.command("status", **example("trbatch server status --json"))
-@options.json_option
-def server_status(as_json: bool) -> None:
-    """Tell whether the server runs, and where."""
-    from trbatch import server
-
-    print_server(server.status(), as_json=as_json)
-
-
 for job_command in (*JOB_COMMANDS, *REPORT_COMMANDS):
     commands.add_command(job_command)
 commands.add_command(bench_group)
 commands.add_command(matrix_group)
+commands.add_command(server_group)
 commands.add_command(completion_command)
 
 

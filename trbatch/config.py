@@ -7,16 +7,27 @@ command line reads it from here. An unknown key is an error that names the neare
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from trbatch import structured
+from trbatch.checks import (
+    INT32,
+    bias_of,
+    check_choice,
+    check_integer,
+    check_number,
+    listed,
+    nearest,
+    refuse_unknown,
+    texts_of,
+    whole,
+)
 from trbatch.errors import UsageError
 from trbatch.masking import mask_text
 
@@ -28,8 +39,6 @@ MAX_LOGPROBS = 100  # alternatives at each place
 PRIORITIES = ("high", "normal", "low")  # in the order in which workers take chunks
 MAX_ROW_BYTES = 4 << 20  # a chunk of such rows still fits into memory
 LONGEST_BY_DEFAULT = 8192  # tokens of prompt and output that a worker takes unless asked for more
-_INT32 = 2**31 - 1
-_DIGITS = 20  # of a token id, with zeros in front
 
 
 class _Config:
@@ -98,19 +107,19 @@ class SamplingParams(_Config):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name) or ()
-            object.__setattr__(self, name, _listed(name, value))
+            object.__setattr__(self, name, listed(name, value))
         for name in _WHOLE_NUMBERS:
-            object.__setattr__(self, name, _whole(getattr(self, name)))
-        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
-        object.__setattr__(self, "stop_token_ids", tuple(map(_whole, self.stop_token_ids)))
-        _integer("max_tokens", self.max_tokens, 1, _INT32)
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _number("top_p", self.top_p, 0.0, 1.0, open_below=True)
-        _integer("top_k", self.top_k, -1, _INT32)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _integer("n", self.n, 1, MAX_SAMPLES)
+            object.__setattr__(self, name, whole(getattr(self, name)))
+        object.__setattr__(self, "logit_bias", bias_of(self.logit_bias))
+        object.__setattr__(self, "stop_token_ids", tuple(map(whole, self.stop_token_ids)))
+        check_integer("max_tokens", self.max_tokens, 1, INT32)
+        check_number("temperature", self.temperature, 0.0, math.inf)
+        check_number("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        check_integer("top_k", self.top_k, -1, INT32)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_integer("n", self.n, 1, MAX_SAMPLES)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**63 - 1)
+            check_integer("seed", self.seed, 0, 2**63 - 1)
         for name in ("ignore_eos", "return_token_ids"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -119,20 +128,20 @@ class SamplingParams(_Config):
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError("stop must be a non-empty text or a list of them")
         for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, _INT32)
+            check_integer("stop_token_ids", token, 0, INT32)
         self._check_more()
 
     def _check_more(self) -> None:
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _integer("min_tokens", self.min_tokens, 0, _INT32)
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_integer("min_tokens", self.min_tokens, 0, INT32)
         if self.min_tokens > self.max_tokens:
             most = f"max_tokens, which is {self.max_tokens}"
             raise UsageError(f"min_tokens must be at most {most}, not {self.min_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+                check_integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("reasoning_start", "reasoning_end"):
             if not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name} must be a text, not {getattr(self, name)!r}")
@@ -207,16 +216,16 @@ class JobSpec(_Config):
             object.__setattr__(self, "sampling", SamplingParams.from_dict(self.sampling))
         if not self.input:
             raise UsageError("a job needs an input file")
-        _integer("chunk_size", self.chunk_size, 1)
-        _integer("max_row_bytes", self.max_row_bytes, 1, 1 << 30)
+        check_integer("chunk_size", self.chunk_size, 1)
+        check_integer("max_row_bytes", self.max_row_bytes, 1, 1 << 30)
         check_chat_template_kwargs(self.chat_template_kwargs or {})
         object.__setattr__(self, "chat_template_kwargs", self.chat_template_kwargs or None)
-        fields = _texts("ignore_body_fields", self.ignore_body_fields)
+        fields = texts_of("ignore_body_fields", self.ignore_body_fields)
         object.__setattr__(self, "ignore_body_fields", fields)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**63 - 1)
-        _choice("resume", self.resume, ("never", "always", "if_possible"))
-        _choice("priority", self.priority, ("", *PRIORITIES))
+            check_integer("seed", self.seed, 0, 2**63 - 1)
+        check_choice("resume", self.resume, ("never", "always", "if_possible"))
+        check_choice("priority", self.priority, ("", *PRIORITIES))
 
 
 # What the model's chat template cannot be told, because trbatch decides it.
@@ -266,13 +275,15 @@ class EngineConfig(_Config):
     enforce_eager: bool = False  # on a GPU, launch each kernel by itself: no captured graphs
 
     def __post_init__(self) -> None:
-        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _choice("tree", self.tree, TREES)
+        check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        check_choice("tree", self.tree, TREES)
         for name in ("max_num_seqs", "max_model_len", "tree_size", "prefill_chunk"):
-            _integer(name, getattr(self, name), 0)
+            check_integer(name, getattr(self, name), 0)
         for name in ("page_size", "max_tree_size", "admission_window"):
-            _integer(name, getattr(self, name), 1)
-        _number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_below=True)
+            check_integer(name, getattr(self, name), 1)
+        check_number(
+            "gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_below=True
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -297,11 +308,11 @@ class WorkerConfig(_Config):
     def __post_init__(self) -> None:
         if isinstance(self.engine, Mapping):
             object.__setattr__(self, "engine", EngineConfig.from_dict(self.engine))
-        object.__setattr__(self, "roots", _texts("roots", self.roots))
-        _number("publish_s", self.publish_s, 0.0, 3600.0)
-        _integer("chunks_in_flight", self.chunks_in_flight, 0)
-        _integer("metrics_port", self.metrics_port, 0, 65_535)
-        _number("grace_s", self.grace_s, 0.0, 24 * 3600.0)
+        object.__setattr__(self, "roots", texts_of("roots", self.roots))
+        check_number("publish_s", self.publish_s, 0.0, 3600.0)
+        check_integer("chunks_in_flight", self.chunks_in_flight, 0)
+        check_integer("metrics_port", self.metrics_port, 0, 65_535)
+        check_number("grace_s", self.grace_s, 0.0, 24 * 3600.0)
 
 
 PROJECT_SETTINGS = ("model", "worker")  # of `trbatch.toml`; the latter is `profiles`'
@@ -324,7 +335,7 @@ def default_model(folder: Path | None = None) -> str:
         raise UsageError(f"{file} is not valid TOML: {error}") from error
     for key in settings:
         if key not in PROJECT_SETTINGS:
-            hint = _nearest(key, PROJECT_SETTINGS)
+            hint = nearest(key, PROJECT_SETTINGS)
             raise UsageError(f"{file}: unknown setting {key!r}", hint=hint)
     return str(settings.get("model", DEFAULT_MODEL))
 
@@ -352,81 +363,3 @@ def default_store() -> Path | str:
     """
     store = os.environ.get("TRBATCH_STORE", "")
     return store if "://" in store else Path(store or state_folder() / "jobs")
-
-
-def refuse_unknown(keys: Iterable[str], names: Sequence[str], *, what: str = "setting") -> None:
-    """Refuse a key that is none of the names.
-
-    Raises:
-        UsageError: names the nearest valid one.
-    """
-    for key in keys:
-        if key not in names:
-            raise UsageError(f"unknown {what} {key!r}", hint=_nearest(key, names))
-
-
-def _nearest(key: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(names))}"
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _listed(name: str, value: Any) -> tuple[Any, ...]:
-    """A list as a tuple. A text is none: it would become the list of its letters."""
-    if not isinstance(value, list | tuple):
-        spelled = f'"{value}"' if isinstance(value, str) else str(value)  # in TOML and in Python
-        hint = f"write {name} = [{spelled}]" if isinstance(value, str | int) else None
-        raise UsageError(f"{name} must be a list, not {value!r:.80}", hint=hint)
-    return tuple(value)
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = _listed(name, value)
-    for text in texts:
-        if not isinstance(text, str):
-            raise UsageError(f"{name} must be a list of texts; {text!r} is none")
-    return texts
-
-
-def _bias(value: Any) -> dict[str, float]:
-    """A bias with its token ids as text, as JSON has them; from a mapping or a list of pairs."""
-    try:
-        given = dict({} if value is None else value).items()
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"logit_bias must map token ids to numbers, not {value!r:.80}") from error
-    checked = {}
-    for token, bias in given:
-        if bias is None:  # a table's other rows have this token
-            continue
-        spelled = str(_whole(token))
-        is_number = spelled.isascii() and spelled.isdecimal() and len(spelled) <= _DIGITS
-        if not is_number or int(spelled) > _INT32:
-            raise UsageError(f"logit_bias has {token!r:.80}, which is no token id")
-        _number(f"logit_bias of token {spelled}", bias, -100.0, 100.0)
-        checked[str(int(spelled))] = float(bias)
-    return checked
-
-
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{name} must be a whole number, not {value!r}")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UsageError(f"{name} must be {bound}, not {value}")
-
-
-def _number(name: str, value: Any, low: float, high: float, *, open_below: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"{name} must be a number, not {value!r}")
-    if value < low or value > high or (open_below and value == low):
-        bound = f"{'above' if open_below else 'at least'} {low:g}"
-        upper = f" and at most {high:g}" if math.isfinite(high) else ""
-        raise UsageError(f"{name} must be {bound}{upper}, not {value:g}")
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(filter(None, choices))}, not {value!r}")
