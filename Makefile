@@ -52,20 +52,26 @@ demo: $(VENV)/worker.stamp
 	$(DEMO_ENV) $(BIN)/trbatch run jobs/sample_prompts.jsonl --output $(DEMO)/answers.parquet \
 		--name demo-$$(date +%Y%m%d-%H%M%S) --task demo --max-tokens 96 $(DEMO_FLAGS)
 
-# Two files at a time, each with one thread for torch: most tests wait for processes, and threads of
-# two processes would wait for each other. The long tests, which measure, have the machine alone.
+# Two at a time, each with one thread for torch: most tests wait for processes, and threads of two
+# processes would wait for each other. What measures time or memory has the machine alone.
+TWO_FILES := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
+TWO_TESTS := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
+NO_TORTURE := $(if $(ONLY_LONG), and not torture)
+
 test: $(VENV)/all.stamp
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not long" --junitxml=$(REPORTS)/test.xml
+	$(TWO_FILES) -m "not long" --junitxml=$(REPORTS)/test.xml
 
 test-full: $(if $(ONLY_LONG),,test) $(VENV)/all.stamp
-	$(PYTEST) -m "long$(if $(ONLY_LONG), and not torture)" --junitxml=$(REPORTS)/test-full.xml
+	$(TWO_TESTS) -m "long and not alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-full.xml
+	$(PYTEST) -m "long and alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-alone.xml
 
 SECONDS ?= 60
 SEED ?= 1
 
 torture: $(VENV)/all.stamp
 	$(BIN)/python tests/torture.py --seconds $(SECONDS) --seed $(SEED)
-	$(PYTEST) -m torture --junitxml=$(REPORTS)/torture.xml
+	$(TWO_TESTS) -m "torture and not alone" --junitxml=$(REPORTS)/torture.xml
+	$(PYTEST) -m "torture and alone" --junitxml=$(REPORTS)/torture-alone.xml
 
 lint: $(VENV)/all.stamp
 	$(BIN)/ruff check .

@@ -33,7 +33,11 @@ def facts(task: str = "mails", model: str = "f00d", **values) -> Facts:
 def put(store: Path, *, value: int = 7, anew: bool = False, **values) -> Path:
     made = facts(**values)
     file = matrix_file(store / "matrices", made.model, made.task)
-    saved.save(file, {"rows": torch.full((4, 8), value, dtype=torch.int32)}, made, anew=anew)
+    parts = {
+        "rows": torch.full((4, 8), value, dtype=torch.int32),
+        "pair_keys": torch.full((2,), -2), "pair_rows": torch.full((2, 8), -1, dtype=torch.int32),
+    }  # fmt: skip
+    saved.save(file, parts, made, anew=anew)
     return file
 
 
@@ -182,7 +186,7 @@ def test_reset_forgets_what_workers_share_too(store: Path, redis_url: str) -> No
         MatrixStream(connection, key).join(b"rows")
         assert connection.exists(f"{key}:snapshot")
         run("reset", "mails", "--store", store, "--redis-url", redis_url)
-        assert not connection.keys(f"{key}*")
+        assert connection.keys(f"{key}*") == [f"{key}:forgotten".encode()]
         connection.close()
 
 
@@ -213,3 +217,58 @@ def test_what_was_counted_long_ago_counts_less_and_cold_forgets_it(store: Path) 
 )
 def test_ages_are_told_in_their_largest_unit(seconds: float, words: str) -> None:
     assert matrices.describe_age(seconds) == words
+
+
+def test_nothing_is_imported_that_is_cut_short_or_lacks_a_part(store: Path, tmp_path: Path) -> None:
+    whole = put(store).read_bytes()
+    cut, part = tmp_path / "cut.safetensors", tmp_path / "part.safetensors"
+    cut.write_bytes(whole[:-8])
+    save_file({"rows": torch.zeros(4, 8)}, part, metadata=facts().to_metadata())
+    for file, words in ((cut, "bytes where"), (part, "no pair_keys, pair_rows")):
+        with pytest.raises(InputError, match=words) as caught:
+            matrices.import_file(file, store / "matrices", task="other")
+        assert str(file) in str(caught.value)
+    assert len(matrices.all_in(store / "matrices")) == 1
+
+
+@pytest.mark.parametrize("model", ["../../outside", "/tmp/outside", "..", ""])
+def test_an_imported_file_names_no_place_outside_the_store(
+    store: Path, tmp_path: Path, model: str
+) -> None:
+    file = tmp_path / "evil.safetensors"
+    put(store).rename(file)
+    parts, said = load_file(file), facts(model=model)
+    save_file(parts, file, metadata=said.to_metadata())
+    with pytest.raises(InputError, match="fingerprint"):
+        matrices.import_file(file, store / "matrices")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.safetensors", "store"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"rows": "many"}, {"rows": True}, {"task": 3}, {"cold_jobs": "job"}, {"with_it": 1}]
+)
+def test_facts_of_another_type_are_none(store: Path, change: dict, caplog) -> None:
+    put(store, task="good")
+    bad = put(store, task="bad")
+    said = json.loads(facts(task="bad").to_metadata()[matrices.METADATA]) | change
+    save_file(load_file(bad), bad, metadata={matrices.METADATA: json.dumps(said)})
+    assert [one.facts.task for one in matrices.all_in(store / "matrices")] == ["good"]
+    assert str(bad) in caplog.text
+
+
+def test_a_position_of_another_life_says_nothing_of_which_state_is_later(store: Path) -> None:
+    file = put(store, position="9999999999999-0/aaaa")
+    put(store, value=1, position="5-0/aaaa")
+    assert load_file(file)["rows"][0, 0] == 7, "an earlier state of the same stream"
+    put(store, value=2, position="5-0/bbbb")
+    assert load_file(file)["rows"][0, 0] == 2
+
+
+@pytest.mark.parametrize("spelled", ["~/st", "file://{home}/st", "{home}/x/../st"])
+def test_one_store_is_one_stream_however_it_is_spelled(
+    spelled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    usual = stream_key("m", TaskKey("t", tmp_path / "st" / "matrices"))
+    other = matrices.below(spelled.format(home=tmp_path), "matrices")
+    assert stream_key("m", TaskKey("t", other)) == usual

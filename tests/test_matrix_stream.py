@@ -142,4 +142,98 @@ def test_streams_can_be_forgotten(server: redis.Redis) -> None:
     stream.exchange(b"delta")
     assert server.keys("trbatch:matrix:*")
     matrix_stream.forget(server, "m", TaskKey("night"))
-    assert not server.keys("trbatch:matrix:*")
+    left = server.keys("trbatch:matrix:*")
+    assert [key.rpartition(b":")[2] for key in left] == [b"forgotten"]
+    assert 0 < server.ttl(left[0]) <= 24 * 3600
+
+
+def test_what_was_replaced_on_purpose_is_joined_by_nobody_who_held_it(server: redis.Redis) -> None:
+    key = matrix_stream.stream_key("m", TaskKey("night"))
+    old, new = MatrixStream(server, key), MatrixStream(server, key)
+    old.join(b"old")
+    matrix_stream.forget(server, "m", TaskKey("night"))
+    assert new.join(b"new") is None
+    news = old.exchange(b"delta")
+    assert news.stale and not news.deltas
+    assert not new.exchange(b"").stale
+    late = MatrixStream(server, key)
+    assert late.join(b"late") == b"new"
+
+
+def test_who_knows_nothing_yet_and_finds_a_poisoned_snapshot_goes_on(server: redis.Redis) -> None:
+    for poison in (b"0-0\n", b"", b"0-0", b"\xff\n"):
+        server.set(f"{KEY}:snapshot", poison)
+        copy = Copy(server)
+        write(copy.matrix, 3)
+        copy.join()
+        copy.exchange()
+        server.flushall()
+
+
+def test_a_server_that_comes_back_with_an_older_state_is_noticed(server: redis.Redis) -> None:
+    """As one does that is restored from its last dump: then all begin again from what it has."""
+    one, other = Copy(server), Copy(server)
+    one.join()
+    other.join()
+    write(one.matrix, 1)
+    for copy in (one, other):
+        copy.exchange()
+    dumped = {key: server.dump(key) for key in (KEY, f"{KEY}:snapshot")}
+    write(one.matrix, 2)
+    for copy in (one, other):
+        copy.exchange()
+    for key, value in dumped.items():
+        server.restore(key, 0, value, replace=True)
+    write(other.matrix, 3)
+    write(one.matrix, 4)
+    for copy in (one, other) * 4:
+        news = copy.stream.exchange(data := copy.copies.take(TASK))
+        if news.lost:
+            copy.copies.put_back(TASK, data)
+            copy.join()
+        else:
+            copy.copies.merge(TASK, news.whole, news.deltas, copy.stream.position)
+    assert same(one.matrix, other.matrix)
+    late = Copy(server)
+    late.join()
+    late.exchange()
+    assert same(late.matrix, one.matrix)
+    assert (one.matrix.shared[1] >= 0).any()
+
+
+def test_a_snapshot_has_no_row_that_the_others_will_never_get(server: redis.Redis) -> None:
+    """Its writer may die before it sends what it has changed since."""
+    writer, other = Copy(server), Copy(server)
+    for copy in (writer, other):
+        copy.join()
+    write(writer.matrix, 1)
+    writer.exchange()
+    write(writer.matrix, 2)
+    changes = writer.copies.take(TASK)
+    kept = writer.stream.write_snapshot(
+        writer.copies.whole(TASK), writer.copies.position(TASK), changes
+    )
+    assert kept
+    late = Copy(server)
+    late.join()
+    for copy in (late, other):
+        copy.exchange()
+    assert same(late.matrix, other.matrix) and same(late.matrix, writer.matrix)
+
+
+def test_a_late_snapshot_takes_no_later_ones_place(server: redis.Redis) -> None:
+    slow, quick = Copy(server), Copy(server)
+    for copy in (slow, quick):
+        copy.join()
+    write(slow.matrix, 1)
+    slow.exchange()
+    whole, position = slow.copies.whole(TASK), slow.copies.position(TASK)
+    write(quick.matrix, 2)
+    quick.exchange()
+    assert quick.stream.write_snapshot(quick.copies.whole(TASK), quick.copies.position(TASK))
+    assert not slow.stream.write_snapshot(whole, position, b"changes")
+    assert server.xlen(KEY) == 1, "nothing was sent"
+    late = Copy(server)
+    late.join()
+    late.exchange()
+    assert same(late.matrix, quick.matrix)

@@ -96,7 +96,7 @@ def test_old_evidence_fades_and_memory_is_bounded(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(2)
     counts = counted(torch.randint(0, 8, (3000,), generator=generator).tolist())
     assert counts.places < 1000
-    assert len(counts._counts) <= 200
+    assert len(counts.to_tensors()["paths"]) <= 200
     counted([5, None] * 2000, counts)
     assert counts.tree().paths[0] == (5,)
 

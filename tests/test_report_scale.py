@@ -106,6 +106,7 @@ def measured(job: JobFolder, page: Path) -> dict[str, float]:
 
 
 @pytest.mark.long
+@pytest.mark.alone
 def test_many_rows_take_little_memory_and_make_a_small_page(tmp_path: Path) -> None:
     rows = int(os.environ.get("TRBATCH_TEST_ROWS", "250000"))
     few = measured(make_job(tmp_path, 50_000), tmp_path / "few.html")

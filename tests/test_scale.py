@@ -97,6 +97,7 @@ def test_a_job_of_20_000_rows_is_drained_in_little_memory(tmp_path: Path, redis_
 
 
 @pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.torture
 def test_a_job_of_a_million_rows_is_drained_in_little_memory(
     tmp_path: Path, redis_url: str

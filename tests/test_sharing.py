@@ -11,11 +11,14 @@ import pytest
 import redis
 import tiny
 import torch
+from click.testing import CliRunner
 from matrix_tools import CPU
 from worker_tools import Background, config, submit, wait_for
 
 from trbatch import matrix_stream, sharing
+from trbatch.cli import commands
 from trbatch.engine import replica
+from trbatch.engine.engine import MAX_TASKS
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.replica import unpack
 from trbatch.engine.sequence import TaskKey
@@ -130,7 +133,8 @@ def test_a_worker_without_the_server_decodes_on_and_shares_later(
         away.clear()
         wait_for(streams)
         # Nothing was lost: whoever joins now has what was learned meanwhile.
-        wait_for(lambda: task_of(load.engines[0], "night").position != matrix_stream.BEGIN)
+        begin = f"{matrix_stream.BEGIN}/"
+        wait_for(lambda: not task_of(load.engines[0], "night").position.startswith(begin))
         engine = load.engines[0]
         copy = Matrix(slots=1, vocab_size=tiny.VOCAB, tasks=1, device=CPU)
         late = MatrixStream(jobs.connection, streams()[0].decode())
@@ -236,9 +240,10 @@ def test_what_is_learned_after_the_last_question_is_still_sent(
     shared.tick()
     shared.finish(task)
     assert asked == ["send_whole", "merge", "send_changes"]
-    shared.heed(Changes(task, b"", matrix_stream.BEGIN))
+    begin = shared._shares[task].stream.position
+    shared.heed(Changes(task, b"", begin))
     assert asked[3:] == ["merge", "send_changes"]
-    shared.heed(Changes(task, b"", matrix_stream.BEGIN))
+    shared.heed(Changes(task, b"", begin))
     assert asked[5:] == ["merge", "save"]
 
 
@@ -252,3 +257,107 @@ def test_nobody_waits_for_an_engine_that_is_dead(jobs: JobQueue) -> None:
     begin = time.monotonic()
     shared.close()
     assert time.monotonic() - begin < 1.0
+
+
+class Left:
+    """How the world of an idle worker changes behind its back."""
+
+    def __init__(self, jobs: JobQueue, store: str) -> None:
+        self.jobs, self.store = jobs, store
+
+    def expired(self) -> None:
+        self.jobs.connection.delete(*self.jobs.connection.keys("trbatch:matrix:*"))
+
+    def wiped(self) -> None:
+        self.jobs.connection.flushall()
+
+    def poisoned(self) -> None:
+        for key in self.jobs.connection.keys("trbatch:matrix:*:snapshot"):
+            self.jobs.connection.set(key, b"0-0\n")
+
+    def reset(self) -> None:
+        arguments = ["matrix", "reset", "night", "--force", "--store", self.store]
+        done = CliRunner().invoke(commands, [*arguments, "--redis-url", self.jobs.url])
+        assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("how", ["expired", "wiped", "poisoned", "reset"])
+def test_an_idle_worker_outlives_what_it_shares(
+    how: str, jobs: JobQueue, tmp_path: Path, quick: None
+) -> None:
+    load = LoadedTiny()
+    job = submit(jobs, tmp_path, prompts(6), task="night", sampling={"max_tokens": 16})
+    worker = Background(jobs.url, load)
+    try:
+        wait_for(lambda: job.progress().complete, 60)
+        wait_for(lambda: job.task_key.folder and list(tmp_path.rglob("*.safetensors")))
+        wait_for(lambda: task_of(load.engines[0], "night").position)
+        filled = int((rows_of_task(load.engines[0], "night")[0] >= 0).any(1).sum())
+        getattr(Left(jobs, str(Path(job.path).parent)), how)()
+        time.sleep(1.0)  # ten exchanges
+        again = submit(jobs, tmp_path, prompts(1), name="again", task="night",
+                       sampling={"max_tokens": 2})  # fmt: skip
+        wait_for(lambda: again.progress().complete, 60)
+        wait_for(lambda: task_of(load.engines[0], "night").position)
+        now = int((rows_of_task(load.engines[0], "night")[0] >= 0).any(1).sum())
+        assert now < filled / 2 if how == "reset" else now >= filled / 2
+        assert worker.thread.is_alive()
+    finally:
+        worker.stop()
+
+
+def test_a_cold_job_of_one_worker_makes_another_forget_and_live(
+    jobs: JobQueue, tmp_path: Path, quick: None
+) -> None:
+    """The other holds the warm matrix open, which must not come back through the stream."""
+    load = LoadedTiny()
+    workers = [Background(jobs.url, load) for _ in range(2)]
+    try:
+        first = submit(jobs, tmp_path, prompts(24), chunk_size=2, task="night",
+                       sampling={"max_tokens": 40})  # fmt: skip
+        wait_for(lambda: first.progress().complete, 60)
+        assert all(engine.stats()["tokens"] for engine in load.engines), "one did all the work"
+        wait_for(lambda: equal(*load.engines, "night"))
+        warm = (rows_of_task(load.engines[0], "night")[0] >= 0).any(1)
+        cold = submit(jobs, tmp_path, prompts(1), name="cold", task="night", cold=True,
+                      sampling={"max_tokens": 4})  # fmt: skip
+        wait_for(lambda: jobs.counts(cold).finished == len(cold.manifest.chunk_samples), 60)
+        time.sleep(1.0)
+        later = submit(jobs, tmp_path, prompts(8), chunk_size=1, name="later", task="night",
+                       sampling={"max_tokens": 2})  # fmt: skip
+        wait_for(lambda: later.progress().complete, 60)
+        time.sleep(0.5)
+        for engine in load.engines:
+            if (task := engine._tasks.current(later.task_key)) is not None:
+                now = (engine._matrix.shared[task.index] >= 0).any(1)
+                assert now.sum() < warm.sum() / 2
+        assert all(worker.thread.is_alive() for worker in workers)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def test_a_task_that_made_room_is_shared_no_longer_and_joins_again(
+    jobs: JobQueue, tmp_path: Path, quick: None
+) -> None:
+    load = LoadedTiny()
+    worker = Background(jobs.url, load)
+    done: list[Any] = []
+    try:
+        for number in range(MAX_TASKS + 2):
+            job = submit(jobs, tmp_path, prompts(1), name=f"n{number}", task=f"t{number}",
+                         sampling={"max_tokens": 4})  # fmt: skip
+            wait_for(lambda job=job: job.progress().complete, 60)
+            done.append(job)
+        for key in jobs.connection.keys("trbatch:matrix:*:snapshot"):
+            jobs.connection.delete(key)
+        time.sleep(1.0)
+        snapshots = len(jobs.connection.keys("trbatch:matrix:*:snapshot"))
+        assert snapshots <= MAX_TASKS, "somebody has shared what is not open"
+        again = submit(jobs, tmp_path, prompts(1), name="again", task="t0",
+                       sampling={"max_tokens": 4})  # fmt: skip
+        wait_for(lambda: again.progress().complete, 60)
+        wait_for(lambda: task_of(load.engines[0], "t0").position)
+        assert worker.thread.is_alive()
+    finally:
+        worker.stop()

@@ -53,11 +53,17 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A task's whole matrix, which includes the stream up to `position`."""
+    """A task's whole matrix, which includes the stream up to `position`.
+
+    `data`: b"" if the task is not open. `changes`: if asked for, what of it was not sent yet.
+    `cold`: it is to take the place of what was known of the task.
+    """
 
     task: TaskKey
     data: bytes
     position: str
+    changes: bytes = b""
+    cold: bool = False
 
 
 Event = Ready | Finished | LoadFailed | Broken | Changes | Whole

@@ -46,6 +46,10 @@ class Copies(Protocol):
 
     def whole(self, key: TaskKey, /) -> bytes: ...
 
+    def began_cold(self, key: TaskKey, /) -> bool: ...
+
+    def outdate(self, key: TaskKey, /) -> None: ...
+
     def merge(
         self, key: TaskKey, whole: bytes | None, deltas: Iterable[bytes], position: str, /
     ) -> None: ...
@@ -171,9 +175,17 @@ class EngineThread:
         """Answer with `Changes`."""
         self._orders.put(partial(self._send_changes, task))
 
-    def send_whole(self, task: TaskKey) -> None:
-        """Answer with `Whole`."""
-        self._orders.put(partial(self._send_whole, task))
+    def send_whole(self, task: TaskKey, *, with_changes: bool = False) -> None:
+        """Answer with `Whole`.
+
+        Args:
+            with_changes: what was not sent yet counts as sent, and comes along.
+        """
+        self._orders.put(partial(self._send_whole, task, with_changes=with_changes))
+
+    def outdate(self, task: TaskKey) -> None:
+        """What is known of this task was replaced: its file is the truth when it is next used."""
+        self._orders.put(partial(self._with_copies, lambda copies: copies.outdate(task)))
 
     def put_back(self, task: TaskKey, data: bytes) -> None:
         """These changes could not be sent on: they will be part of the next ones."""
@@ -359,9 +371,11 @@ class EngineThread:
 
         self._with_copies(send)
 
-    def _send_whole(self, task: TaskKey) -> None:
+    def _send_whole(self, task: TaskKey, *, with_changes: bool) -> None:
         def send(copies: Copies) -> None:
-            self.events.put(Whole(task, copies.whole(task), copies.position(task)))
+            changes = copies.take(task) if with_changes else b""
+            whole, position = copies.whole(task), copies.position(task)
+            self.events.put(Whole(task, whole, position, changes, copies.began_cold(task)))
 
         self._with_copies(send)
 

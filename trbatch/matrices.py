@@ -16,7 +16,7 @@ import re
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
@@ -30,8 +30,11 @@ from trbatch.storage import place, writing
 logger = logging.getLogger("trbatch")
 
 METADATA = "trbatch_matrix"  # key of the facts in a file's header
+PARTS = ("rows", "pair_keys", "pair_rows")  # tensors that each file has
+_FINGERPRINT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LENGTH = struct.Struct("<Q")  # of the header, the first bytes of a safetensors file
 _LONGEST_HEADER = 16 << 20
+_COLD_JOBS = 256  # whose beginning is remembered
 _MEMORY_TOKENS = 200_000.0  # after which what was counted of acceptance counts half
 
 # A file or a folder: a path on a disk, a URL's text in an object store.
@@ -66,6 +69,7 @@ class Facts:
     `with_it` and `without_it` count rows drafted with the task's rows and, beside them in the same
     runs, a few drafted without. `tree`: the learned tree in falling order, each node as its path of
     ranks and the chance that it comes true. `position`: in the stream that workers share.
+    `cold_jobs`: the latest jobs that began cold and whose matrix took the place of an earlier one.
     """
 
     task: str
@@ -78,6 +82,7 @@ class Facts:
     with_it: Acceptance = field(default_factory=Acceptance)
     without_it: Acceptance = field(default_factory=Acceptance)
     tree: list[tuple[list[int], float]] = field(default_factory=list)
+    cold_jobs: list[str] = field(default_factory=list)
 
     def to_metadata(self) -> dict[str, str]:
         """As the header of a safetensors file takes it."""
@@ -88,9 +93,17 @@ class Facts:
         """The facts of a header. Raises ValueError, KeyError or TypeError: there are none."""
         values = orjson.loads(metadata[METADATA])
         for name in ("with_it", "without_it"):
-            values[name] = Acceptance(**values[name])
+            counted = {key: float(value) for key, value in values[name].items()}
+            values[name] = Acceptance(**counted)
         values["tree"] = [([int(rank) for rank in path], float(p)) for path, p in values["tree"]]
-        return cls(**values)
+        facts = cls(**values)
+        _check_types(facts)
+        return facts
+
+    def known_cold(self, earlier: Facts) -> Facts:
+        """These facts with the cold jobs that `earlier` knows of as well."""
+        jobs = dict.fromkeys([*earlier.cold_jobs, *self.cold_jobs])
+        return replace(self, cold_jobs=list(jobs)[-_COLD_JOBS:])
 
     def after(self, earlier: Facts) -> Facts:
         """These facts with what was counted before `earlier` was saved as well."""
@@ -256,13 +269,16 @@ def import_file(source: Path, folder: Place, *, task: str = "", force: bool = Fa
         The file that was made.
 
     Raises:
-        InputError: the file is no matrix.
+        InputError: the file is no matrix, or not a whole one.
         UsageError: the task has one already.
     """
     facts = read(source).facts
     header, body = _header(source)
-    # Positions are those of another server's stream.
-    facts = replace(facts, task=task or facts.task, position="")
+    _check_whole(source, header, body)
+    if not _FINGERPRINT.fullmatch(facts.model):  # it becomes a folder's name
+        raise InputError(f"{source} is for no model: its fingerprint is {facts.model!r:.80}")
+    # Positions are those of another server's stream, and jobs those of another store.
+    facts = replace(facts, task=task or facts.task, position="", cold_jobs=[])
     target = matrix_file(folder, facts.model, facts.task)
     header["__metadata__"] |= facts.to_metadata()
     raw = orjson.dumps(header)
@@ -274,6 +290,16 @@ def import_file(source: Path, folder: Place, *, task: str = "", force: bool = Fa
             data.seek(body)
             out.write(_LENGTH.pack(len(raw)) + raw + data.read())
     return target
+
+
+def put_aside(file: Place) -> Place:
+    """Let a file that cannot be used make room for a sound one. Returns its new place."""
+    parent, name = place(file)
+    aside = f"{name}.unusable"
+    with locked(file):
+        parent.write(aside, parent.read(name))
+        parent.remove(name)
+    return parent.join(aside)
 
 
 def remove(saved: SavedMatrix) -> None:
@@ -293,12 +319,16 @@ def describe_age(seconds: float) -> str:
 
 
 def before(one: str, other: str) -> bool:
-    """Whether one stream position stands before another."""
-    return _order(one) < _order(other)
+    """Whether one position stands before another of the same life of the stream.
+
+    A position is `<milliseconds>-<number>/<life>`; without a life it is of one that has none.
+    """
+    (entry, _, life), (other_entry, _, other_life) = one.partition("/"), other.partition("/")
+    return life == other_life and _order(entry) < _order(other_entry)
 
 
-def _order(position: str) -> tuple[int, int]:
-    milliseconds, _, number = position.partition("-")
+def _order(entry: str) -> tuple[int, int]:
+    milliseconds, _, number = entry.partition("-")
     return int(milliseconds), int(number)
 
 
@@ -323,6 +353,31 @@ def _header(file: Place) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise ValueError("it is not in the safetensors format")
     return header, _LENGTH.size + length
+
+
+def _check_whole(file: Path, header: dict[str, Any], body: int) -> None:
+    """Refuse a file that was cut short on its way, or that lacks a part."""
+    size = file.stat().st_size
+    try:
+        parts = {name: part for name, part in header.items() if name != "__metadata__"}
+        end = max(int(part["data_offsets"][1]) for part in parts.values())
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is no matrix that trbatch saved: {error!r}") from error
+    if missing := [name for name in PARTS if name not in parts]:
+        raise InputError(f"{file} is no whole matrix: it has no {', '.join(missing)}")
+    if body + end != size:
+        hint = "copy it again"
+        raise InputError(f"{file} has {size:,} bytes where {body + end:,} belong", hint=hint)
+
+
+def _check_types(facts: Facts) -> None:
+    for one in fields(facts):
+        value, wanted = getattr(facts, one.name), {"str": str, "int": int}.get(str(one.type))
+        if wanted is not None and type(value) is not wanted:
+            raise TypeError(f"its {one.name} is {value!r:.80}")
+    jobs = facts.cold_jobs
+    if not isinstance(jobs, list) or not all(isinstance(job, str) for job in jobs):
+        raise TypeError(f"its cold_jobs are {jobs!r:.80}")
 
 
 def _rounded(value: float | None) -> float | None:

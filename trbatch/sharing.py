@@ -73,7 +73,7 @@ class Sharing:
     def tick(self) -> None:
         """Begin the exchanges that are due."""
         now = time.monotonic()
-        for task, share in self._shares.items():
+        for task, share in self._shares.items():  # answers, which may end one, come later
             if not share.asked and (share.finishing or now >= share.due):
                 self._ask(task)
 
@@ -122,7 +122,7 @@ class Sharing:
             self._silent = False
         except redis.RedisError as error:
             self._fail(event, share, error)
-        if share.finishing or share.snapshot:
+        if (share.finishing or share.snapshot) and event.task in self._shares:
             self._ask(event.task)
 
     def _ask(self, task: TaskKey) -> None:
@@ -130,31 +130,48 @@ class Sharing:
         share.asked, share.last = True, share.finishing
         if share.joined and not share.snapshot:
             self._engine.send_changes(task)
+        elif share.snapshot:
+            self._engine.send_whole(task, with_changes=True)
         else:
             self._engine.send_whole(task)
 
     def _heed_whole(self, event: Whole, share: _Share) -> None:
+        if not event.data:
+            # The engine had to make room for other tasks; with its next rows it is opened again.
+            self._drop(event.task, share)
+            return
         if share.snapshot:
-            share.snapshot = False
-            share.stream.write_snapshot(event.data, event.position)
+            self._keep_snapshot(event, share)
             return
         whole = share.stream.join(event.data)
         share.joined = True
-        if event.task.cold and whole is None and self._connection is not None:
+        if event.cold and whole is None and self._connection is not None:
             # It takes the place of what its task has learned, on the server as in the file.
             forget(self._connection, share.model, _warm(event.task))
         self._engine.merge(event.task, whole, [], share.stream.position)
+
+    def _keep_snapshot(self, event: Whole, share: _Share) -> None:
+        share.snapshot = False
+        in_place = event.position == share.stream.position
+        if not in_place or not share.stream.write_snapshot(
+            event.data, event.position, event.changes
+        ):
+            self._put_back(event.task, event.changes)
 
     def _exchange(self, event: Changes, share: _Share) -> None:
         if event.position != share.stream.position:
             # The engine had to make room and has loaded the matrix again: begin again, too.
             share.joined = False
-            self._engine.put_back(event.task, event.data)
+            self._put_back(event.task, event.data)
             return
         news = share.stream.exchange(event.data)
+        if news.stale:
+            self._engine.outdate(event.task)
+            self._drop(event.task, share)
+            return
         if news.lost:
             share.joined = False
-            self._engine.put_back(event.task, event.data)
+            self._put_back(event.task, event.data)
             return
         self._engine.merge(event.task, news.whole, news.deltas, share.stream.position)
         if share.finishing and share.last:
@@ -167,11 +184,22 @@ class Sharing:
             logger.warning("the shared matrix cannot be reached, going on without: %s", error)
         self._silent = True
         share.due, share.snapshot = time.monotonic() + RETRY_S, False
-        if isinstance(event, Changes) and event.data:
-            self._engine.put_back(event.task, event.data)
+        self._put_back(event.task, event.data if isinstance(event, Changes) else event.changes)
+        self._save_if_finishing(share)
+
+    def _drop(self, task: TaskKey, share: _Share) -> None:
+        """Share this task no longer; its next chunk opens it again."""
+        del self._shares[task]
+        self._save_if_finishing(share)
+
+    def _save_if_finishing(self, share: _Share) -> None:
         if share.finishing:
             share.finishing = False
             self._engine.save()
+
+    def _put_back(self, task: TaskKey, changes: bytes) -> None:
+        if changes:
+            self._engine.put_back(task, changes)
 
 
 def _warm(task: TaskKey) -> TaskKey:

@@ -6,6 +6,7 @@ they give it). A cell that was hardly seen takes the chance of its group. Saved 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -20,6 +21,7 @@ _MOST = 0.98  # below 1, so that a child is always less likely than its parent
 _GROUP_WEIGHT = 8.0  # observations that a group's chance is worth to its cells
 _PRIOR_WEIGHT = 20.0  # observations that the prior is worth to a group
 _MEMORY = 4000.0  # observations of one cell after which an old one counts half
+_MOST_SEEN = _MEMORY / math.log(2)  # as many are kept where old ones fade with each new one
 _REFRESH = (4, 64)  # steps between two looks at the counts, when few and when many are there
 
 # What a first run knows, by origin and rank, measured with the small model on prompts that the
@@ -62,6 +64,7 @@ class Calibration:
         self._members = _members_of(torch.cat(by_depth)).to(device)  # [groups, most of one]
         # [task, true or seen, place]
         self._counts = torch.zeros(tasks, 2, PLACES, dtype=torch.float64, device=device)
+        self._fresh = torch.zeros_like(self._counts)  # of it, since it was saved the last time
         self._steps = [0] * tasks  # counted
         self._due = [0] * tasks  # the step at which the chances are looked at again
         self._chances = torch.zeros(tasks, PLACES, device=device)
@@ -108,28 +111,49 @@ class Calibration:
         counted = fresh.to(self._counts)
         self._counts *= 0.5 ** (counted[:, 1:] / _MEMORY)
         self._counts += counted
+        self._fresh += counted
         fresh.zero_()
         self._tick(set(tasks), steps)
 
     def count_few(self, places: Sequence[int], true: Sequence[bool]) -> None:
         """The same without tensor operations, for counts in the CPU's memory."""
         counts, fade = self._counts.numpy(), 0.5 ** (1 / _MEMORY)
+        fresh = self._fresh.numpy()
         for place, came in zip(places, true, strict=True):
             task, at = divmod(place, PLACES)
             counts[task, 0, at] = counts[task, 0, at] * fade + came
             counts[task, 1, at] = counts[task, 1, at] * fade + 1.0
+            fresh[task, 0, at] += came
+            fresh[task, 1, at] += 1.0
         self._tick({place // PLACES for place in places})
 
     def of_task(self, task: int) -> Tensor:
         """[2, PLACES] what came true and what was seen, to be kept."""
         return self._counts[task].cpu().clone()
 
+    def added_to(self, kept: Tensor | None, task: int) -> Tensor:
+        """[2, PLACES] what others have kept, with what was counted here since `saved`."""
+        if kept is None or not self._fits(kept):
+            return self.of_task(task)
+        fresh = self._fresh[task].cpu()
+        both = kept.to(fresh) + fresh
+        return both * (_MOST_SEEN / both[1].clamp(min=_MOST_SEEN))
+
+    def saved(self, task: int) -> None:
+        """What was counted so far is kept."""
+        self._fresh[task] = 0.0
+
     def restore(self, task: int, counts: Tensor | None) -> None:
-        """Go on from what was kept; None or counts of another shape: begin anew."""
-        known = counts is not None and counts.shape == self._counts[task].shape
+        """Go on from what was kept; None or what are no counts of this kind: begin anew."""
+        known = counts is not None and self._fits(counts)
         self._counts[task] = counts.to(self._counts) if known and counts is not None else 0.0
+        self._fresh[task] = 0.0
         self._steps[task] = self._due[task] = 0
         self._refresh(task)
+
+    def _fits(self, counts: Tensor) -> bool:
+        sound = counts.shape == self._counts[0].shape and counts.is_floating_point()
+        return sound and bool((torch.isfinite(counts) & (counts >= 0)).all())
 
     def _tick(self, tasks: set[int], steps: int = 1) -> None:
         for task in tasks:

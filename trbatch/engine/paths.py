@@ -9,6 +9,8 @@ its beginning: paths in falling order are a tree, and so is each first part of t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,9 +28,15 @@ class PathCounts:
     """How often each path came true."""
 
     def __init__(self) -> None:
-        self._counts: dict[Path, float] = {}
-        self.places = 0.0
+        self._kept = _Counts()  # as it was saved or loaded the last time
+        self._fresh = _Counts()  # since
+        self._distinct = 0  # paths in both
         self._tree: tuple[float, Tree] | None = None  # at so many places, the tree that was learned
+
+    @property
+    def places(self) -> float:
+        """Tokens counted; old ones count less."""
+        return self._kept.places + self._fresh.places
 
     def count(self, run: list[int], rank: int | None) -> None:
         """Count a token's rank.
@@ -37,7 +45,8 @@ class PathCounts:
             run: the ranks just before it, kept for the next call; a miss empties it.
             rank: in the row that should have predicted it, None for a miss.
         """
-        self.places += 1
+        fresh = self._fresh
+        fresh.places += 1
         if rank is None:
             run.clear()
             return
@@ -45,14 +54,17 @@ class PathCounts:
         del run[:-DEEPEST]
         for begin in range(len(run)):
             path = tuple(run[begin:])
-            self._counts[path] = self._counts.get(path, 0.0) + 1
-        if self.places >= _MEMORY or len(self._counts) > _MOST_PATHS:
+            if (known := fresh.of.get(path)) is None:
+                known = 0.0
+                self._distinct += path not in self._kept.of
+            fresh.of[path] = known + 1
+        if self.places >= _MEMORY or self._distinct > _MOST_PATHS:
             self._fade()
 
     def probabilities(self) -> dict[Path, float]:
         """Of all known paths, those of the paper's tree included."""
         total = self.places + _PRIOR
-        found = {path: count / total for path, count in self._counts.items()}
+        found = {path: count / total for path, count in self._kept.with_others(self._fresh).items()}
         for path in paper_paths():
             found[path] = found.get(path, 0.0) + _PRIOR / total * _prior(path)
         return found
@@ -72,31 +84,77 @@ class PathCounts:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What was counted, to be kept: paths [n, DEEPEST] padded with -1, their counts, places."""
-        known = sorted(self._counts)
+        counted = self._kept.with_others(self._fresh)
+        known = sorted(counted)
         padded = [[*path, *[-1] * (DEEPEST - len(path))] for path in known]
-        counts = [*(self._counts[path] for path in known), self.places]
+        counts = [*(counted[path] for path in known), self.places]
         return {
             "paths": torch.tensor(padded, dtype=torch.int8).view(-1, DEEPEST),
             "path_counts": torch.tensor(counts, dtype=torch.float64),
         }
 
     def restore(self, paths: Tensor | None, counts: Tensor | None) -> None:
-        """Go on from what was kept; None: begin anew."""
-        self._counts, self.places, self._tree = {}, 0.0, None
-        if paths is None or counts is None or paths.shape[0] + 1 != counts.shape[0]:
-            return
-        for row, count in zip(paths.tolist(), counts.tolist()[:-1], strict=True):
-            self._counts[tuple(rank for rank in row if rank >= 0)] = count
-        self.places = float(counts[-1])
+        """Go on from what was kept; None or what is no such thing: begin anew."""
+        self._fresh, self._tree = _Counts(), None
+        self._kept = _Counts.of_tensors(paths, counts) or _Counts()
+        self._distinct = len(self._kept.of)
+
+    def added_to(self, paths: Tensor | None, counts: Tensor | None) -> PathCounts:
+        """What others have kept, with what was counted here since `saved`."""
+        others = _Counts.of_tensors(paths, counts)
+        both = PathCounts()
+        both._kept, both._fresh = self._kept if others is None else others, self._fresh
+        both._distinct = len(both._kept.with_others(both._fresh))
+        while both.places >= _MEMORY or both._distinct > _MOST_PATHS:
+            both._fade()
+        return both
+
+    def saved(self) -> None:
+        """What was counted so far is kept."""
+        self._kept = _Counts(self._kept.with_others(self._fresh), self.places)
+        self._fresh = _Counts()
 
     def _fade(self) -> None:
         """Let old evidence count half, and forget what came true hardly ever."""
-        if self.places >= _MEMORY:
-            self.places *= 0.5
-            self._counts = {path: count * 0.5 for path, count in self._counts.items()}
-        if len(self._counts) > _MOST_PATHS // 2:
-            kept = sorted(self._counts, key=lambda p: (-self._counts[p], len(p), p))
-            self._counts = {path: self._counts[path] for path in kept[: _MOST_PATHS // 2]}
+        factor = 0.5 if self.places >= _MEMORY else 1.0
+        both = self._kept.with_others(self._fresh)
+        known = {path: count * factor for path, count in both.items()}
+        if len(known) > _MOST_PATHS // 2:
+            best = sorted(known, key=lambda p: (-known[p], len(p), p))
+            known = {path: known[path] for path in best[: _MOST_PATHS // 2]}
+        self._distinct = len(known)
+        self._kept, self._fresh = (
+            _Counts({p: n * factor for p, n in part.of.items() if p in known}, part.places * factor)
+            for part in (self._kept, self._fresh)
+        )
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Counts by path, and of places at all."""
+
+    of: dict[Path, float] = field(default_factory=dict)
+    places: float = 0.0
+
+    def with_others(self, fresh: _Counts) -> dict[Path, float]:
+        """Both together."""
+        found = dict(self.of)
+        for path, count in fresh.of.items():
+            found[path] = found.get(path, 0.0) + count
+        return found
+
+    @classmethod
+    def of_tensors(cls, paths: Tensor | None, counts: Tensor | None) -> Self | None:
+        """What `to_tensors` has made; None if it did not."""
+        if paths is None or counts is None or tuple(counts.shape) != (len(paths) + 1,):
+            return None
+        ranks = paths.shape[1:] == (DEEPEST,) and not paths.is_floating_point()
+        if not ranks or not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+            return None
+        if paths.numel() and not -1 <= int(paths.min()) <= int(paths.max()) < len(RANK_PROBABILITY):
+            return None
+        rows = [tuple(rank for rank in row if rank >= 0) for row in paths.tolist()]
+        return cls(dict(zip(rows, counts.tolist()[:-1], strict=True)), float(counts[-1]))
 
 
 def _prior(path: Path) -> float:

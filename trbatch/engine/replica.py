@@ -149,24 +149,33 @@ class Copies:
 
     def position(self, key: TaskKey) -> str:
         """How far in the stream a task's copy is; "" if it is not open or not shared yet."""
-        task = self._tasks.get(key)
+        task = self._tasks.current(key)
         return task.position if task is not None else ""
 
     def take(self, key: TaskKey) -> bytes:
         """What was written here since the last time, b"" for nothing."""
-        task = self._tasks.get(key)
+        task = self._tasks.current(key)
         delta = take_changes(self._matrix, task.index) if task is not None else None
         return delta.pack() if delta else b""
 
     def put_back(self, key: TaskKey, data: bytes) -> None:
         """What `take` gave could not be sent."""
-        if (task := self._tasks.get(key)) is not None:
+        if data and (task := self._tasks.current(key)) is not None:
             put_back(self._matrix, task.index, unpack(data, self._matrix))
 
     def whole(self, key: TaskKey) -> bytes:
-        """All rows of a task."""
-        task = self._tasks.get(key)
+        """All rows of a task; b"" if it is not open: an open one has a few bytes at least."""
+        task = self._tasks.current(key)
         return everything(self._matrix, task.index).pack() if task is not None else b""
+
+    def began_cold(self, key: TaskKey) -> bool:
+        """Whether a task is to take the place of what was known of it."""
+        task = self._tasks.current(key)
+        return task is not None and task.began_cold
+
+    def outdate(self, key: TaskKey) -> None:
+        """What a task's copy was made of was replaced: its file is read when it is opened next."""
+        self._tasks.outdate(key)
 
     def merge(
         self, key: TaskKey, whole: bytes | None, deltas: Iterable[bytes], position: str
@@ -176,7 +185,7 @@ class Copies:
         Args:
             whole: a matrix to begin again from; None goes on from what is there.
         """
-        task = self._tasks.get(key)
+        task = self._tasks.current(key)
         if task is None:
             return
         for data, use in [(whole, replace), *((delta, apply) for delta in deltas)]:

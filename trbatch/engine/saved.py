@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
@@ -9,15 +14,40 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from trbatch.errors import InputError, ModelError
-from trbatch.matrices import Facts, Place, before, is_there, locked, read
+from trbatch.matrices import PARTS, Facts, Place, before, is_there, locked, read
 from trbatch.storage import place
 
+logger = logging.getLogger(__name__)
 
-def save(file: Place, tensors: dict[str, Tensor], facts: Facts, *, anew: bool = False) -> bool:
+Node = tuple[list[int], float]  # of a tree: its path of ranks, and the chance that it comes true
+
+
+class Evidence(Protocol):
+    """What a worker has counted of a task, and how it is added to what others have saved of it."""
+
+    def added_to(self, kept: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Node]]:
+        """The counts of both by name, and the tree that they make.
+
+        Args:
+            kept: what the file holds; nothing if there is none, or none to be gone on from.
+        """
+        ...
+
+
+def save(
+    file: Place,
+    tensors: Mapping[str, Tensor],
+    facts: Facts,
+    *,
+    evidence: Evidence | None = None,
+    anew: bool = False,
+) -> bool:
     """Write a matrix whole, unless another worker has saved a later state of it.
 
     Args:
         facts: with what was counted since this worker last saved; what the file holds is added.
+        evidence: the same for what trees are made of. Workers hold equal rows, but each has counts
+            of its own.
         anew: forget what the file holds.
 
     Returns:
@@ -28,15 +58,23 @@ def save(file: Place, tensors: dict[str, Tensor], facts: Facts, *, anew: bool = 
     """
     parent, name = place(file)
     with locked(file):
-        kept = None if anew else _facts_of(file)
+        kept = _facts_of(file)
         if kept is not None:
+            facts = facts.known_cold(kept)
+        if kept is not None and not anew:
             both = facts.position and kept.position
             if both and before(facts.position, kept.position):
+                logger.info("%s holds a later state: not saved", file)
                 return False
             facts = facts.after(kept)
+        held = dict(tensors)
+        if evidence is not None:
+            counted = {} if kept is None or anew else _counts_of(file)
+            counts, tree = evidence.added_to(counted)
+            held, facts = held | counts, replace(facts, tree=tree)
         # Not `save_file`: what it raises when a disk is full is no OSError, and half a file stays.
-        held = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        parent.write(name, save_bytes(held, metadata=facts.to_metadata()))
+        flat = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
+        parent.write(name, save_bytes(flat, metadata=facts.to_metadata()))
     return True
 
 
@@ -53,9 +91,7 @@ def load(file: Place) -> dict[str, Tensor]:
             return load_bytes(parent.read(name))
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"cannot read the matrix {file}: {error}", hint="delete it, or use --cold"
-        ) from error
+        raise ModelError(f"cannot read the matrix {file}: {error}") from error
 
 
 def _facts_of(file: Place) -> Facts | None:
@@ -65,3 +101,21 @@ def _facts_of(file: Place) -> Facts | None:
         return read(file).facts
     except InputError:  # whoever asked for `--cold` over a damaged file gets a sound one
         return None
+
+
+def has_begun(file: Place | None, cold_job: str) -> bool:
+    """Whether this job began cold before: its file goes on from there.
+
+    Raises:
+        Unreachable: the object store does not answer.
+    """
+    known = _facts_of(file) if file is not None and cold_job else None
+    return known is not None and cold_job in known.cold_jobs
+
+
+def _counts_of(file: Place) -> dict[str, Tensor]:
+    try:
+        return {name: tensor for name, tensor in load(file).items() if name not in PARTS}
+    except ModelError as error:  # what is written now is sound
+        logger.warning("what %s has counted is lost: %s", file, error)
+        return {}

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from trbatch import matrices
 from trbatch.engine import saved
 from trbatch.engine.calibration import Calibration
-from trbatch.engine.matrix import Matrix
+from trbatch.engine.matrix import EMPTY, NO_KEY, Matrix
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import TaskKey
-from trbatch.errors import ModelError, Unreachable
+from trbatch.errors import InputError, ModelError, Unreachable
 from trbatch.matrices import Acceptance, Facts, Place, describe_age, is_there, matrix_file, read
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,33 @@ class Task:
     age_s: float | None = None  # of the saved matrix that it began from
     rows: int = 0  # that this matrix had
     position: str = ""  # in the stream that the workers of the task share; "": not shared
+    began_cold: bool = False  # it takes the place of what its task has learned before
     anew: bool = False  # what its file holds is not to be gone on from
-    outdated: bool = False  # a cold one will take its file's place, or has
+    outdated: bool = False  # another takes its file's place, or has
     # Of rows drafted with the matrix and without it, since it was saved last.
     with_it: Acceptance = field(default_factory=Acceptance)
     without_it: Acceptance = field(default_factory=Acceptance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """What was counted of one task here: `saved.Evidence`."""
+
+    calibration: Calibration
+    paths: Sequence[PathCounts]
+    task: int
+
+    def added_to(
+        self, kept: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], list[saved.Node]]:
+        paths = self.paths[self.task].added_to(kept.get("paths"), kept.get("path_counts"))
+        calibration = self.calibration.added_to(kept.get("calibration"), self.task)
+        return {"calibration": calibration} | paths.to_tensors(), paths.described()
+
+    def saved(self) -> None:
+        """All of it is kept."""
+        self.calibration.saved(self.task)
+        self.paths[self.task].saved()
 
 
 class Tasks:
@@ -90,13 +113,15 @@ class Tasks:
         return task
 
     def _open(self, key: TaskKey, busy: set[int]) -> Task:
-        known = key in self._known
         file = matrix_file(key.folder, self._model, key.name) if key.folder else None
-        task = Task(key, self._place(busy), file, anew=key.cold and not known)
+        place = self._place(busy)
+        # A cold job begins once. What made room for others was saved and goes on, and so does a
+        # job that is taken up again another day.
+        cold = key.cold and key not in self._known and not saved.has_begun(file, key.apart)
+        task = Task(key, place, file, began_cold=cold, anew=cold)
         self._empty(task.index)
-        if task.anew:
+        if cold:
             self._supersede(file)
-        # What made room for others was saved and goes on, also if it began cold.
         elif file is not None:
             self._load_if_there(task, file)
         self._tasks[key] = task
@@ -116,12 +141,20 @@ class Tasks:
         """The task of this key if it is open."""
         return self._tasks.get(key)
 
+    def current(self, key: TaskKey) -> Task | None:
+        """The task of this key if it is open and no other has taken its place."""
+        task = self._tasks.get(key)
+        return None if task is None or task.outdated else task
+
+    def outdate(self, key: TaskKey) -> None:
+        """Save this task no more; what is in its file by then is read when it is opened next."""
+        if (task := self._tasks.get(key)) is not None and task.file is not None:
+            task.file, task.outdated = None, True
+
     def ready(self, key: TaskKey) -> Task | None:
         """The task, if it is open and nothing has to be done for it to be used."""
-        task = self._tasks.get(key)
-        if task is None or task.outdated:
-            return None
-        task.used = time.monotonic()
+        if (task := self.current(key)) is not None:
+            task.used = time.monotonic()
         return task
 
     def can_open(self, key: TaskKey, busy: set[int]) -> bool:
@@ -149,18 +182,19 @@ class Tasks:
                 self._save(task, task.file)
 
     def _save(self, task: Task, file: Place) -> None:
-        paths = self._paths[task.index]
-        counts = {"calibration": self._calibration.of_task(task.index)} | paths.to_tensors()
         places = _places_of(self._matrix, task.index)
         rows, pairs = _filled(places)
         facts = Facts(
             task=task.key.name, model=self._model, model_name=self._model_name, rows=rows,
             pairs=pairs, candidates=self._matrix.candidates, position=task.position,
-            with_it=task.with_it, without_it=task.without_it, tree=paths.described(),
+            with_it=task.with_it, without_it=task.without_it,
+            cold_jobs=[task.key.apart] if task.began_cold and task.key.apart else [],
         )  # fmt: skip
-        if saved.save(file, places | counts, facts, anew=task.anew):
+        evidence = _Evidence(self._calibration, self._paths, task.index)
+        if saved.save(file, places, facts, evidence=evidence, anew=task.anew):
             task.with_it, task.without_it = Acceptance(), Acceptance()
             task.changed = task.anew = False
+            evidence.saved()
 
     def forget(self, *, counts: bool = True) -> None:
         """Put all tasks back to their beginning; `counts`: also how far rows can be trusted."""
@@ -197,23 +231,27 @@ class Tasks:
             # Decoding goes on; saved over what cannot be read now, this would be its loss.
             task.file = None
             logger.warning("task %r begins empty and is not saved: %s", task.key.name, error)
+        except (ModelError, InputError) as error:
+            # No fault of the rows that wait: what they say never depends on a matrix.
+            logger.warning("task %r begins empty: %s", task.key.name, error)
+            self._put_aside(task, file)
+
+    def _put_aside(self, task: Task, file: Place) -> None:
+        try:
+            logger.warning("it was put aside, as %s", matrices.put_aside(file))
+        except (OSError, Unreachable) as error:
+            task.file = None
+            logger.warning("and is not saved: %s", error)
 
     def _load(self, task: Task, file: Place) -> None:
-        kept = saved.load(file)
+        kept, age_s = saved.load(file), read(file).age_s
         places = _places_of(self._matrix, task.index)
-        for name, place in places.items():
-            if name not in kept or kept[name].shape != place.shape:
-                found = tuple(kept[name].shape) if name in kept else "none"
-                raise ModelError(
-                    f"the matrix {file} is for another model or version: its {name} are {found}, "
-                    f"not {tuple(place.shape)}",
-                    hint="delete it, or use --cold",
-                )
+        _check(kept, places, self._matrix.vocab_size, file)
         for name, place in places.items():
             place.copy_(kept[name])
         self._calibration.restore(task.index, kept.get("calibration"))
         self._paths[task.index].restore(kept.get("paths"), kept.get("path_counts"))
-        task.rows, task.age_s = sum(_filled(places)), read(file).age_s
+        task.rows, task.age_s = sum(_filled(places)), age_s
 
 
 def _places_of(matrix: Matrix, index: int) -> dict[str, torch.Tensor]:
@@ -223,6 +261,24 @@ def _places_of(matrix: Matrix, index: int) -> dict[str, torch.Tensor]:
         "pair_keys": matrix.pair_keys[index],
         "pair_rows": matrix.pair_rows[index],
     }
+
+
+def _check(
+    kept: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor], vocab: int, file: Place
+) -> None:
+    """Refuse what is no matrix of this model: who would look up a token beyond its vocabulary?"""
+    for name, place in places.items():
+        found = kept.get(name)
+        if found is None or found.shape != place.shape or found.dtype != place.dtype:
+            what = "none" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise ModelError(
+                f"the matrix {file} is for another model or version: its {name} are {what}, "
+                f"not {tuple(place.shape)} {place.dtype}"
+            )
+        end = vocab * vocab if name == "pair_keys" else vocab
+        first = NO_KEY if name == "pair_keys" else EMPTY
+        if found.numel() and not first <= int(found.min()) <= int(found.max()) < end:
+            raise ModelError(f"the matrix {file} is damaged: its {name} are not all below {end}")
 
 
 def _filled(places: dict[str, torch.Tensor]) -> tuple[int, int]:
