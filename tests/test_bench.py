@@ -18,7 +18,7 @@ from trbatch.engine import bench_acceptance, bench_prompts, bench_runs, bench_sp
 from trbatch.engine.bench_acceptance import acceptance
 from trbatch.engine.engine import Engine
 from trbatch.engine.sequence import Completion, Request
-from trbatch.errors import InputError
+from trbatch.errors import InputError, UsageError
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["Count to ten, then count to ten again.", "List the days of the week, twice."]
@@ -162,6 +162,43 @@ def test_prompts_to_learn_from_may_have_texts_of_another_length(
     )  # fmt: skip
     assert lengths == [[taught] * 2, [6] * 2]
     assert result["train_tokens"] == taught
+
+
+def test_the_reference_drafts_every_row_from_its_matrix(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker drafts one row in 32 without it, to tell what it brings: that would dilute it."""
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Say it {i} times."}) + "\n" for i in range(32)))
+    reads: list[bool] = []
+    begin = Engine._begin
+
+    def noted(self: Engine, sequence: Any, task: Any) -> None:
+        begin(self, sequence, task)
+        reads.append(sequence.reads == sequence.task)
+
+    monkeypatch.setattr(Engine, "_begin", noted)
+    acceptance(
+        prompts=file, model=str(tiny_folder), batch=8, limit=32, max_tokens=2, tree_sizes=[4],
+        device="cpu", reference=True,
+    )  # fmt: skip
+    assert len(reads) == 64 and all(reads)
+
+
+def test_prompts_to_learn_from_may_be_longer_and_are_counted(
+    prompts: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    train, said = tmp_path / "train.jsonl", []
+    long = [{"prompt": "again and again " * 20}, {"prompt": PROMPTS[1]}, {"prompt": "so " * 9000}]
+    train.write_text("".join(json.dumps(row) + "\n" for row in long))
+    settings = {"prompts": prompts, "model": str(tiny_folder), "max_tokens": 2, "tree_sizes": [4]}
+    result = acceptance(**settings, device="cpu", train=train, progress=said.append)
+    assert (result["train_prompts"], result["train_prompts_measured"]) == (2, 1)
+    assert any("too long: 1 prompt of train.jsonl" in line for line in said)
+    assert any("warning: 1 of train.jsonl are measured as well" in line for line in said)
+    train.write_text(json.dumps(long[2]) + "\n")
+    with pytest.raises(UsageError, match=r"no prompt of .*train.jsonl fits"):
+        acceptance(**settings, device="cpu", train=train)
 
 
 def test_acceptance_of_one_token_has_no_forward_and_says_so(

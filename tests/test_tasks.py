@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ from trbatch.engine.model import LoadedModel, from_network
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import TaskKey
 from trbatch.engine.tasks import Tasks
+from trbatch.engine_events import Finished, Ready
+from trbatch.engine_thread import EngineThread
 from trbatch.errors import ModelError
 from trbatch.matrices import SavedMatrix, matrix_file
+from trbatch.queue_names import ModelKey
 
 VOCAB = 50
 CPU = torch.device("cpu")
@@ -404,6 +408,27 @@ def test_a_task_whose_rows_still_wait_keeps_its_folder(model, tmp_path: Path) ->
     tiny.decode(engine, [])
     engine.save_tasks()
     assert matrix_file(tmp_path, model.fingerprint, "waits").is_file()
+
+
+def test_rows_of_more_tasks_than_have_a_place_wait_for_one(model: LoadedModel) -> None:
+    """As a worker adds them, which makes each task ready first."""
+    count = MAX_TASKS + 3
+    thread = EngineThread(lambda _: tiny.engine(model, max_num_seqs=count, tree_size=4))
+    thread.start()
+    thread.load(ModelKey("tiny"))
+    done: list[str] = []
+    try:
+        for i, ids in enumerate(tiny.prompts(count, seed=3)):
+            row = tiny.request(i, ids, max_tokens=60, task=TaskKey(f"t{i}"))
+            thread.add([replace(row, key=("lease", i))])
+        while len(done) < count:
+            for event in thread.next_events(30.0):
+                assert isinstance(event, Ready | Finished), event
+                if isinstance(event, Finished):
+                    done += [one.finish_reason for one in event.completions]
+        assert set(done) == {"length"}
+    finally:
+        assert thread.stop(10)
 
 
 def test_a_few_rows_are_drafted_without_the_matrix_and_counted_apart(

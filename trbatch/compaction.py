@@ -83,8 +83,13 @@ def _compact(job: JobFolder, made: dict[str, int]) -> int:
     if not job.is_current():
         _remove(job, FOLDER, list(made))
         raise Overtaken("is being submitted with its input read anew")
+    if set(job.folder.names(RETRIES)) - set(asked):
+        _remove(job, FOLDER, list(made))
+        raise Overtaken("has rows that are to be decoded again")
     _remove(job, FOLDER, index.names)
     _remove(job, RETRIES, asked)
+    # Whoever asked in this very moment meant the failures that lie in the new ones now.
+    job.ledger.retries.carry_over(asked, list(made))
     return len(index.names)
 
 

@@ -78,7 +78,7 @@ class Engine(Protocol):
         ...
 
     def open_task(self, key: TaskKey, /) -> object:
-        """Load the task's matrix unless that was done."""
+        """Load the task's matrix unless that was done, or until there is room for it."""
         ...
 
     def add_all(self, requests: Sequence[Request], /) -> None:

@@ -48,6 +48,13 @@ class Retries:
         name = f"{FOLDER}/{int(time.time() * 1e6):016d}-{secrets.token_hex(4)}.json"
         self._job.write(name, orjson.dumps({"codes": sorted(codes), "segments": list(segments)}))
 
+    def carry_over(self, known: Collection[str], segments: Sequence[str]) -> None:
+        """Ask again for what others than the known requests ask, in the segments of a compaction."""
+        for name in self._job.names(FOLDER):
+            if name not in known:
+                asked = orjson.loads(self._job.read(f"{FOLDER}/{name}"))
+                self.ask(segments, asked["codes"])
+
     def _count(self, name: str) -> None:
         try:
             asked = orjson.loads(self._job.read(f"{FOLDER}/{name}"))

@@ -15,7 +15,9 @@ from trbatch.engine.model import LoadedModel
 from trbatch.engine.sequence import Completion, Request
 from trbatch.engine.text import encode
 from trbatch.engine.tree import paper_tree
+from trbatch.errors import UsageError
 from trbatch.models import load_model
+from trbatch.wording import counted
 
 _PAPER_NODES = 80
 
@@ -82,8 +84,7 @@ def acceptance(
         "task_orders": wanted.task_orders,
         "bigrams": wanted.bigrams,
         "spine": wanted.spine,
-        "train": wanted.train.name if wanted.train else None,
-        "train_tokens": (wanted.train_tokens or wanted.max_tokens) if wanted.train else None,
+        **bench.taught(),
         "forget": wanted.forget,
         **results[0],
         "by_tree_size": results,
@@ -105,13 +106,35 @@ class _Bench:
             max_tokens=wanted.max_tokens, temperature=wanted.temperature
         )
         self._plain: list[Completion] | None = None
-        tokenizer = loaded.tokenizer
-        longest = max(
-            len(encode(tokenizer, request, loaded.vocab_size)) for request in self._requests()
-        )
+        self._shared = 0  # prompts that are learned from and measured: their figures mean little
+        self._train_tokens = wanted.train_tokens or wanted.max_tokens
+        self._taught = self._to_learn_from(wanted.train) if wanted.train else []
         # No more keys and values than these prompts need: several benchmarks may share a GPU.
-        most = max(wanted.max_tokens, wanted.train_tokens)
-        self._longest = min(loaded.max_positions, longest + most)
+        needed = max(map(self._needed, [*self._requests(), *self._taught]))
+        self._longest = min(loaded.max_positions, needed)
+
+    def _needed(self, request: Request) -> int:
+        ids = encode(self._loaded.tokenizer, request, self._loaded.vocab_size)
+        return len(ids) + request.sampling.max_tokens
+
+    def _to_learn_from(self, file: Path) -> list[Request]:
+        """The requests of a training file."""
+        rows = read_prompts(file)
+        self._shared = len({row.text for row in rows} & {row.text for row in self._prompts})
+        if self._shared:
+            self._progress(f"warning: {self._shared} of {file.name} are measured as well")
+        sampling = replace(self._sampling, max_tokens=self._train_tokens)
+        fitting = [
+            one for one in requests_of(rows, sampling)
+            if self._needed(one) <= self._loaded.max_positions
+        ]  # fmt: skip
+        if not fitting:
+            raise UsageError(f"no prompt of {file} fits into the model")
+        if len(fitting) < len(rows):
+            self._progress(
+                f"too long: {counted(len(rows) - len(fitting), 'prompt')} of {file.name}"
+            )
+        return fitting
 
     def of_size(self, size: int) -> dict[str, Any]:
         """Figures with trees of `size` nodes."""
@@ -120,14 +143,12 @@ class _Bench:
             max_num_seqs=wanted.batch, max_model_len=self._longest, tree=wanted.tree,
             spine=wanted.spine, bigrams=wanted.bigrams, tree_size=size + 1, max_tree_size=size + 1,
         )  # fmt: skip
-        engine = Engine(self._loaded, config, orders=wanted.orders, task_orders=wanted.task_orders)
+        engine = Engine(
+            self._loaded, config, orders=wanted.orders, task_orders=wanted.task_orders, alone=0
+        )
         if wanted.train is not None:
             self._progress(f"tree of {size} nodes: learning from {wanted.train.name} …")
-            length = wanted.train_tokens or wanted.max_tokens
-            sampling = replace(self._sampling, max_tokens=length)
-            taught = requests_of(read_prompts(wanted.train), sampling)
-            fitting = [r for r in taught if self._fits(r)]
-            decode(engine, fitting)
+            decode(engine, self._taught)
             if wanted.forget == "rows":
                 engine.forget_rows()
         self._progress(f"tree of {size} nodes …")
@@ -140,12 +161,21 @@ class _Bench:
             figures["different_from_plain"] = self._different(done)
         return figures
 
-    def _fits(self, request: Request) -> bool:
-        ids = encode(self._loaded.tokenizer, request, self._loaded.vocab_size)
-        return len(ids) + request.sampling.max_tokens <= self._longest
+    def taught(self) -> dict[str, Any]:
+        """What was learned from, for the figures' conditions."""
+        return {
+            "train": self._wanted.train.name if self._wanted.train else None,
+            "train_prompts": len(self._taught),
+            "train_prompts_measured": self._shared,
+            "train_tokens": self._train_tokens if self._taught else None,
+        }
 
     def reference(self) -> dict[str, Any]:
-        """The paper's algorithm: one matrix, one sequence, its tree, nothing from the prompt."""
+        """The paper's algorithm: one matrix, one sequence, its tree, nothing from the prompt.
+
+        Of two places in one step that are followed by other tokens after the same token, the paper
+        leaves open whose candidates stay. Here it is the accepted path's.
+        """
         self._progress("the paper's algorithm, one prompt at a time …")
         config = EngineConfig(
             max_num_seqs=1, max_model_len=self._longest, tree="paper", spine=False,
@@ -153,7 +183,7 @@ class _Bench:
             max_tree_size=_PAPER_NODES + 1,
         )  # fmt: skip
         done, seconds = decode(
-            Engine(self._loaded, config, tree=paper_tree(), orders=0, task_orders=1),
+            Engine(self._loaded, config, tree=paper_tree(), orders=0, task_orders=1, alone=0),
             self._requests(),
         )
         return {"tree_size": _PAPER_NODES, **self._figures(done), "seconds": round(seconds, 2)}

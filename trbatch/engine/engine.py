@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 MAX_TASKS = 8  # matrices in memory
 _NOBODY = MAX_TASKS  # one more, that stays empty
 _TOLD = 512  # prompt tokens that are run at once where the model is to say of each what it thinks
-_ALONE = 32  # one row in so many is drafted without its task's rows, to tell what these bring
+_ALONE = 32
 
 
 class Engine:
@@ -66,6 +66,8 @@ class Engine:
         orders: longest context that keys a sequence's own rows, tokens.
         task_orders: the same of a task's rows.
         costs: what steps take; None: they are timed, unless that was done before.
+        alone: one row in so many is drafted without its task's rows, to tell what these bring;
+            0: none, for measurements of the drafts themselves.
 
     Raises:
         ModelError: the model is not supported, or not even one sequence fits into memory.
@@ -81,10 +83,11 @@ class Engine:
         orders: int = ORDERS,
         task_orders: int = TASK_ORDERS,
         costs: CostTable | None = None,
+        alone: int = _ALONE,
     ) -> None:
         config = config or EngineConfig()
         config = replace(config, prefill_chunk=sizing.prefill_chunk(config, loaded))
-        self.loaded, self.config = loaded, config
+        self.loaded, self.config, self._alone = loaded, config, alone
         self.capacity = sizing.max_num_seqs(config, loaded)
         self.max_model_len = sizing.max_model_len(config, loaded)
         # Tokens a step per sequence, at most: the root and its nodes.
@@ -184,10 +187,17 @@ class Engine:
         """Requests that were added and not yet returned by `step`."""
         return len(self._scheduler) + len(self._finished)
 
-    def open_task(self, key: TaskKey) -> Task:
-        """Make a task's matrix ready, from its saved file if there is one. Harmless twice."""
+    def open_task(self, key: TaskKey) -> Task | None:
+        """Make a task's matrix ready, from its saved file if there is one. Harmless twice.
+
+        Returns:
+            The task; None if running rows use all places. It is opened when its first row begins,
+            which waits for a place.
+        """
         if (task := self._tasks.ready(key)) is not None:
             return task
+        if not self._tasks.can_open(key, self._busy_tasks()):
+            return None
         self._absorb()
         with declared():  # a store may be slow
             return self._tasks.open(key, busy=self._busy_tasks())
@@ -247,11 +257,10 @@ class Engine:
 
     def _admit(self) -> None:
         while (waits := self._scheduler.next()) is not None:
-            key = waits.request.task
-            if not self._tasks.ready(key) and not self._tasks.can_open(key, self._busy_tasks()):
+            if (task := self.open_task(waits.request.task)) is None:
                 break
             self._scheduler.admit(waits)
-            self._begin(waits)
+            self._begin(waits, task)
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Run a piece of the prompts: those that decode wait for it, so it is not all at once."""
@@ -395,10 +404,10 @@ class Engine:
     def _busy_tasks(self) -> set[int]:
         return {sequence.task for sequence in self._scheduler.running if sequence.task >= 0}
 
-    def _begin(self, sequence: Sequence) -> None:
+    def _begin(self, sequence: Sequence, task: Task) -> None:
         sequence.figures.started = sequence.figures.started or time.perf_counter()
-        sequence.task = self.open_task(sequence.request.task).index
-        alone = sequence.request.seed % _ALONE == _ALONE - 1
+        sequence.task = task.index
+        alone = self._alone > 0 and sequence.request.seed % self._alone == self._alone - 1
         sequence.reads = _NOBODY if alone else sequence.task
         self._matrix.clear_slot(sequence.slot)
         if self._stepper is not None:
