@@ -9,53 +9,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from task_tools import VOCAB, Room, cold
 
 from trbatch import matrices
-from trbatch.engine.calibration import Calibration
 from trbatch.engine.engine import MAX_TASKS
-from trbatch.engine.matrix import Contexts, Matrix
 from trbatch.engine.model import LoadedModel, from_network
-from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import TaskKey
-from trbatch.engine.tasks import Tasks
 from trbatch.engine_events import Finished, Ready
 from trbatch.engine_thread import EngineThread
 from trbatch.errors import ModelError
 from trbatch.matrices import SavedMatrix, matrix_file
 from trbatch.queue_names import ModelKey
-
-VOCAB = 50
-CPU = torch.device("cpu")
-
-
-class Room:
-    """Tasks over a small matrix, and what is written to it."""
-
-    def __init__(self, places: int = 2, *, vocab: int = VOCAB, model: str = "model") -> None:
-        self.matrix = Matrix(slots=1, vocab_size=vocab, tasks=places, device=CPU, orders=0)
-        self.calibration = Calibration(places, CPU)
-        self.paths = [PathCounts() for _ in range(places)]
-        self.tasks = Tasks(self.matrix, self.calibration, self.paths, places=places, model=model)
-
-    def write(self, index: int, token: int, first: int) -> None:
-        """Make `first` and those behind it the candidates after `token`."""
-        at = Contexts(
-            slots=torch.tensor([0]), tasks=torch.tensor([index]),
-            tokens=torch.tensor([[token, token - 1, -1]]),
-        )  # fmt: skip
-        order = torch.tensor([0])
-        row = torch.arange(first, first + self.matrix.candidates)[None]
-        self.matrix.write(at, row, order, order)
-        self.tasks.touch(index)
-
-    def rows(self, index: int) -> torch.Tensor:
-        return self.matrix.shared[index]
-
-
-def cold(name: str, folder: Path, job: str = "job") -> TaskKey:
-    """The task as a job opens it that wants to begin cold."""
-    return TaskKey(name, folder, job, cold=True)
 
 
 @pytest.fixture(scope="module")
@@ -186,145 +151,6 @@ def test_models_and_tasks_never_share_a_file(tmp_path: Path) -> None:
     for file in files:
         assert file.resolve().is_relative_to(tmp_path.resolve())
         assert len(file.name.encode()) < 128
-
-
-DAMAGES = ("empty", "noise", "truncated", "other names", "another vocabulary", "a token beyond it")
-
-
-def spoil(file: Path, damage: str) -> bytes:
-    whole = file.read_bytes()
-    if damage == "other names":
-        save_file({"lines": torch.zeros(VOCAB, 8, dtype=torch.int32)}, file)
-    elif damage in ("another vocabulary", "a token beyond it"):
-        parts = load_file(file)
-        if damage == "another vocabulary":
-            parts["rows"] = parts["rows"][:40].clone()
-        else:
-            parts["rows"][3, 2] = VOCAB
-        save_file(parts, file, metadata=matrices.read(file).facts.to_metadata())
-    else:
-        texts = {"empty": b"", "noise": b"\x00\xff" * 99, "truncated": whole[: len(whole) // 2]}
-        file.write_bytes(texts[damage])
-    return file.read_bytes()
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_file_that_cannot_be_used_is_named_and_put_aside_and_stops_nobody(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    old = Room()
-    old.write(old.tasks.open(TaskKey("news", tmp_path), busy=set()).index, 7, 20)
-    old.tasks.save()
-    file = matrix_file(tmp_path, "model", "news")
-    spoiled = spoil(file, damage)
-    new = Room()
-    task = new.tasks.open(TaskKey("news", tmp_path), busy=set())
-    assert task.age_s is None and not (new.rows(task.index) >= 0).any()
-    aside = file.with_name(f"{file.name}.unusable")
-    assert aside.read_bytes() == spoiled and not file.exists()
-    assert str(file) in caplog.text and str(aside) in caplog.text
-    new.write(task.index, 9, 30)
-    new.tasks.save()
-    assert Room().tasks.open(TaskKey("news", tmp_path), busy=set()).rows > 0
-    assert [saved.file for saved in matrices.all_in(tmp_path)] == [file]
-
-
-def test_damaged_counts_are_begun_anew() -> None:
-    counts = PathCounts()
-    for rank in (0, 0, 1):
-        counts.count([], rank)
-    kept = counts.to_tensors()
-    for spoil in (
-        {"paths": kept["paths"] + 100},
-        {"paths": kept["paths"][:, :3]},
-        {"path_counts": kept["path_counts"][1:]},
-        {"path_counts": kept["path_counts"] * float("nan")},
-    ):
-        other = PathCounts()
-        bad = kept | spoil
-        other.restore(bad["paths"], bad["path_counts"])
-        assert other.places == 0 and other.tree() == PathCounts().tree()
-    calibration = Calibration(1, CPU)
-    begin = calibration.listed(0)
-    for bad in (
-        torch.full_like(calibration.of_task(0), -1.0),
-        torch.ones(3),
-        torch.ones(2, 2).int(),
-    ):
-        calibration.restore(0, bad)
-        assert calibration.listed(0) == begin
-
-
-def test_what_workers_of_a_task_have_counted_adds_up_in_its_file(tmp_path: Path) -> None:
-    """Their rows are equal copies; each has counted only its own."""
-    key = TaskKey("news", tmp_path)
-    rooms = [Room(), Room(), Room()]
-    for room, times in zip(rooms, (40, 1, 0), strict=True):
-        index = room.tasks.open(key, busy=set()).index
-        room.write(index, 7, 20)
-        for _ in range(times):
-            room.paths[index].count([], 2)
-            room.calibration.count_few([5], [True])
-    for room in rooms * 2:  # what was saved once is not added again
-        room.tasks.save()
-        room.tasks.touch(room.tasks.get(key).index)
-    late = Room()
-    index = late.tasks.open(key, busy=set()).index
-    assert late.paths[index].places == 41
-    assert late.paths[index].to_tensors()["path_counts"].tolist() == [41, 41]
-    true, seen = late.calibration.of_task(index)
-    assert (true[5], seen[5]) == pytest.approx((41, 41), rel=0.01)
-
-
-def test_what_many_workers_count_is_bounded(tmp_path: Path) -> None:
-    one, other = Calibration(1, CPU), Calibration(1, CPU)
-    for counts in (one, other):
-        places = torch.full((50_000,), 3)
-        counts.count(places, torch.arange(50_000) % 2 == 0)
-    both = one.added_to(other.of_task(0), 0)
-    assert both[1, 3] < 6000 and both[0, 3] / both[1, 3] == pytest.approx(0.5, rel=0.01)
-    first, second = PathCounts(), PathCounts()
-    for counts in (first, second):
-        for _ in range(15_000):
-            counts.count([], 1)
-    kept = second.to_tensors()
-    assert first.added_to(kept["paths"], kept["path_counts"]).places == 15_000
-
-
-def test_a_cold_job_that_is_taken_up_again_another_day_begins_no_second_time(
-    tmp_path: Path,
-) -> None:
-    first = Room()
-    first.write(first.tasks.open(cold("news", tmp_path), busy=set()).index, 7, 20)
-    first.tasks.save()
-    second = Room()  # a night later, with another job
-    warm = second.tasks.open(TaskKey("news", tmp_path), busy=set())
-    second.write(warm.index, 9, 30)
-    second.tasks.save()
-    third = Room()
-    task = third.tasks.open(cold("news", tmp_path), busy=set())
-    assert not task.began_cold
-    assert third.rows(task.index)[7, 0] == 20 and third.rows(task.index)[9, 0] == 30
-    fourth = Room()  # another job is another matter
-    task = fourth.tasks.open(cold("news", tmp_path, "other"), busy=set())
-    assert task.began_cold and not (fourth.rows(task.index) >= 0).any()
-    fourth.write(task.index, 11, 5)
-    fourth.tasks.save()
-    assert matrices.read(matrix_file(tmp_path, "model", "news")).facts.cold_jobs == ["job", "other"]
-
-
-def test_a_task_whose_file_was_replaced_is_read_anew_and_not_saved_over_it(tmp_path: Path) -> None:
-    room, other = Room(), Room()
-    key = TaskKey("news", tmp_path)
-    task = room.tasks.open(key, busy=set())
-    room.write(task.index, 7, 20)
-    other.write(other.tasks.open(cold("news", tmp_path), busy=set()).index, 9, 30)
-    other.tasks.save()
-    room.tasks.outdate(key)
-    assert room.tasks.current(key) is None
-    room.tasks.save()
-    again = room.tasks.open(key, busy=set())
-    assert room.rows(again.index)[9, 0] == 30 and room.rows(again.index)[7, 0] < 0
 
 
 def test_the_idle_task_unused_for_longest_makes_room_and_is_saved(tmp_path: Path) -> None:
