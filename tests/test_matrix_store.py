@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,9 @@ def test_stores_share_no_matrix_wherever_the_worker_was_started(
     assert key("s3://other/matrices") != before
 
 
+@pytest.mark.parametrize("key", [TaskKey("news"), TaskKey("news", apart="job", cold=True)])
 def test_a_matrix_that_cannot_be_read_now_is_not_saved_over(
-    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, key: TaskKey
 ) -> None:
     learned(f"{store}/matrices", 7, 9)
     room = Room()
@@ -107,8 +109,8 @@ def test_a_matrix_that_cannot_be_read_now_is_not_saved_over(
             raise Unreachable("the store is away")
 
         away.setattr(object_storage.RemoteFolder, "exists", fail)
-        task = room.tasks.open(TaskKey("news", f"{store}/matrices"), busy=set())
-    assert "begins empty and is not saved: the store is away" in caplog.text
+        task = room.tasks.open(replace(key, folder=f"{store}/matrices"), busy=set())
+    assert "and is not saved: the store is away" in caplog.text
     room.write(task.index, 11, 20)
     room.tasks.save()
     (saved,) = matrices.all_in(f"{store}/matrices")

@@ -117,7 +117,11 @@ class Tasks:
         place = self._place(busy)
         # A cold job begins once. What made room for others was saved and goes on, and so does a
         # job that is taken up again another day.
-        cold = key.cold and key not in self._known and not saved.has_begun(file, key.apart)
+        try:
+            cold = key.cold and key not in self._known and not saved.has_begun(file, key.apart)
+        except Unreachable as error:
+            cold, file = True, None
+            logger.warning("task %r begins cold and is not saved: %s", key.name, error)
         task = Task(key, place, file, began_cold=cold, anew=cold)
         self._empty(task.index)
         if cold:
