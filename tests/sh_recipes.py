@@ -14,6 +14,9 @@ END
 rm -f answers.parquet
 """
 IDS = ["sea", "tea", "old"]
+# Behind them one that nobody can decode, as in a night of thousands.
+BAD_ROW = """echo '{{"id": "bad", "prompt": ""}}' >> prompts.jsonl
+"""
 MANY = "python jobs/make_prompts.py 200 > prompts.jsonl"
 FEW_TOKENS = {"--png": "--max-tokens 16 --png"}
 BUCKET = {"s3://my-bucket": "s3://{bucket}"}
@@ -37,10 +40,11 @@ RECIPES = {
     ),
     "nightly_cron": Recipe(
         "docs/nightly.md",
-        ("trbatch submit prompts.jsonl",),
-        instead={"s3://bucket/": "s3://{bucket}/"},
+        ("job=$(trbatch submit prompts.jsonl",),
+        instead={"s3://bucket/answers.parquet": "s3://{bucket}/answers.parquet || code=$?"},
         beside=("trbatch worker",),
-        before=f"{THREE}trbatch worker --device cpu",
+        before=f"{THREE}{BAD_ROW}code=0\ntrbatch worker --device cpu",
+        after="[ $code -eq 3 ]",
     ),
     "operations_dashboard": Recipe(
         "docs/operations.md", ("python3 -m venv dashboard",), elsewhere="test_rq_tools.py"

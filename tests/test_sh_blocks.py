@@ -284,7 +284,9 @@ def test_nightly_cron(
     printed = play(session, s3.environment, bucket=bucket)
     assert '"event":"submitted"' in printed.replace(" ", ""), "lines that programs read"
     fsspec.filesystem("s3").get(f"{bucket}/answers.parquet", str(tmp_path / "answers.parquet"))
-    assert ids_of(tmp_path / "answers.parquet") == IDS
+    rows = pd.read_parquet(tmp_path / "answers.parquet")
+    assert list(rows["custom_id"]) == [*IDS, "bad"]
+    assert list(rows["text"].notna()) == [True, True, True, False], "one bad row costs no other"
 
 
 def test_security_acl(session: Session, play: Play, tmp_path: Path) -> None:
