@@ -131,6 +131,73 @@ def test_a_template_file_that_is_not_there_is_a_usage_error(tmp_path: Path) -> N
         submit(tmp_path, template="{{ a")
 
 
+@pytest.mark.parametrize("as_table", [False, True])
+def test_a_column_that_no_row_has_is_told_before_the_job_with_the_nearest(
+    tmp_path: Path, as_table: bool
+) -> None:
+    rows = pa.Table.from_pylist(ROWS) if as_table else ROWS
+    with pytest.raises(UsageError) as caught:
+        submit(tmp_path, rows, template="{{ language }}:\n{{ sentence }} {{ sentense | upper }}")
+    kind = "parquet" if as_table else "jsonl"
+    assert caught.value.message == (
+        f"--template:2: {tmp_path}/in.{kind} has no column 'sentense', which the template reads: "
+        "{{ sentence }} {{ sentense | upper }}"
+    )
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("did you mean 'sentence'?")
+    assert "{{ sentense | default('') }}" in caught.value.hint
+    assert not list((tmp_path / "store").glob("*/*")), "something of the job is left"
+
+
+def test_a_misspelt_column_is_wrong_usage_of_submit_and_of_its_dry_run(
+    home: Path, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "in.jsonl", *ROWS)
+    for more in ([], ["--dry-run"]):
+        result = invoke("submit", path, "--model", "org/m", "--template", "{{ nosuch }}", *more)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "has no column 'nosuch'" in result.stderr
+        assert "hint: there are: id, sentence, language, max_tokens." in result.stderr
+    assert not list((home / "jobs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ sentence }}{{ note | default('') }}{{ note.text or '' if note is defined }}",
+        "{% if note is defined and note %}{{ note }}{% endif %}{{ sentence }}",
+        "{% if language == 'Latin' %}{{ note }}{% endif %}{{ sentence }}",
+        "{% for note in [1] %}{{ note }}{% endfor %}{{ sentence }}",
+        "{% if language %}{% set note = 1 %}{% endif %}{{ note }}{{ sentence }}",
+        "{{ [note, sentence] | select('defined') | first }}",
+        "{{ sentence or note }}{{ range(2) | list }}",
+    ],
+)
+@pytest.mark.parametrize("as_table", [False, True])
+def test_a_column_that_rows_may_lack_needs_not_be_there(
+    tmp_path: Path, template: str, as_table: bool
+) -> None:
+    rows = pa.Table.from_pylist(ROWS) if as_table else ROWS
+    assert errors(submit(tmp_path, rows, template=template)) == [None, None]
+
+
+def test_a_column_of_a_branch_is_refused_only_if_every_row_takes_it(tmp_path: Path) -> None:
+    template = "{% if language %}{% set said = sentense %}{{ said }}{% endif %}"
+    for rows in (ROWS, pa.Table.from_pylist(ROWS)):
+        with pytest.raises(UsageError, match=r":1: .* has no column 'sentense'"):
+            submit(tmp_path, rows, template=template)
+    rows = [*ROWS, {"sentence": "Hello", "language": ""}]
+    *bad, good = errors(submit(tmp_path, rows, template="{{ language and nosuch }}!"))
+    assert good is None
+    assert all(message is not None and "'nosuch' is undefined" in message for message in bad)
+
+
+def test_a_column_that_only_late_rows_have_is_no_misspelt_one(tmp_path: Path) -> None:
+    rows = [*ROWS, {"sentence": "Ciao", "language": "English", "tone": "merry"}]
+    job = submit(tmp_path, rows, template="{{ sentence }} {{ tone }}", chunk_size=1)
+    assert (job.manifest.rows, job.manifest.rows_failed) == (3, 2)
+
+
 @pytest.mark.parametrize(
     "template",
     [

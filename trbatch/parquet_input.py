@@ -38,11 +38,14 @@ def read_parquet(
 
     Raises:
         InputError: the columns are not those of an input.
+        UsageError: nor those that the job's template needs.
     """
     parquet = _opened(file, name)
     names = parquet.schema_arrow.names
-    templated = checker.template is not None
+    templated = checker.templated is not None
     _check_columns(names, name, prompt_column, id_column, templated=templated)
+    if checker.templated is not None:
+        checker.templated.check_table(names, name)
     ids = id_column or ("custom_id" if "custom_id" in names else "id")
     read = {"sampling", CHAT_ARGUMENTS, ids, *SAMPLING_FIELDS}
     if id_column == "":

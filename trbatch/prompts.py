@@ -103,6 +103,7 @@ def read_batches(
 
     Raises:
         InputError: the file is missing, unreadable, empty or of an unknown kind.
+        UsageError: no row has a column that the template reads; told when all rows are read.
     """
     name = str(path)
     kind, compression = _kind(name)
@@ -124,6 +125,8 @@ def read_batches(
             yield batch
     if count == 0:
         raise InputError(f"{name} has no rows")
+    if checker.templated is not None:
+        checker.templated.check_rows(name)
 
 
 def check_repeats(rows: Iterable[Row], repeated: frozenset[int], path: str | Path) -> list[Row]:

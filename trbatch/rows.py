@@ -18,7 +18,7 @@ from trbatch.merging import BadRow, SamplingMerger, is_absent
 from trbatch.shaping import CHAT_ARGUMENTS, Asked, Shaping
 
 if TYPE_CHECKING:
-    from trbatch.templates import RowTemplate
+    from trbatch.template_columns import ColumnCheck
 
 _SAMPLING_KEYS = SAMPLING_FIELDS | {"sampling"}
 
@@ -61,11 +61,11 @@ class RowChecker:
         self._id_column = id_column
         self._merger = SamplingMerger(sampling or SamplingParams())
         self._shaping = shaping or Shaping()
+        self.templated: ColumnCheck | None = None  # where a template writes the prompts
+        if self._shaping.template is not None:
+            from trbatch.template_columns import ColumnCheck  # here: few jobs need Jinja
 
-    @property
-    def template(self) -> RowTemplate | None:
-        """What writes the prompts; None where the rows have their own."""
-        return self._shaping.template
+            self.templated = ColumnCheck(self._shaping.template)
 
     def row(self, fields: Any, index: int, line: int) -> Row:
         """The row of parsed JSON. Takes a dictionary over: what is left in it passes through."""
@@ -73,7 +73,7 @@ class RowChecker:
             kind = type(fields).__name__
             return self.bad(index, line, "not_an_object", f"a row must be an object, not {kind}")
         name = ""
-        columns = None if self.template is None else dict(fields)
+        columns = None if self.templated is None else dict(fields)
         try:
             name = self._take_id(fields)
             request = self._take_request(fields, columns)
@@ -97,7 +97,7 @@ class RowChecker:
     def _passing(self, fields: dict[str, Any]) -> dict[str, Any]:
         """What passes through of a bad row: the same columns as of a good one."""
         taken = _SAMPLING_KEYS | {CHAT_ARGUMENTS}
-        if self.template is None:
+        if self.templated is None:
             taken |= {self._prompt_column, "messages"}
             if type(fields.get("body")) is dict:
                 taken |= {"body", "method", "url"}
@@ -141,11 +141,11 @@ class RowChecker:
         return request
 
     def _take_asked(self, fields: dict[str, Any], columns: dict[str, Any] | None) -> Asked:
-        column, template = self._prompt_column, self.template
+        column = self._prompt_column
         messages = None
-        if template is not None and columns is not None:
+        if self.templated is not None and columns is not None:
             _refuse_batch_line(columns)
-            prompt = template.render(columns)
+            prompt = self.templated.render(columns)
         else:
             prompt, messages = fields.pop(column, None), fields.pop("messages", None)
             if prompt is None and messages is None:

@@ -7,6 +7,7 @@ not a prompt with a hole in it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trbatch.errors import UsageError
 from trbatch.merging import BadRow
+from trbatch.template_columns import columns_read
 
 OPTION = "--template"
 _MARKS = ("{{", "{%")
+_LINE_END = re.compile(r"\r\n|\r|\n")  # as Jinja counts lines
 _LONGEST_NAME = 1024  # characters of a file's name that has such marks in it
 # What the expressions of a template can raise, ours or a model's chat template.
 FAILURES = (
@@ -94,11 +97,17 @@ class RowTemplate:
         source: its text.
         name: what messages call it: its file, or the option that gave its text.
 
+    Attributes:
+        columns: what it reads, each with the line on which it first stands.
+        needed: those of them without which no row can be rendered.
+
     Raises:
         UsageError: the text is no template; names the line.
     """
 
     def __init__(self, source: str, name: str = OPTION) -> None:
+        self.name = name
+        self._lines = _LINE_END.split(source)
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, finalize=_not_null, autoescape=False
         )
@@ -109,6 +118,11 @@ class RowTemplate:
                 f"{name}:{error.lineno}: not a valid Jinja template: {error.message}",
                 hint="columns are written {{ column }}, conditions {% if column %} … {% endif %}",
             ) from error
+        self.columns, self.needed = columns_read(environment, source)
+
+    def line(self, number: int) -> str:
+        """A line of its text, from 1."""
+        return self._lines[number - 1].strip()
 
     def render(self, columns: Mapping[str, Any]) -> str:
         """The prompt of a row.
