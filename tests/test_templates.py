@@ -98,6 +98,20 @@ def test_rows_that_a_template_does_not_fit_are_error_rows(tmp_path: Path) -> Non
     assert line is not None and "leave --template away" in line
 
 
+def test_json_in_a_prompt_is_plain_json(tmp_path: Path) -> None:
+    about = {"zeal": "<b>naïve & 'quoted'</b>", "age": [1, None, True]}
+    job = submit(tmp_path, [{"about": about}], template="{{ about | tojson }}")
+    (request,) = requests(job)
+    assert request["prompt"] == '{"zeal": "<b>naïve & \'quoted\'</b>", "age": [1, null, true]}'
+    job = submit(tmp_path, [{"about": about}], template="{{ about | tojson(indent=2) }}")
+    (request,) = requests(job)
+    assert request["prompt"] == json.dumps(about, indent=2, ensure_ascii=False)
+    rows = [{"about": 1}, {"other": 1}]
+    job = submit(tmp_path, rows, template="{{ about | tojson }}", name="two")
+    _, message = errors(job)
+    assert message is not None and "'about' is undefined" in message
+
+
 def test_a_null_of_a_table_is_null_and_not_undefined(tmp_path: Path) -> None:
     table = pa.table({"a": ["x", None], "n": [float("nan"), 1.0]})
     job = submit(tmp_path, table, template="{{ a or 'none' }}{% if n %} {{ n }}{% endif %}")

@@ -6,13 +6,20 @@ not a prompt with a hole in it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2 import (
+    StrictUndefined,
+    TemplateError,
+    TemplateSyntaxError,
+    Undefined,
+    UndefinedError,
+)
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trbatch.errors import UsageError
@@ -43,6 +50,15 @@ def _not_null(value: Any) -> Any:
     if value is None:
         raise _WritesNull
     return value
+
+
+def _tojson(
+    value: Any, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = False
+) -> str:
+    """A value as JSON, as chat templates have it. Jinja's own filter escapes it for HTML."""
+    if isinstance(value, Undefined):
+        str(value)  # raises, naming it
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 
 def read_template(given: str) -> str:
@@ -111,6 +127,7 @@ class RowTemplate:
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, finalize=_not_null, autoescape=False
         )
+        environment.filters["tojson"] = _tojson
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
