@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,9 +317,19 @@ def test_the_images_are_made_from_files_that_there_are() -> None:
 
 def test_only_the_gpu_image_gets_torch() -> None:
     installs = {stage: " ".join(lines) for stage, lines in dockerfile().items()}
-    assert "'.[s3]'" in installs["client"]
+    assert "'.[hub,s3,structured,tokenizers]'" in installs["client"]
     assert "'.[worker,gpu,s3]'" in installs["gpu"]
     assert "pip install" not in installs["base"]
+
+
+def test_the_client_image_has_every_extra_that_needs_no_torch() -> None:
+    """`worker` and what goes with it decode; the last three are for no image."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    elsewhere = {"worker", "gpu", "lora", "quantised", "bench", "test", "lint"}
+    extras = set(project["optional-dependencies"]) - elsewhere
+    found = re.search(r"'\.\[([\w,]+)\]'", " ".join(dockerfile()["client"]))
+    assert found is not None
+    assert set(found[1].split(",")) == extras
 
 
 def compose() -> dict[str, Any]:

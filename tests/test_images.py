@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -54,7 +55,7 @@ def test_the_client_image_has_trbatch_and_its_profiles_and_no_torch(
     context: Path, tmp_path: Path
 ) -> None:
     line = install_line("client")
-    assert line == f"{PINNED} '.[s3]'"
+    assert line == f"{PINNED} '.[hub,s3,structured,tokenizers]'"
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", venv, cwd=tmp_path)
     pip = f"{venv}/bin/pip install --quiet --disable-pip-version-check {line}"
@@ -69,13 +70,18 @@ def test_the_client_image_has_trbatch_and_its_profiles_and_no_torch(
     assert [Path(name).stem for name in names] == ["a100", "cpu", "h100", "h200", "l4"]
     assert all(str(venv) in name for name in names)
     installed = run(venv / "bin" / "pip", "list", "--format=freeze", cwd=tmp_path).lower()
-    assert "s3fs==" in installed
-    assert not re.search(r"^(torch|transformers|triton)==", installed, re.MULTILINE)
+    assert all(f"{name}==" in installed for name in ("s3fs", "huggingface_hub", "llguidance"))
+    assert not re.search(r"^(torch|triton)==", installed, re.MULTILINE)
+    from tiny_files import write_model  # it imports torch
+
+    write_model(tmp_path / "tiny")
     rows = tmp_path / "in.jsonl"
     rows.write_text('{"prompt": "Hello."}\n')
     home = f"TRBATCH_HOME={tmp_path}/home"
-    job = run(home, program, "submit", rows, "--model", "org/model", cwd=tmp_path)
+    job = run(home, program, "submit", rows, "--model", "org/model", "--regex", "a+", cwd=tmp_path)
     try:
         assert "queued" in run(home, program, "status", job.strip(), cwd=tmp_path)
+        dry = ("submit", rows, "--model", tmp_path / "tiny", "--dry-run", "--json")
+        assert json.loads(run(home, program, *dry, cwd=tmp_path))["prompt_tokens"] > 0
     finally:
         run(home, program, "server", "stop", cwd=tmp_path)
