@@ -89,7 +89,7 @@ def read(tmp_path: Path, line: dict[str, Any], **shaping: Any) -> Row:
     return row
 
 
-def test_a_file_for_vllm_runs_unchanged(tmp_path: Path) -> None:
+def test_a_file_for_vllm_is_read_unchanged(tmp_path: Path) -> None:
     row = read(tmp_path, chat(dict(FOR_VLLM)), model=MODEL)
     assert row.error is None
     assert row.request is not None
@@ -105,6 +105,47 @@ def test_a_file_for_vllm_runs_unchanged(tmp_path: Path) -> None:
     assert row.request["chat_template_kwargs"] == {
         "add_generation_prompt": True, "reasoning_effort": "low", "enable_thinking": False,
     }  # fmt: skip
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling"),
+    [
+        ({"seed": -1, "temperature": 1}, {"temperature": 1}),
+        ({"best_of": 1}, {}),
+        ({"best_of": 3, "n": 3}, {"n": 3}),
+        ({"top_p": 0, "temperature": 0.8, "top_k": 9}, {"temperature": 0.0, "top_k": 9}),
+        ({"tools": TOOLS, "tool_choice": "none", "parallel_tool_calls": False}, {}),
+        ({"functions": [{"name": "f"}], "function_call": "none"}, {}),
+    ],
+)
+def test_what_says_nothing_here_is_taken_as_it_is_meant_there(
+    tmp_path: Path, fields: dict[str, Any], sampling: dict[str, Any]
+) -> None:
+    row = read(tmp_path, chat({"messages": HELLO} | fields))
+    assert row.error is None
+    assert row.request == {"messages": HELLO} | ({"sampling": sampling} if sampling else {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"seed": -2}, "invalid_sampling"),
+        ({"top_p": False}, "invalid_sampling"),
+        ({"top_p": -0.1}, "invalid_sampling"),
+        ({"best_of": 3, "n": 2}, "unsupported_field"),
+        ({"tools": TOOLS, "tool_choice": "auto"}, "unsupported_field"),
+        ({"tools": TOOLS, "function_call": "none"}, "unsupported_field"),
+    ],
+)
+def test_what_says_something_is_not_passed_over(
+    tmp_path: Path, fields: dict[str, Any], code: str
+) -> None:
+    row = read(tmp_path, chat({"messages": HELLO} | fields))
+    assert row.error is not None
+    assert row.error.code == code
 
 
 @pytest.mark.parametrize(

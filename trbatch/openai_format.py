@@ -50,14 +50,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
+    "best_of": (),  # see `_says_nothing`
     "chat_template": (),
     "detokenize": (True,),
     "echo": (False,),
     "extra_body": ({},),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
-    "functions": ([],),
+    "functions": ([],),  # see `_says_nothing`
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
@@ -83,7 +83,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
+    "tools": ([],),  # see `_says_nothing`
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "truncation_side": ("left", "right"),  # of what is not truncated
@@ -92,12 +92,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking": (False,),
     "web_search_options": (),
 }
+_CALLED_BY = {"tools": "tool_choice", "functions": "function_call"}  # "none": not at all
 _RENAMED = {"max_completion_tokens": "max_tokens"}  # the newer name wins
 # Fields that are arguments of the model's chat template, as vLLM has it.
 _OF_THE_CHAT_TEMPLATE = frozenset(
     {"add_generation_prompt", "continue_final_message", "documents", "reasoning_effort"}
 )
 _CURES = {
+    "best_of": "samples are not ranked: leave it away, and ask for all of them with n",
     "chat_template": "the job's model has its own; prompts of another form go into 'prompt'",
     "extra_body": "put its fields into the body itself",
     "functions": "put them into chat_template_kwargs, as 'tools', to have them in the prompt",
@@ -172,9 +174,30 @@ def _sampling(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
                 sampling[ours] = value
         elif name == "add_special_tokens" and value is not is_chat:
             continue  # a chat's template writes them, a prompt gets the tokenizer's
-        elif value not in _NEUTRAL.get(name, ()):
+        elif value not in _NEUTRAL.get(name, ()) and not _says_nothing(name, body):
             raise _unsupported(name)
+    return _read_as_there(sampling)
+
+
+def _says_nothing(name: str, body: Mapping[str, Any]) -> bool:
+    """Whether a field changes nothing beside the body's others."""
+    if name == "best_of":
+        return bool(body[name] == body.get("n", 1))
+    return name in _CALLED_BY and body.get(_CALLED_BY[name]) == "none"
+
+
+def _read_as_there(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Values that have a meaning at OpenAI or in vLLM and none as settings of ours."""
+    if _is_number(sampling.get("seed"), -1):
+        del sampling["seed"]  # vLLM: any
+    if _is_number(sampling.get("top_p"), 0):
+        del sampling["top_p"]
+        sampling["temperature"] = 0.0  # of no tokens the likeliest is left
     return sampling
+
+
+def _is_number(value: Any, number: int) -> bool:
+    return type(value) in (int, float) and value == number
 
 
 def _take_logprobs(body: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
