@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from job_tools import write_lines
 
 from trbatch import cli
-from trbatch.config import JobSpec, SamplingParams
+from trbatch.config import DEFAULT_MODEL, JobSpec, SamplingParams
 from trbatch.engine.sequence import Request
 from trbatch.engine.text import EncodingFailed, prompt_text
 from trbatch.errors import ResumeRefused, UsageError
@@ -164,11 +164,13 @@ def test_a_column_that_no_row_has_is_told_before_the_job_with_the_nearest(
 
 
 def test_a_misspelt_column_is_wrong_usage_of_submit_and_of_its_dry_run(
-    home: Path, tmp_path: Path
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path / "cache"))  # without a tokenizer
     path = write_lines(tmp_path / "in.jsonl", *ROWS)
     for more in ([], ["--dry-run"]):
-        result = invoke("submit", path, "--model", "org/m", "--template", "{{ nosuch }}", *more)
+        asked = ("submit", path, "--model", DEFAULT_MODEL, "--template", "{{ nosuch }}")
+        result = invoke(*asked, *more)
         assert (result.exit_code, result.stdout) == (2, "")
         assert "has no column 'nosuch'" in result.stderr
         assert "hint: there are: id, sentence, language, max_tokens." in result.stderr

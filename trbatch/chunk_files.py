@@ -113,7 +113,7 @@ class ChunkWriter:
         self.ids = RepeatCheck()
         self.errors: Counter[str] = Counter()  # bad rows by code
         self.unnamed_rows = 0
-        self._columns: set[str] = set()  # that pass through
+        self.columns: set[str] = set()  # that pass through
         self.chunk_samples: list[int] = []
         self._job = job
         self._spec = spec
@@ -133,8 +133,8 @@ class ChunkWriter:
     def write(self, batch: Batch) -> None:
         """Write the next chunk. Waits when the threads are far behind."""
         table, samples = chunks.encode(batch, self._hasher)
-        self._columns.update(chunks.passed_names(table.schema))
-        if len(self._columns) > MAX_COLUMNS:
+        self.columns.update(chunks.passed_names(table.schema))
+        if len(self.columns) > MAX_COLUMNS:
             place = f"{self._spec.input}: by line {batch.rows[-1].line:,}"
             raise InputError(
                 f"{place} the rows have more than {MAX_COLUMNS:,} different fields",

@@ -22,6 +22,7 @@ from trbatch.engine.sequence import Request
 from trbatch.ids import RepeatCheck
 from trbatch.job import JobFolder
 from trbatch.merging import SamplingMerger
+from trbatch.misspelt import warn_of_misspelt
 from trbatch.naming import row_place
 from trbatch.outputs import check_output
 from trbatch.prompts import check_repeats
@@ -150,7 +151,9 @@ class _Reader:
             InputError: the input is unusable, or an id comes twice.
         """
         ids = RepeatCheck()
+        columns: set[str] = set()
         for batch in batches(self._spec):
+            columns.update(batch.passed)
             ids.add(row.id for row in batch.rows)
             self._found.rows += len(batch.rows)
             good = []
@@ -166,6 +169,7 @@ class _Reader:
         if repeated := ids.repeated():
             rows = (row for batch in batches(self._spec) for row in batch.rows)
             check_repeats(rows, repeated, self._spec.input)
+        warn_of_misspelt(self._spec, columns)
         if self._found.pace is not None:
             speed = self._found.pace.tokens_per_s
             self._found.seconds = self._likely / speed

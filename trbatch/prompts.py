@@ -51,6 +51,13 @@ class Batch:
     rows: list[Row]
     columns: pa.StructArray | None = None
 
+    @property
+    def passed(self) -> set[str]:
+        """Names of the columns that pass through."""
+        if self.columns is not None:
+            return {field.name for field in self.columns.type}
+        return {name for row in self.rows for name in row.passthrough}
+
 
 def read_rows(
     path: str | Path,

@@ -16,6 +16,7 @@ from trbatch.config import JobSpec, default_model, default_store
 from trbatch.control import Control
 from trbatch.errors import ResumeRefused, UsageError
 from trbatch.manifest import InputState, Manifest, differences, settings
+from trbatch.misspelt import warn_of_misspelt
 from trbatch.moments import written
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
 from trbatch.outputs import check_output, check_path
@@ -257,6 +258,7 @@ def _read_input(
                 writer.write(batch)
         writer.check_repeats(batches(spec))
         writer.settle()
+    warn_of_misspelt(spec, writer.columns)
     return Manifest(
         id=job_id,
         spec=spec,
