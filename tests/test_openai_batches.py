@@ -12,7 +12,7 @@ from openai.types import BatchError, Completion
 from openai.types.chat import ChatCompletion
 
 from trbatch import openai_format
-from trbatch.config import SAMPLING_FIELDS, JobSpec
+from trbatch.config import DEFAULT_MODEL, SAMPLING_FIELDS, JobSpec
 from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.merging import BadRow
@@ -185,6 +185,11 @@ def test_a_field_can_be_passed_over(tmp_path: Path) -> None:
         (MODEL, None, True),
         ("/models/Meta-Llama-3-8B-Instruct", MODEL, True),  # the folder it was put into
         ("/models/Meta-Llama-3-8B-Instruct", "meta-llama-3-8b-instruct", True),
+        (MODEL, MODEL.lower(), True),
+        (MODEL, "meta-llama-3-8b-instruct", True),
+        (DEFAULT_MODEL, "SmolLM2-135M-Instruct", True),
+        (DEFAULT_MODEL, "HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        (DEFAULT_MODEL, "HuggingFaceTB/SmolLM2-360M-Instruct", False),
         (MODEL, "other/Meta-Llama-3-8B-Instruct", False),
         (MODEL, "gpt-4o", False),
         (MODEL, 5, False),

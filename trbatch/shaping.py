@@ -104,15 +104,15 @@ class Shaping:
     def check_model(self, named: Any) -> None:
         """Refuse a body that names another model than the job's.
 
-        A folder's name stands for the model in it, with or without its maker's name.
+        Case does not matter, and neither does a maker's name that one of the two leaves out. A
+        folder's name stands for the model in it, whoever has made that.
 
         Raises:
             BadRow: it is another model, or no name at all.
         """
         if not self.model or "model" in self.ignored or named == self.model:
             return
-        local = is_local_path(self.model)
-        if local and type(named) is str and _last(named) == _last(self.model):
+        if type(named) is str and _is_same(named, self.model):
             return
         raise BadRow(
             "other_model",
@@ -121,8 +121,16 @@ class Shaping:
         )
 
 
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
+def _is_same(named: str, model: str) -> bool:
+    (maker, name), (our_maker, our_name) = _parts(named), _parts(model)
+    if name != our_name:
+        return False
+    return is_local_path(model) or not maker or not our_maker or maker == our_maker
+
+
+def _parts(name: str) -> tuple[str, str]:
+    maker, _, last = name.lower().rstrip("/").rpartition("/")
+    return maker, last
 
 
 def _checked_arguments(arguments: Any) -> Mapping[str, Any]:
