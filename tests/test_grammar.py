@@ -92,7 +92,7 @@ def test_on_a_device_such_rows_go_to_the_host_beside_the_others(
     model = letters.loaded()
     engine = tiny.engine(model, operations=PlainOperations(), enforce_eager=True, tree_size=9)
     assert tokens(tiny.decode(engine, requests())) == tokens(plain)
-    late = [engine._stepper.admit(sequence) for sequence in admitted(engine)]
+    late = [sequence.lagged for sequence in admitted(engine)]
     assert late == [FORMS[i] is None for i in range(4, 8)]
 
 

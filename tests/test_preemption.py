@@ -184,10 +184,10 @@ def test_dropped_rows_that_gave_way_never_come_back() -> None:
     assert all(done[k].token_ids == tiny.generate(network, PROMPTS[k], LENGTH) for k in done)
 
 
-def sequence(key: int, prompt: int, output: int) -> Sequence:
+def sequence(key: int, prompt: int, output: int, *, lagged: bool = True) -> Sequence:
     return Sequence(
         request=tiny.request(key, [5]), tokens=[5] * prompt, prompt_length=prompt,
-        max_tokens=output, stop=None, figures=Figures(),
+        max_tokens=output, stop=None, figures=Figures(), lagged=lagged,
     )  # fmt: skip
 
 
@@ -204,7 +204,10 @@ def test_any_mix_of_lengths_comes_to_its_end(
         dtype=torch.float32, adjacent=adjacent,
     )  # fmt: skip
     scheduler = Scheduler(cache, slots=5, spare=SIZE, window=window, most_tokens=most_tokens)
-    rows = [sequence(i, rng.randint(1, 40), rng.randint(1, 50)) for i in range(30)]
+    rows = [
+        sequence(i, rng.randint(1, 40), rng.randint(1, 50), lagged=rng.random() < 0.7)
+        for i in range(30)
+    ]
     for one in rows:
         scheduler.add(one)
     ended, came = [], []
@@ -217,16 +220,18 @@ def test_any_mix_of_lengths_comes_to_its_end(
             if first.request.key not in came:
                 came.append(first.request.key)
         assert scheduler.running, "nobody runs and nobody can"
-        step = scheduler._largest_step(len(scheduler.running))
+        for one in scheduler.running:
+            one.cached = one.cached if rng.random() < 0.3 else one.goal  # some still read
+        size = largest_of(scheduler, most_tokens)
         for one in list(scheduler.running):
-            one.cached = one.goal
-            while one.room is not None and not scheduler.grow(one, len(one.tokens) + step):
+            while one.decodes and not scheduler.grow(one, size):
                 assert len(scheduler.running) > 1
                 scheduler.preempt(scheduler.running[-1])
         assert scheduler._reserve() <= scheduler._most_reserve()
         held = [page for one in scheduler.running for page in one.room.pages]
         assert len(held) == len(set(held)) == 26 - cache.pool.free
-        for one in list(scheduler.running):
+        for one in scheduler.decoding():
+            step = size if one.lagged else SIZE
             assert one.room.capacity >= len(one.tokens) - 1 + step
             more = min(rng.randint(1, step), one.max_tokens - one.generated)
             one.tokens += [5] * more
@@ -243,14 +248,20 @@ def test_any_mix_of_lengths_comes_to_its_end(
         assert came != list(range(30))
 
 
+def largest_of(scheduler: Scheduler, most_tokens: int) -> int:
+    """Tokens of each in the largest step that those make that are read late."""
+    late = sum(one.lagged for one in scheduler.decoding())
+    return max(1, min(SIZE, most_tokens // max(1, late))) if most_tokens else SIZE
+
+
 def test_nobody_gives_way_for_tokens_that_did_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """After what was under way has been read, it is known how many did."""
     one, refused = engine(on_device=True, pages=40), []
     grow = Scheduler.grow
 
-    def watched(self: Scheduler, sequence: Sequence, tokens: int) -> bool:
-        assert tokens == len(sequence.tokens) + sequence.ahead + SIZE
-        fits = grow(self, sequence, tokens)
+    def watched(self: Scheduler, sequence: Sequence, size: int) -> bool:
+        assert size == SIZE
+        fits = grow(self, sequence, size)
         if not fits:
             refused.append(sequence.in_flight)
         return fits

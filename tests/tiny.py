@@ -84,7 +84,7 @@ def engine(model: LoadedModel, **settings: Any) -> Engine:
     """An engine of small sizes."""
     more = {
         name: settings.pop(name)
-        for name in ("orders", "task_orders", "shape", "operations")
+        for name in ("orders", "task_orders", "shape", "operations", "costs")
         if name in settings
     }
     if "shape" in more:

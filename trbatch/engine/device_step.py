@@ -182,13 +182,18 @@ class DeviceStep:
         """What its steps are, among the ways in which steps can be made."""
         return f"{type(self.operations).__name__}{', captured' if self.graphs.wanted else ''}"
 
-    def admit(self, sequence: Sequence) -> bool:
-        """Take a sequence that has a slot and pages.
+    def knows_all(self, sequence: Sequence) -> bool:
+        """Whether all that decides a sequence's tokens is known on the device once it is there.
 
-        Returns:
-            Whether all that decides its tokens is known on the device, so that steps can be
-            started before its last token has been seen.
+        Then steps can be started before its last token has been seen.
         """
+        request, params = sequence.request, sequence.request.sampling
+        tells = params.logprobs is not None or params.prompt_logprobs is not None
+        hosts = bool(request.logits_processors) or tells
+        return not hosts and len(sequence.stop.stop_ids) <= MOST_STOPS
+
+    def admit(self, sequence: Sequence) -> None:
+        """Take a sequence that has a slot and pages."""
         request, stops = sequence.request, sorted(sequence.stop.stop_ids)
         self._kinds[sequence.slot] = Kind.of(request.sampling)
         self.state.slots.put(
@@ -196,10 +201,6 @@ class DeviceStep:
             stops=stops[:MOST_STOPS], pages=[page for _, page in sequence.room.news()],
             task=sequence.task, turn=self._turn_of(sequence), noise=_noise_of(sequence),
         )  # fmt: skip
-        params = request.sampling
-        tells = params.logprobs is not None or params.prompt_logprobs is not None
-        hosts = bool(request.logits_processors) or tells
-        return not hosts and len(stops) <= MOST_STOPS
 
     def release(self, slot: int) -> None:
         """Nobody has this slot any more; all steps of who had it have been read."""

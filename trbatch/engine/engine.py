@@ -215,6 +215,7 @@ class Engine:
         """Queue requests; quicker than one by one. If this raises, none of them was taken."""
         for one in self._intake.prepare(requests):
             if isinstance(one, Sequence):
+                one.lagged = self._stepper is not None and self._stepper.knows_all(one)
                 self._scheduler.add(one)
             else:
                 self._finished.append(one)
@@ -308,15 +309,10 @@ class Engine:
             Whether somebody who decoded does so no longer.
         """
         changed = False
-
-        def need(sequence: Sequence) -> int:
-            step = size if sequence.lagged else self._most
-            return len(sequence.tokens) + sequence.ahead + step
-
         for sequence in list(self._scheduler.running):
-            if sequence.room is not None and need(sequence) <= sequence.room.capacity:
+            if sequence.room is not None and self._scheduler.has_room(sequence, size):
                 continue  # nearly always
-            while sequence.decodes and not self._scheduler.grow(sequence, need(sequence)):
+            while sequence.decodes and not self._scheduler.grow(sequence, size):
                 changed = True
                 if self._stepper is not None and self._lagged.under_way:
                     self._drain()  # who has ended may give its pages back
@@ -411,7 +407,7 @@ class Engine:
         sequence.reads = _NOBODY if alone else sequence.task
         self._matrix.clear_slot(sequence.slot)
         if self._stepper is not None:
-            sequence.lagged = self._stepper.admit(sequence)
+            self._stepper.admit(sequence)
 
     def _retire_ended(self) -> None:
         for sequence in [s for s in self._scheduler.running if not s.in_flight and s.ended]:

@@ -5,9 +5,10 @@ there is nothing left to run beside it. Nobody waits much longer than by their t
 the first few that wait are looked at, and none is let in that many places later than it came.
 
 A sequence is admitted when its prompt fits and the others can still grow by two of their largest
-steps; from there on it gets pages as it grows. When none is left, whoever was admitted last gives
-all of its own back and goes to the front of those that wait; it runs its text again later and goes
-on where it was. One sequence alone always fits.
+steps; from there on it gets pages as it grows. When none is left, others give back what they have
+ahead of need, though nothing that the next step writes to; then whoever was admitted last gives all
+of its own back and goes to the front of those that wait; it runs its text again later and goes on
+where it was. One sequence alone always fits.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class Scheduler:
     """Waiting and running sequences.
 
     Args:
-        spare: tokens of room behind each sequence's longest text, for the nodes of a tree.
+        spare: tokens of room behind each sequence's longest text, for the nodes of a tree; no step
+            of it has more.
         window: how many that wait are looked at; 1: first come, first served.
-        most_tokens: of a step of all, where its trees shrink as the batch grows; 0: they do not.
+        most_tokens: of a step of all that are read late, where its trees shrink as there are more
+            of them; 0: they do not.
     """
 
     def __init__(
@@ -79,16 +82,27 @@ class Scheduler:
         sequence.begin_anew()
         self.running.append(sequence)
 
-    def grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give a sequence room for so many tokens, if there is.
+    def has_room(self, sequence: Sequence, size: int) -> bool:
+        """Whether a sequence that runs has all that its next step may write to. See `grow`."""
+        capacity: int = sequence.room.capacity
+        return self._need(sequence, size) <= capacity
+
+    def grow(self, sequence: Sequence, size: int) -> bool:
+        """Give a sequence room for its next step, if there is.
+
+        Whoever has room for this step keeps it, whoever else is given some: so nobody has to be
+        looked at twice.
+
+        Args:
+            size: tokens of each sequence whose steps are read late.
 
         Returns:
             Whether it has it now.
         """
-        need, have = self._pages(sequence, tokens), len(sequence.room.pages)
+        need, have = self._pages(sequence, self._need(sequence, size)), len(sequence.room.pages)
         if need <= have:
             return True
-        if not self._can_take(need - have, sequence):
+        if not self._can_take(need - have, sequence, size):
             return False
         count = self._wish(sequence, need, have) - have
         sequence.room.put(have, self._pool.take(count, behind=sequence.room.pages[-1]))
@@ -144,7 +158,12 @@ class Scheduler:
         return max(islice(self.waiting, self._window), key=lambda s: s.prompt_length + s.max_tokens)
 
     def _begin_tokens(self, sequence: Sequence) -> int:
-        return len(sequence.tokens) + self._largest_step(len(self.running) + 1)
+        return len(sequence.tokens) + self._largest_step(sequence, len(self.running) + 1)
+
+    def _need(self, sequence: Sequence, size: int) -> int:
+        """Tokens of room that its next step may need. See `grow`."""
+        step = size if sequence.lagged else self._spare
+        return len(sequence.tokens) + sequence.ahead + step
 
     def _pages(self, sequence: Sequence, tokens: int) -> int:
         """Pages for so many tokens, but never more than its longest text with a tree takes."""
@@ -161,31 +180,44 @@ class Scheduler:
         others = 2 * _SLACK * len(self.running)
         return next((w for w in wishes if self._pool.can_take(w - have + others)), need)
 
-    def _largest_step(self, count: int) -> int:
-        """Tokens a sequence of the largest step that `count` of them may make."""
-        if not self._most_tokens:
+    def _largest_step(self, sequence: Sequence, count: int) -> int:
+        """Tokens that it has in the largest step that `count` sequences may make."""
+        if not self._most_tokens or not sequence.lagged:
             return self._spare
         return max(1, min(self._spare, self._most_tokens // count))
 
-    def _soon(self, sequence: Sequence) -> int:
-        """Pages that a running sequence has after two of the largest steps."""
-        largest = self._largest_step(len(self.running))
+    def _late(self) -> int:
+        """How many share the next step."""
+        return sum(sequence.lagged and sequence.decodes for sequence in self.running)
+
+    def _soon(self, sequence: Sequence, late: int) -> int:
+        """Pages that a running sequence has after two of the largest steps.
+
+        Args:
+            late: see `_late`. Who does not decode yet will share its steps with all that run.
+        """
+        largest = self._largest_step(sequence, late if sequence.decodes else len(self.running))
         return self._pages(sequence, len(sequence.tokens) + sequence.ahead + 2 * largest)
 
     def _most_reserve(self) -> int:
         """No less than `_reserve`: each has room for what it has, and may begin a page behind."""
-        count = len(self.running)
-        return count and count * (self._cache.pages_for(2 * self._largest_step(count)) + 1)
+        return len(self.running) * (self._cache.pages_for(2 * self._spare) + 1)
 
     def _reserve(self) -> int:
         """Pages that those that run will ask for next."""
-        return sum(max(0, self._soon(s) - len(s.room.pages)) for s in self.running)
+        late = self._late()
+        return sum(max(0, self._soon(s, late) - len(s.room.pages)) for s in self.running)
 
-    def _can_take(self, count: int, sequence: Sequence) -> bool:
-        """Whether it can have so many pages, if need be those that others have ahead of need."""
+    def _can_take(self, count: int, sequence: Sequence, size: int = 0) -> bool:
+        """Whether it can have so many pages, if need be those that others have ahead of need.
+
+        Args:
+            size: of the step that room is made for, of which nobody loses any; see `grow`.
+        """
         if not self._pool.can_take(count):
+            late = self._late()
             for other in self.running:
-                keep = self._soon(other)
+                keep = max(self._soon(other, late), self._pages(other, self._need(other, size)))
                 if keep < len(other.room.pages) and other is not sequence:
                     self._pool.give_back(other.room.cut(keep))
         return self._pool.can_take(count)
