@@ -153,3 +153,36 @@ def sequence(key: int) -> Sequence:
         request=tiny.request(key, [5]), tokens=[5] * 20, prompt_length=20, max_tokens=100,
         stop=None, figures=Figures(), lagged=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_a_row_that_has_just_ended_gives_its_pages_and_does_not_come_back(on_device: bool) -> None:
+    """Such as one that only asked what the model says of its prompt."""
+    values = {"operations": PlainOperations(), "enforce_eager": True} if on_device else {}
+    one = tiny.engine(
+        tiny.loaded("llama"), page_size=PAGE, tree_size=5, prefix_sharing=False, **values
+    )
+    prompts = tiny.repetitive(2, length=19, seed=4)
+    lengths, ask = (40, 1), {"prompt_logprobs": 0, "logprobs": 0}
+    one.add(tiny.request(0, prompts[0], max_tokens=lengths[0], **ask))
+    while not one._scheduler.decoding():
+        one.step()
+    (first,), pool = one._scheduler.running, one._cache.pool
+    taken: list[int] = []
+    prefill = one._prefill
+
+    def tightened(sequences: list[Sequence]) -> None:
+        prefill(sequences)
+        assert one._scheduler.running[-1].ended, "it said its only token"
+        pool.give_back(first.room.cut(one._cache.pages_for(len(first.tokens))))
+        taken.extend(pool.take(pool.free))
+
+    one._prefill = tightened  # type: ignore[method-assign]
+    one.add(tiny.request(1, prompts[1], max_tokens=lengths[1], **ask))
+    done = {completion.key: completion for completion in one.step()}
+    pool.give_back(taken)
+    done |= tiny.decode(one, [])
+    assert one.stats()["preemptions"] == 0
+    network = tiny.network("llama")
+    for key, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        assert done[key].token_ids == tiny.generate(network, prompt, length)

@@ -314,15 +314,18 @@ class Engine:
                 continue  # nearly always
             while sequence.decodes and not self._scheduler.grow(sequence, size):
                 changed = True
-                if self._stepper is not None and self._lagged.under_way:
-                    self._drain()  # who has ended may give its pages back
-                    self._retire_ended()
-                else:
-                    assert len(self._scheduler.running) > 1, "one sequence alone always fits"
-                    self._preempt(self._scheduler.running[-1])
+                self._free_some()
         if self._stepper is not None:
             self._stepper.set_pages(self._scheduler.running)
         return changed
+
+    def _free_some(self) -> None:
+        """Pages are missing: who has ended gives its own back; if nobody has, whoever came last."""
+        under_way = self._stepper is not None and self._lagged.under_way
+        self._drain()  # also, who got fewer tokens than it might have needs less
+        if not self._retire_ended() and not under_way:
+            assert len(self._scheduler.running) > 1, "one sequence alone always fits"
+            self._preempt(self._scheduler.running[-1])
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence.slot)
@@ -409,9 +412,12 @@ class Engine:
         if self._stepper is not None:
             self._stepper.admit(sequence)
 
-    def _retire_ended(self) -> None:
-        for sequence in [s for s in self._scheduler.running if not s.in_flight and s.ended]:
+    def _retire_ended(self) -> int:
+        """Let go of who has ended, and is in nothing that is under way. Returns how many."""
+        ended = [s for s in self._scheduler.running if not s.in_flight and s.ended]
+        for sequence in ended:
             self._retire(sequence)
+        return len(ended)
 
     def _release(self, slot: int) -> None:
         if self._stepper is not None:
