@@ -7,12 +7,15 @@ there is one, captured graphs too.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
+from trbatch.engine.device_state import MOST_TURNS
 from trbatch.engine.device_step import BUCKETS, bucket_of
 from trbatch.engine.sequence import Completion
 from trbatch.engine.step_plain import PlainOperations
@@ -180,6 +183,39 @@ def test_two_samples_of_one_row_and_rows_of_one_number_run_together() -> None:
         object.__setattr__(request, "order", 3)
     done = tiny.decode(engine(PlainOperations, tree_size=9, max_num_seqs=6), same)
     assert all(text == expected()[0] for text in texts(done))
+
+
+def test_any_number_of_rows_of_one_number_run_together() -> None:
+    """Those of many small jobs of one task: each is the first of its input."""
+    count = 24
+    one = engine(PlainOperations, tree_size=5, max_num_seqs=count)
+    rows = [
+        replace(tiny.request(i, PROMPTS[i % len(PROMPTS)], max_tokens=8), order=0)
+        for i in range(count)
+    ]
+    for row in rows:
+        one.add(row)
+    while len(one._scheduler.decoding()) < count:
+        one.step()
+    turns = one._stepper.state.slots.turns.tolist()
+    assert len(set(turns)) == count
+    done = tiny.decode(one, [])
+    whole = expected()
+    assert texts(done) == [whole[i % len(PROMPTS)][:8] for i in range(count)]
+
+
+def test_turns_go_by_row_and_sample_and_are_never_too_many() -> None:
+    one, most = engine(PlainOperations, max_num_seqs=4), 1 << 45
+    numbers = [(0, 0), (0, 0), (0, 1), (1, 0)], [(7, 3), (7, 1024 + 3), (most, 0), (most, 5000)]
+    for group in numbers:
+        found = [one._stepper._turn_of(row(slot, *group[slot])) for slot in range(4)]
+        assert len(set(found)) == 4 and 0 <= min(found) <= max(found) < MOST_TURNS
+        if max(order for order, _ in group) < most:
+            assert found == sorted(found)
+
+
+def row(slot: int, order: int, sample: int) -> Any:
+    return SimpleNamespace(slot=slot, turn=(order, sample))
 
 
 @on_every_path_slowly

@@ -21,7 +21,7 @@ from torch import Tensor
 from trbatch.config import EngineConfig
 from trbatch.engine.calibration import PLACES, Calibration
 from trbatch.engine.captured import Graphs, Replay
-from trbatch.engine.device_state import REPORT_NUMBERS, Accepted, Noise, Slots
+from trbatch.engine.device_state import MOST_TURNS, REPORT_NUMBERS, Accepted, Noise, Slots
 from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
@@ -32,8 +32,7 @@ from trbatch.engine.tree import Tree
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # rows
 MOST_STOPS = 8  # ids that end a text, on the device
-_SAMPLES = 1024  # of a row, at most
-_EQUALS = 16  # sequences of the same row and sample that may run together
+_SAMPLES = 1024  # of a row that have turns of their own, whatever else runs
 _ABSORB_EVERY = 4  # steps between two looks at what was counted of candidates
 
 
@@ -265,13 +264,17 @@ class DeviceStep:
         return Reading(outcomes, handle.clock.seconds)
 
     def _turn_of(self, sequence: Sequence) -> int:
-        """Who it is among others: by row of the input and sample, and no two of them equal."""
+        """Who it is among others: by row of the input and sample, and no two of them equal.
+
+        Jobs that share a task have rows of the same numbers. So each number has as many turns as
+        there are slots; rows so far apart that numbers do not suffice for them begin anew at 0.
+        """
         order, sample = sequence.turn
         self._turns.pop(sequence.slot, None)
-        begin = (order * _SAMPLES + sample % _SAMPLES) * _EQUALS
+        rows = MOST_TURNS // (_SAMPLES * self.capacity)
+        begin = ((order % rows) * _SAMPLES + sample % _SAMPLES) * self.capacity
         taken = set(self._turns.values())
-        turn = next((t for t in range(begin, begin + _EQUALS) if t not in taken), None)
-        assert turn is not None, "too many sequences of one row run together"
+        turn = next(t for t in range(begin, begin + self.capacity) if t not in taken)
         self._turns[sequence.slot] = turn
         return turn
 
