@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,6 +73,23 @@ def test_what_was_left_longest_ago_goes_first_and_the_end_of_a_text_before_its_b
     for _ in range(6):
         pool.take(1)
     assert gone == [new[1], new[0], old[1], old[0]]
+
+
+def test_a_known_page_is_as_soon_given_away_in_a_large_pool_as_in_a_small_one() -> None:
+    def seconds(pages: int) -> float:
+        """Of one page, when all are known and left and are taken one after the other."""
+        pool = PagePool(pages, adjacent=False)
+        held = pool.take(pages)
+        for page in held:
+            pool.know(page)
+        pool.give_back(held)
+        begin = time.process_time()
+        for _ in range(pages):
+            pool.take(1)
+        return (time.process_time() - begin) / pages
+
+    few, many = (min(seconds(pages) for _ in range(3)) for pages in (2_000, 64_000))
+    assert many < 5 * few, "it takes longer the more were given away before"
 
 
 def test_free_pages_are_taken_before_known_ones_are_forgotten() -> None:

@@ -9,6 +9,7 @@ slots behind the committed tokens and are moved by `move`.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -47,7 +48,9 @@ class PagePool:
         self._state = bytearray(pages)
         self._holders = [0] * pages
         self._known: set[int] = set()
-        self._idle: dict[int, None] = {}  # in the order in which they were left
+        # In the order in which they were left. Of a plain dict, the first key takes the longer to
+        # find the more were removed before it.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._held = 0
         # Free ones, the next last. Unused where neighbours are wanted.
         self._stack = [] if adjacent else list(range(pages - 1, -1, -1))
@@ -129,9 +132,7 @@ class PagePool:
             self.forget(page)
 
     def _oldest(self) -> int:
-        page = next(iter(self._idle))
-        del self._idle[page]
-        return page
+        return self._idle.popitem(last=False)[0]
 
     def _neighbours(self, count: int, behind: int) -> list[int]:
         wanted = bytes(count)
