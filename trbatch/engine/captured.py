@@ -42,7 +42,7 @@ class Graphs:
 
     def __init__(self, device: torch.device, *, wanted: bool) -> None:
         self._device = device
-        self.wanted = wanted  # False also when a capture has failed
+        self.wanted = wanted  # False also when work turned out to be such that it cannot be
         self._pool: Any = None
 
     @declared()  # it takes seconds, and may come in the middle of rows
@@ -53,6 +53,10 @@ class Graphs:
         Args:
             work: reads and writes the same memory each time; must not wait for the device.
             what: for people.
+
+        Raises:
+            torch.OutOfMemoryError: another time, or for a smaller shape, memory may suffice.
+            torch.AcceleratorError: the device failed.
         """
         replay = Replay(work)
         if not self.wanted:
@@ -66,16 +70,47 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # Where the end of a capture fails, torch leaves its stream behind as the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            ):
                 replay.given = work()
         except RuntimeError as error:
+            _raise_if_of_the_device(error)
             # Such as a mixture of experts that looks on the host which expert gets which token.
-            said = str(error).strip().split("\n", 1)[0]
-            logger.warning("steps of this model cannot be captured, they are launched: %s", said)
+            logger.warning(
+                "steps of this model cannot be captured, they are launched: %s", _said(error)
+            )
             self.wanted = False
             return replay
+        self._pool = pool  # not sooner: without any graph in it, it may not be there any more
         replay.graph = graph
         logger.debug("captured %s in %.2f s", what, time.perf_counter() - start)
         return replay
+
+
+def _raise_if_of_the_device(error: RuntimeError) -> None:
+    """Raise what says nothing of the work itself: that memory did not suffice, a device's failure.
+
+    Whatever fails in a capture may make its end fail, too; so what led to the error counts as well.
+    """
+    chain: list[BaseException] = [error]
+    while (before := chain[-1].__context__) is not None:
+        chain.append(before)
+    for one in chain:
+        if isinstance(one, torch.OutOfMemoryError):
+            raise one
+        if isinstance(one, torch.AcceleratorError) and "out of memory" in _said(one):
+            raise torch.OutOfMemoryError(_said(one)) from one  # a graph itself needs some
+    for one in chain:
+        # Most that cannot be captured is told as an error of the device: "operation not permitted
+        # when stream is capturing", "… due to a previous error during capture".
+        if isinstance(one, torch.AcceleratorError) and "captur" not in _said(one):
+            raise one
+
+
+def _said(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -7,6 +7,7 @@ host longer than the device.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +24,8 @@ from trbatch.engine.prefix import Piece, Prefixes
 from trbatch.engine.sequence import Sequence
 from trbatch.engine.tasks import Tasks
 from trbatch.engine.transfer import send, to_device
+
+logger = logging.getLogger(__name__)
 
 _SHORTEST = 64  # tokens of the smallest shape; each next one has twice as many
 _MOST_PIECES = 64  # prompts of one prefill
@@ -68,12 +71,20 @@ class DevicePrefiller:
         self._waited = 0
 
     def prepare(self) -> None:
-        """Capture all shapes, before anything runs."""
-        if self._stepper.graphs.wanted:
-            tokens = _SHORTEST
+        """Capture all shapes, before anything runs, as far as memory suffices."""
+        if not self._stepper.graphs.wanted:
+            return
+        tokens = _SHORTEST
+        try:
             while tokens < 2 * self._chunk:
                 self._shape(tokens)
                 tokens *= 2
+        except torch.OutOfMemoryError as error:
+            # Whoever needs it tries again, and if need be goes on with smaller pieces of prompts.
+            logger.warning(
+                "out of memory while prefills of %d tokens were captured, prompts may come in "
+                "smaller pieces (--prefill-chunk): %s", tokens, error,
+            )  # fmt: skip
 
     def is_worth_it(self, sequences: list[Sequence], *, decoding: bool) -> bool:
         """Whether to prefill these now, or to wait until there are more of them."""
