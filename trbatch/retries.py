@@ -49,7 +49,7 @@ class Retries:
         self._job.write(name, orjson.dumps({"codes": sorted(codes), "segments": list(segments)}))
 
     def carry_over(self, known: Collection[str], segments: Sequence[str]) -> None:
-        """Ask again for what others than the known requests ask, in the segments of a compaction."""
+        """Ask for what all but the known requests ask in the segments of a compaction, too."""
         for name in self._job.names(FOLDER):
             if name not in known:
                 asked = orjson.loads(self._job.read(f"{FOLDER}/{name}"))
