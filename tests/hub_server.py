@@ -209,6 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._may(path)
             found = self._route(path, body)
+            if isinstance(found, bytes) and (part := self.headers.get("Range")):
+                first, last = map(int, part.removeprefix("bytes=").split("-"))
+                return self._send(206, found[first : last + 1])
             self._send(200, found if isinstance(found, bytes) else json.dumps(found).encode())
         except Refusal as refusal:
             error = json.dumps({"error": str(refusal)}).encode()

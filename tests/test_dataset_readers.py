@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pandas as pd
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -16,7 +20,9 @@ from job_tools import decode, write_lines
 from trbatch import api, cli
 from trbatch.config import JobSpec
 from trbatch.job import JobFolder
+from trbatch.parquet_files import schema_of
 from trbatch.schema import SCHEMA
+from trbatch.storage import folder
 
 ROWS = [
     {"id": "a", "prompt": "x", "topic": "sea", "meta": {"lang": "en"}, "tags": ["t", "u"], "n": 2},
@@ -121,3 +127,153 @@ def test_a_card_never_replaces_one_of_another_hand(job: api.Job, tmp_path: Path)
     assert not (tmp_path / "out.parquet").exists()
     for _ in range(2):  # its own it writes anew
         job.collect(tmp_path / "apart" / "out.parquet", card=True)
+
+
+def pushed(name: str, *rows: dict[str, Any], to: Path) -> Result:
+    """A job of these rows, decoded and pushed into a folder."""
+    beside = to.parent
+    path = write_lines(beside / f"{name}.jsonl", *rows)
+    job = JobFolder.submit(JobSpec(input=str(path), out=f"{beside}/jobs", model="m", name=name))
+    if job.missing(0):
+        decode(job, 0)
+    return invoke("collect", job.path, "-o", beside / f"{name}.parquet", "--push", f"file://{to}")
+
+
+def loaded(place: Path) -> list[dict[str, Any]]:
+    """The rows of a pushed folder as `datasets` reads them."""
+    import datasets
+
+    cache = tempfile.mkdtemp(dir=place.parent)
+    rows = datasets.load_dataset(str(place), cache_dir=cache)["train"]
+    found: list[dict[str, Any]] = rows.to_list()
+    return found
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "read"),
+    [
+        ({"score": 1}, {"score": 2}, [1, 2]),
+        ({"score": 1, "level": "hard"}, {"score": 2}, [1, 2]),
+        ({"score": 1.5}, {"score": 2}, [1.5, 2.0]),
+        ({"score": {"a": 1, "b": 2}}, {"score": {"b": 3}}, [{"a": 1, "b": 2}, {"a": None, "b": 3}]),
+        ({"score": "one"}, {"score": 2}, ["one", "2"]),
+    ],
+    ids="same fewer wider struct text".split(),
+)
+def test_jobs_that_open_together_add_up(
+    tmp_path: Path, offline: None, first: dict[str, Any], second: dict[str, Any], read: list[Any]
+) -> None:
+    place = tmp_path / "answers"
+    for name, values in (("night-1", first), ("night-2", second)):
+        assert pushed(name, {"id": name, "prompt": "x"} | values, to=place).exit_code == 0
+    assert [row["score"] for row in loaded(place)] == read
+    again = pushed("night-1", {"id": "night-1", "prompt": "x"} | first, to=place)
+    assert again.exit_code == 0, "compared with the others, not with what it replaces"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "column", "types"),
+    [
+        ({}, {"level": "hard"}, "level", ("string", "not")),
+        ({"score": 1}, {"score": 2.5}, "score", ("double", "int64")),
+        ({"score": 1}, {"score": "two"}, "score", ("string", "int64")),
+        ({"score": [1]}, {"score": [2.5]}, "score[]", ("double", "int64")),
+        ({"score": {"a": 1}}, {"score": {"a": 1, "b": 2}}, "score.b", ("int64", "not")),
+    ],
+    ids="extra float text list struct".split(),
+)
+def test_a_job_that_would_not_open_with_the_others_is_not_pushed(
+    tmp_path: Path, offline: None, first: dict[str, Any], second: dict[str, Any],
+    column: str, types: tuple[str, str],
+) -> None:  # fmt: skip
+    place, apart = tmp_path / "answers", tmp_path / "answers" / "other"
+    assert pushed("night-1", {"id": "a", "prompt": "x"} | first, to=place).exit_code == 0
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    refused = pushed("night-2", {"id": "b", "prompt": "x"} | second, to=place)
+    assert refused.exit_code == 2, refused.output
+    mine, theirs = "data/night-2.parquet", "data/night-1.parquet"
+    assert f"the column '{column}' is {types[0]} in {mine} and {types[1]} in {theirs}" in (
+        refused.stderr
+    )
+    _, hint = refused.stderr.splitlines()
+    assert "a place of its own" in hint
+    assert f"the dataset is whole in {tmp_path}/night-2.parquet" in hint
+    assert pd.read_parquet(tmp_path / "night-2.parquet")["custom_id"].tolist() == ["b"]
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    assert [row["custom_id"] for row in loaded(place)] == ["a"]
+    # And it is true: with this file there it would not open.
+    shutil.copy(tmp_path / "night-2.parquet", place / "data")
+    with pytest.raises(Exception, match="generating the dataset"):
+        loaded(place)
+    (place / "data" / "night-2.parquet").unlink()
+    cured = invoke(
+        "collect", tmp_path / "jobs" / "night-2", "-o", tmp_path / "night-2.parquet",
+        "--push", f"file://{apart}",
+    )  # fmt: skip
+    assert cured.exit_code == 0, cured.output
+    assert [row["custom_id"] for row in loaded(apart)] == ["b"]
+    assert [row["custom_id"] for row in loaded(place)] == ["a"]
+
+
+def test_a_job_that_comes_first_by_name_is_compared_with_all(tmp_path: Path, offline: None) -> None:
+    place = tmp_path / "answers"
+    for number, values in ((2, {}), (3, {"level": "hard"})):
+        job = {"id": f"r{number}", "prompt": "x", "kind": "k"} | values
+        assert pushed(f"night-{number}", job, to=tmp_path / f"set-{number}").exit_code == 0
+    shutil.copytree(tmp_path / "set-2", place)
+    first = {"id": "a", "prompt": "x", "kind": "k"}
+    assert pushed("night-1", first, to=place).exit_code == 0
+    (place / "data" / "night-1.parquet").unlink()
+    shutil.copy(tmp_path / "set-3" / "data" / "night-3.parquet", place / "data")
+    refused = pushed("night-1", first, to=place)
+    assert refused.exit_code == 2
+    assert (
+        "the column 'level' is string in data/night-3.parquet and not in data/night-1.parquet"
+        in refused.stderr
+    )
+
+
+def test_a_card_that_says_which_files_belong_together_is_heeded(tmp_path: Path) -> None:
+    place = tmp_path / "answers"
+    assert pushed("night-1", {"id": "a", "prompt": "x"}, to=place).exit_code == 0
+    more = {"id": "b", "prompt": "x", "level": "hard"}
+    (place / "README.md").write_text("# Mine\n\ndata_files: as they come\n")
+    assert pushed("night-2", more, to=place).exit_code == 2
+    mine = "---\nconfigs:\n- config_name: one\n  data_files: data/night-1.parquet\n---\n# Mine\n"
+    (place / "README.md").write_text(mine)
+    assert pushed("night-2", more, to=place).exit_code == 0
+    assert (place / "README.md").read_text() == mine
+
+
+def test_a_damaged_file_there_is_named(tmp_path: Path) -> None:
+    place = tmp_path / "answers"
+    (place / "data").mkdir(parents=True)
+    for damaged in (b"", b"no Parquet", b"\xff\xff\xff\x7fPAR1", b"????\x04\0\0\0PAR1"):
+        (place / "data" / "a.parquet").write_bytes(damaged)
+        refused = pushed("night-1", {"id": "a", "prompt": "x"}, to=place)
+        assert refused.exit_code == 2, damaged
+        assert f"{place}/data/a.parquet is no whole Parquet file" in refused.stderr
+        assert "hint: remove it" in refused.stderr
+
+
+@pytest.mark.parametrize("columns", [1, 5000], ids=["short", "long"])
+@pytest.mark.parametrize("where", ["", "memory://"])
+def test_a_schema_is_read_from_the_end_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, where: str
+) -> None:
+    numbers = {f"number {i}": [i] for i in range(columns)}
+    table = pa.table({"text": ["x" * 1_000_000]} | numbers)
+    root = folder(f"{where}{tmp_path}")
+    with root.writing("a.parquet") as file:
+        pq.write_table(table, file, compression="none", use_dictionary=False)
+    read = []
+    tail = type(root).tail
+    monkeypatch.setattr(type(root), "tail", lambda *given: read.append(tail(*given)) or read[-1])
+    assert schema_of(root, "a.parquet") == table.schema
+    assert len(read) == (1 if columns == 1 else 2)
+    assert root.stat("a.parquet").size - len(read[-1]) > 900_000, "the rows are not read"

@@ -32,6 +32,12 @@ def is_ours(text: str) -> bool:
     return MARK in text
 
 
+def says_files(text: str) -> bool:
+    """Whether a card's header says which files are the dataset, as `configs` of the hub do."""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return header is not None and "data_files:" in header[1]
+
+
 def card(job: JobFolder, receipt: Receipt, schema: pa.Schema, files: str, described: str) -> str:
     """The card of a collected job, as Markdown.
 

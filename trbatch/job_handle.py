@@ -162,8 +162,9 @@ class Job:
                 dataset that lacks rows is not pushed.
 
         Raises:
-            UsageError: the output's name does not suit the format, or a card or an error file would
-                take the place of one that trbatch has not written.
+            UsageError: the output's name does not suit the format, a card or an error file would
+                take the place of one that trbatch has not written, or what is pushed would not open
+                as one dataset with what lies there.
             Unreachable: the storage fails, or the place to push to.
         """
         if push:

@@ -15,9 +15,10 @@ from trbatch.errors import Unreachable, UsageError
 from trbatch.job import JobFolder
 from trbatch.logs import note
 from trbatch.masking import mask_url
-from trbatch.parquet_files import open_parquet
+from trbatch.parquet_files import schema_of
 from trbatch.receipt import Receipt
 from trbatch.storage import Folder, folder, place, writing
+from trbatch.together import check_together
 
 _ON_THE_HUB = re.compile(r"hf://(datasets|buckets)/[^/@]+/[^/@]+(@[^/]+(/.*)?|/.*)?")
 
@@ -51,7 +52,7 @@ def check_card(output: str, format: str) -> None:
     if format != "parquet":
         raise UsageError("a card describes a Parquet dataset", hint="leave --format away")
     parent, _ = place(output)
-    if _foreign(parent):
+    if _foreign_card(parent) is not None:
         raise UsageError(
             f"{mask_url(parent.join(card.NAME))} was not written by trbatch",
             hint="put the dataset into a folder of its own with --output",
@@ -73,6 +74,7 @@ def push(job: JobFolder, receipt: Receipt, url: str) -> Receipt:
         the receipt that names what was written.
 
     Raises:
+        UsageError: with what lies there already it would not open as one dataset.
         Unreachable: the place cannot be written to.
     """
     if not receipt.complete:
@@ -80,19 +82,26 @@ def push(job: JobFolder, receipt: Receipt, url: str) -> Receipt:
         return receipt
     try:
         return _copy(job, receipt, folder(url))
-    except Unreachable as error:
-        whole = f"the dataset is whole in {mask_url(receipt.output)}; the same command pushes it"
+    except (Unreachable, UsageError) as error:
+        whole = f"the dataset is whole in {mask_url(receipt.output)}"
+        if isinstance(error, Unreachable):
+            whole += "; the same command pushes it"
         hint = f"{error.hint}; {whole}" if error.hint else whole
-        raise Unreachable(error.message, hint=hint) from error
+        raise type(error)(error.message, hint=hint) from error
 
 
 def _copy(job: JobFolder, receipt: Receipt, root: Folder) -> Receipt:
     name = f"data/{job.id}.parquet"
     source, base = place(receipt.output)
+    foreign = _foreign_card(root)
+    if foreign is None or not card.says_files(
+        foreign
+    ):  # else somebody says which files belong together
+        check_together(root, name, schema_of(source, base))
     with source.open(base) as file, writing(root.join(name)) as target:
         shutil.copyfileobj(file, target)
     written = ""
-    if _foreign(root):
+    if foreign is not None:
         note(f"{mask_url(root.join(card.NAME))} was not written by trbatch and stays as it is")
     else:
         written = _write_card(job, receipt, root, "data/*.parquet", name)
@@ -101,15 +110,15 @@ def _copy(job: JobFolder, receipt: Receipt, root: Folder) -> Receipt:
 
 def _write_card(job: JobFolder, receipt: Receipt, where: Folder, files: str, name: str) -> str:
     source, base = place(receipt.output)
-    with source.open(base) as file:
-        schema = open_parquet(file).schema_arrow
+    schema = schema_of(source, base)
     where.write(card.NAME, card.card(job, receipt, schema, files, name).encode())
     return where.join(card.NAME)
 
 
-def _foreign(where: Folder) -> bool:
-    """Whether a folder has a card that trbatch has not written."""
+def _foreign_card(where: Folder) -> str | None:
+    """The card in a folder that trbatch has not written; None if there is none."""
     try:
-        return not card.is_ours(where.read(card.NAME).decode(errors="replace"))
+        text = where.read(card.NAME).decode(errors="replace")
     except FileNotFoundError:
-        return False
+        return None
+    return None if card.is_ours(text) else text

@@ -47,6 +47,10 @@ class Folder(ABC):
         """All bytes of a file. Raises FileNotFoundError when there is none."""
 
     @abstractmethod
+    def tail(self, name: str, size: int) -> bytes:
+        """The last bytes of a file, `size` at most. Raises FileNotFoundError when there is none."""
+
+    @abstractmethod
     def open(self, name: str) -> BinaryIO:
         """A file for seeking and reading. Raises FileNotFoundError when there is none."""
 
@@ -201,6 +205,11 @@ class LocalFolder(Folder):
     def read(self, name: str) -> bytes:
         with self._errors("read", name):
             return Path(self.path, name).read_bytes()
+
+    def tail(self, name: str, size: int) -> bytes:
+        with self._errors("read", name), Path(self.path, name).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read()
 
     def open(self, name: str) -> BinaryIO:
         with self._errors("read", name):
