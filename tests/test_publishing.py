@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from worker_tools import make_job, rows_of
 
-from trbatch.publishing import Publisher
+from trbatch.engine.sequence import Completion
+from trbatch.publishing import Publisher, Report
 
 
 def row(place: int, **fields: Any) -> dict[str, Any]:
@@ -65,3 +66,41 @@ def test_what_cannot_be_mended_waits_and_raises_nothing(tmp_path: Path) -> None:
     publisher.publish()
     assert publisher.failing
     assert publisher.rows == 1
+
+
+def test_the_line_of_a_worker_counts_the_tokens_of_rows_in_flight(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="trbatch.worker")
+    clock = [0.0]
+    report = Report(lambda: clock[0])
+
+    def tick(at: float, **engine: int) -> float | None:
+        """The tokens a second that the line at this time tells; None: there is none."""
+        caplog.clear()
+        clock[0] = at
+        report.tick(1, 6, engine)
+        told = [vars(record)["tokens_per_s"] for record in caplog.records]
+        return told[0] if told else None
+
+    assert tick(10.0, tokens=500) is None
+    report.count(Completion(key=0, finish_reason="stop", token_ids=[1] * 100))
+    assert tick(30.0, tokens=1500) == 50.0
+    assert tick(60.0, tokens=2100) == 20.0, "no row has ended since"
+    assert "20 tokens/s" in caplog.text
+    assert tick(70.0, tokens=2400) is None
+    assert tick(80.0, tokens=200) is None, "another engine, which counts from its own start"
+    assert tick(90.0, tokens=400) == pytest.approx((300 + 400) / 30, abs=0.05)
+    assert tick(120.0, tokens=400) == 0.0, "it stands still"
+
+
+def test_an_engine_that_counts_no_tokens_is_judged_by_its_rows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="trbatch.worker")
+    clock = [0.0]
+    report = Report(lambda: clock[0])
+    report.count(Completion(key=0, finish_reason="stop", token_ids=[1] * 300))
+    clock[0] = 30.0
+    report.tick(1, 6, {})
+    assert "1 rows done, 6 in 1 chunks in flight, 10 tokens/s" in caplog.text

@@ -154,24 +154,36 @@ class Publisher:
 class Report:
     """A line in the log every half minute while rows come."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.rows = 0
         self.tokens = 0
-        self._since = self._begin = time.monotonic()
-        self._tokens_before = 0
+        self._now = now
+        self._since = self._begin = now()
+        self._decoded = 0  # tokens since the last line, those of rows in flight among them
+        self._seen = 0  # tokens that the engine had counted
 
     def count(self, completion: Completion) -> None:
         """Count a finished row."""
         self.rows += 1
         self.tokens += completion.completion_tokens
 
-    def tick(self, chunks: int, owed: int) -> None:
-        """Write the line if it is time and there is work."""
-        now = time.monotonic()
+    def tick(self, chunks: int, owed: int, engine: Mapping[str, Any]) -> None:
+        """Write the line if it is time and there is work.
+
+        Args:
+            chunks: in flight.
+            owed: rows of them that are not done.
+            engine: its figures; one that does not count tokens is judged by the rows it finishes.
+        """
+        made = engine.get("tokens", self.tokens)
+        # Less than before: another model's engine, which counts from its own start.
+        self._decoded += made - self._seen if made >= self._seen else made
+        self._seen = made
+        now = self._now()
         if now - self._since < REPORT_S:
             return
-        rate = (self.tokens - self._tokens_before) / (now - self._since)
-        self._since, self._tokens_before = now, self.tokens
+        rate = self._decoded / (now - self._since)
+        self._since, self._decoded = now, 0
         if chunks:
             logger.info(
                 "%d rows done, %d in %d chunks in flight, %.0f tokens/s",
@@ -182,7 +194,7 @@ class Report:
 
     def last(self, name: str) -> None:
         """Write the last line."""
-        seconds = time.monotonic() - self._begin
+        seconds = self._now() - self._begin
         logger.info(
             "%s: %d rows, %d tokens in %.1f s", name, self.rows, self.tokens, seconds,
             extra={"event": "worker_ended", "worker": name, "rows": self.rows,

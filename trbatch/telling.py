@@ -84,7 +84,7 @@ class Telling:
 
     def moment(self, now: Moment, jobs: JobQueue) -> None:
         """How things are; called with every turn of the worker's loop."""
-        self._report.tick(now.chunks_in_flight, now.rows_in_flight)
+        self._report.tick(now.chunks_in_flight, now.rows_in_flight, now.engine)
         self._metrics.moment(now, jobs)
 
     def last(self) -> None:
