@@ -10,7 +10,9 @@ import pty
 import select
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from echo_worker import EchoEngine
 from rich.console import Console
 
 from trbatch import api, cli, watching
+from trbatch.engine.sequence import Completion
 from trbatch.errors import Unreachable
 from trbatch.figures import Figures, Progress
-from trbatch.job_status import JobStatus
+from trbatch.job_status import JobStatus, from_now
 from trbatch.queue import Counts
+from trbatch.queue_control import ChunkLease
 from trbatch.segments import Footer
 from trbatch.team import Share, team_of
 from trbatch.watching import exit_code, jobs_in, screen, watch, words
@@ -58,7 +62,7 @@ def status(**changes: Any) -> JobStatus:
         "rows": 1000, "rows_ok": 240, "rows_failed": 10, "rows_cancelled": 0,
         "prompt_tokens": 0, "completion_tokens": 5000, "num_spec_steps": 2000,
         "mean_acceptance_length": 2.5, "draft_acceptance_rate": 0.3, "speedup": 1.8,
-        "busy_s": 10.0, "tokens_per_s": 500.0, "seconds_left": 3725.0,
+        "busy_s": 10.0, "tokens_per_s": 500.0, "seconds_left": 3725.0, "last_row_at": None,
     }  # fmt: skip
     values: dict[str, Any] = {
         "id": "nightly", "path": "/jobs/nightly", "state": "in_progress", "model": "org/model",
@@ -98,11 +102,19 @@ def test_what_is_wrong_stands_below() -> None:
     assert "the queue is away; trying again" in text
 
 
+def lease(worker: str = "gpu-a", running_s: float | None = 100.0) -> ChunkLease:
+    return ChunkLease(chunk=1, worker=worker, attempt=1, running_s=running_s, left_s=12.0)
+
+
 def test_a_silent_worker_is_shown_as_such_and_one_that_is_gone_is_not() -> None:
     team = [share(last_rows_s=90.0), share(worker="gpu-b", state="gone")]
-    text = "\n".join(drawn([status(team=team)]))
+    text = "\n".join(drawn([status(team=team, leases=[lease("gpu-c")])]))
     assert "silent 1:30 min" in text
     assert "gpu-b" not in text
+    alive = "\n".join(drawn([status(team=team, leases=[lease("gpu-a")])]))
+    assert "no row for 1:30 min" in alive and "silent" not in alive
+    idle = "\n".join(drawn([status(team=[share(chunks=0, last_rows_s=90.0)])]))
+    assert "1:30 min" not in idle, "it has nothing to be silent about"
     ended = status(state="completed", rows_ok=990, seconds_left=None, team=team)
     assert "gpu-b" in "\n".join(drawn([ended]))
 
@@ -175,6 +187,63 @@ def test_it_waits_for_all_jobs_and_outlives_a_queue_that_is_away() -> None:
         (["completed", "in_progress"], ""),
     ]
     assert view.ended == ["completed", "cancelled"]
+
+
+class OneLongRow(EchoEngine):
+    """Ends every row at once but the prompt `long`, which goes on until it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(step_s=0.02)
+        self.end = threading.Event()
+
+    def step(self) -> list[Completion]:
+        long = [one for one in self._requests if one.prompt == "long" and not self.end.is_set()]
+        self._requests = deque(one for one in self._requests if one not in long)
+        done = super().step()
+        self._requests.extend(long)
+        return done
+
+
+def test_one_long_row_makes_a_job_overdue_and_not_nearly_done(home: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "say x"} for _ in range(5)] + [{"prompt": "long"}]
+    job = submit(tmp_path, rows, chunk_size=6)
+    engine = OneLongRow()
+    with working(engine, model="org/echo"):
+        wait_for(lambda: job.status().progress.rows_done == 5)
+        wait_for(lambda: job.status().overdue)
+        found = job.status()
+        assert (found.state, found.progress.seconds_left) == ("in_progress", None)
+        assert "overdue: rows take longer than those before" in words(found)
+        assert "left" not in words(found)
+        assert drawn([found])[1].split()[-1] == "overdue"
+        (line,) = [one for one in invoke("status").stdout.splitlines() if one.startswith("job ")][
+            1:
+        ]
+        assert line.split()[-1] == "overdue"
+        engine.end.set()
+        wait_for(lambda: job.status().finished)
+    assert not job.status().overdue
+
+
+@pytest.mark.parametrize(
+    ("running", "left"),
+    [([None], 7.0), ([2.0, 100.0], 7.0), ([3.0], 37.0), ([], 40.0), ([39.0], 1.0)],
+)
+def test_an_estimate_runs_down_only_while_somebody_decodes(
+    running: list[float | None], left: float
+) -> None:
+    progress = status(seconds_left=40.0, last_row_at=1000.0).progress
+    leases = [lease(running_s=one) for one in running]
+    now = 1033.0 if left != 1.0 else 2000.0  # long after the last row, and not long after the lease
+    assert from_now(progress, leases, now).seconds_left == pytest.approx(left)
+
+
+def test_an_estimate_that_has_passed_is_none_and_one_of_no_row_stays() -> None:
+    progress = status(seconds_left=40.0, last_row_at=1000.0).progress
+    assert from_now(progress, [lease(running_s=None)], 1040.0).seconds_left is None
+    assert from_now(progress, [lease(running_s=None)], 990.0).seconds_left == 40.0, "a clock ahead"
+    for nothing in (status(seconds_left=None, last_row_at=None), status(last_row_at=None)):
+        assert from_now(nothing.progress, [lease()], 5000.0) == nothing.progress
 
 
 def test_a_job_has_failed_when_it_was_seen_so_twice() -> None:

@@ -21,7 +21,7 @@ from trbatch.figures import Progress
 from trbatch.job_status import JobStatus
 from trbatch.masking import mask_text, masked, printable
 from trbatch.moments import written
-from trbatch.progress import describe, duration
+from trbatch.progress import describe, duration, left_of
 from trbatch.pruning import Pruned
 from trbatch.queue import JobQueue
 from trbatch.results import Receipt
@@ -191,7 +191,6 @@ def _pace_of(progress: Progress) -> dict[str, str]:
 def _job_record(status: JobStatus) -> dict[str, str]:
     """A job as a line of a table."""
     progress = status.progress
-    left = None if status.finished else progress.seconds_left
     return {
         "job": status.id,
         "state": f"{status.state}, paused" if status.paused else status.state,
@@ -200,7 +199,7 @@ def _job_record(status: JobStatus) -> dict[str, str]:
         "tokens/s": _number(progress.tokens_per_s, ",.0f"),
         "acceptance": _number(progress.mean_acceptance_length, ".2f"),
         "speed-up": _number(progress.speedup, ".2f", "x"),
-        "left": "-" if left is None else duration(left),
+        "left": left_of(status) or "-",
     }
 
 

@@ -107,7 +107,8 @@ class Progress:
     speedup: float | None
     busy_s: float  # seconds during which at least one worker decoded rows of this job
     tokens_per_s: float | None  # completion tokens over `busy_s`
-    seconds_left: float | None  # at the pace of late, with the tail; see `pace`
+    seconds_left: float | None  # at the pace of late, with the tail; None once they have passed
+    last_row_at: float | None = None  # when the newest row was done, Unix seconds
     rows_repetitive: int = 0  # that go round in circles, of those that are ok
 
     @property

@@ -246,7 +246,8 @@ class JobFolder:
 
         Keys are compared as well once the footers claim that nothing is missing, and always when
         the input was read anew or rows are retried: only keys can tell a duplicate or an outdated
-        row. Where that takes long it is done now and then, unless it must be `exact`.
+        row. Where that takes long it is done now and then, unless it must be `exact`. The seconds
+        left are counted from the newest row on, since the folder does not tell who works.
         """
         footers = self.ledger.footers()
         figures = Figures()
@@ -274,6 +275,7 @@ class JobFolder:
             busy_s=busy,
             tokens_per_s=figures.completion_tokens / busy if busy > 0 else None,
             seconds_left=None if pace is None else pace.seconds_for(asked - ok - failed),
+            last_row_at=max((footer.span[1] for footer in footers), default=None),
         )
 
     def mark(self, *, complete: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +49,13 @@ class JobStatus:
         """Whether nothing more will happen by itself."""
         return self.state in ENDED
 
+    @property
+    def overdue(self) -> bool:
+        """Whether rows take longer than those before let expect, so that no time left is told."""
+        progress = self.progress
+        known = progress.busy_s > 0 and progress.seconds_left is None
+        return known and bool(self.leases) and not self.finished
+
     def to_dict(self) -> dict[str, Any]:
         """Every figure as JSON-serialisable values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -85,6 +94,7 @@ def job_status(job: JobFolder, redis_url: str) -> JobStatus:
         # Once more: the last rows may have come between the first look and the queue's answer.
         progress = job.progress(exact=not seen.chunks.open)
     state = _state(progress, seen, control)
+    progress = from_now(progress, seen.leases)
     return JobStatus(
         id=job.id,
         path=str(job.path),
@@ -148,6 +158,25 @@ def _state(progress: Progress, seen: _Seen, control: Control) -> str:
     if control.hold != "paused" and not seen.chunks.open:
         return "failed"
     return "in_progress" if seen.chunks.started or progress.rows_ok else "queued"
+
+
+def from_now(
+    progress: Progress, leases: Sequence[ChunkLease], now: float | None = None
+) -> Progress:
+    """The progress with the time left from now on, and none told once it has passed.
+
+    It passes only while a worker has chunks of the job, not through the night in which nobody had.
+
+    Args:
+        now: Unix seconds; the present if None.
+    """
+    working = [math.inf if one.running_s is None else one.running_s for one in leases]
+    if progress.seconds_left is None or progress.last_row_at is None or not working:
+        return progress
+    now = time.time() if now is None else now
+    waited = min(now - progress.last_row_at, max(working))
+    left = progress.seconds_left - max(0.0, waited)
+    return dataclasses.replace(progress, seconds_left=left if left > 0 else None)
 
 
 def _with_the_end(progress: Progress, state: str) -> Progress:

@@ -54,6 +54,14 @@ def describe(status: JobStatus) -> str:
     return f"{status.progress.rows_done:,}/{status.progress.rows:,} rows{_details(status)}"
 
 
+def left_of(status: JobStatus) -> str:
+    """How long a job will yet take, in a word; "" where that is not known, or it has ended."""
+    left = status.progress.seconds_left
+    if status.finished or left is None:
+        return "overdue" if status.overdue else ""
+    return duration(left)
+
+
 def duration(seconds: float) -> str:
     """Seconds as people write them: `42 s`, `3:05 min`, `2:03:04 h`."""
     whole = round(seconds)
@@ -75,6 +83,8 @@ def _details(status: JobStatus) -> str:
         parts.append(f"acceptance length {progress.mean_acceptance_length:.2f}")
     if not status.finished and progress.seconds_left is not None:
         parts.append(f"{duration(progress.seconds_left)} left")
+    if status.overdue:
+        parts.append("overdue: rows take longer than those before")
     if status.progress.rows_cancelled:
         parts.append(f"{status.progress.rows_cancelled:,} cancelled")
     if status.paused:

@@ -32,7 +32,7 @@ from trbatch.job import JobFolder
 from trbatch.job_handle import Job
 from trbatch.job_status import JobStatus
 from trbatch.masking import printable
-from trbatch.progress import describe, duration
+from trbatch.progress import describe, duration, left_of
 from trbatch.storage import folder
 from trbatch.submission import MARKS
 from trbatch.team import Share
@@ -199,7 +199,7 @@ def screen(statuses: Sequence[JobStatus], trouble: str, width: int) -> Group:
     rows: list[tuple[Text, ...]] = []
     notes: list[Text] = []
     for status in statuses:
-        rows += [_job_cells(status), *map(_share_cells, _shown(status))]
+        rows += [_job_cells(status), *(_share_cells(one, status) for one in _shown(status))]
         notes += _notes(status)
     names = ("job", "", "rows", "tokens/s", "accept", "speed-up", "left")
     widths = [
@@ -223,9 +223,6 @@ def screen(statuses: Sequence[JobStatus], trouble: str, width: int) -> Group:
 def _job_cells(status: JobStatus) -> tuple[Text, ...]:
     progress = status.progress
     share = progress.rows_done / progress.rows if progress.rows else 1.0
-    left = (
-        "" if status.finished or progress.seconds_left is None else duration(progress.seconds_left)
-    )
     return (
         Text(printable(status.id), style="bold"),
         _how_far(share, status),
@@ -233,7 +230,7 @@ def _job_cells(status: JobStatus) -> tuple[Text, ...]:
         _number(_speed(status), ",.0f"),
         _number(progress.mean_acceptance_length, ".2f"),
         _number(progress.speedup, ".2f", "x"),
-        Text(left),
+        Text(left_of(status)),
     )
 
 
@@ -265,7 +262,7 @@ def _shown(status: JobStatus) -> list[Share]:
     return [share for share in status.team if share.present]
 
 
-def _share_cells(share: Share) -> tuple[Text, ...]:
+def _share_cells(share: Share, status: JobStatus) -> tuple[Text, ...]:
     chunks = f", {share.chunks} chunk{'s' if share.chunks > 1 else ''}" if share.chunks else ""
     state = printable(f"{share.state}{chunks}") if share.present else ""
     return (
@@ -275,15 +272,21 @@ def _share_cells(share: Share) -> tuple[Text, ...]:
         _number(share.tokens_per_s, ",.0f"),
         _number(share.mean_acceptance_length, ".2f"),
         _number(share.speedup, ".2f", "x"),
-        _silence(share),
+        _silence(share, status),
     )
 
 
-def _silence(share: Share) -> Text:
-    """How long ago its last rows came, where that is long."""
-    if not share.present or share.last_rows_s is None or share.last_rows_s < EVERY_S:
+def _silence(share: Share, status: JobStatus) -> Text:
+    """How long ago its last rows came, where that is long and it has chunks.
+
+    A worker renews its leases while its engine makes steps: with one, it decodes long rows.
+    """
+    if not share.chunks or share.last_rows_s is None or share.last_rows_s < EVERY_S:
         return Text("")
-    return Text(f"silent {duration(share.last_rows_s)}", style="yellow")
+    since = duration(share.last_rows_s)
+    if any(lease.worker == share.worker for lease in status.leases):
+        return Text(f"no row for {since}", style="dim")
+    return Text(f"silent {since}", style="yellow")
 
 
 def _notes(status: JobStatus) -> list[Text]:
