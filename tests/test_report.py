@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from job_tools import decode, write_lines
-from report_tools import HOSTILE, Page, make_job
+from report_tools import BEGAN, HOSTILE, Page, make_job
 
 from trbatch import api, cli
 from trbatch.config import JobSpec
 from trbatch.errors import UsageError
 from trbatch.figures import Figures
 from trbatch.job import JobFolder
+from trbatch.matrices import Facts, SavedMatrix
 from trbatch.report_figures import RowCount, bars_of
 from trbatch.report_html import brief, tag, visible
 from trbatch.report_page import page
@@ -311,6 +312,15 @@ def test_nothing_that_comes_from_rows_becomes_html(tmp_path: Path) -> None:
     assert "\u202e" not in shown.words
     assert any(HOSTILE[:20] in line[0] for line in shown.tables["slowest"])
     assert any(HOSTILE[:20] in line[0] for line in shown.tables["categories"])
+
+
+def test_a_page_tells_times_that_stay_true(report: Report) -> None:
+    taught = Facts(task="task", model="fp", rows=1000, pairs=10)
+    saved = SavedMatrix(Path("task.trmatrix"), 1 << 20, BEGAN, taught)
+    words = Page(page(dataclasses.replace(report, matrix=saved, made_at=BEGAN + 61))).words
+    assert "The task's matrix, saved 2026-09-21 14:13 UTC, has 1,000 tokens" in words
+    assert "2026-09-21 14:14 UTC." in words
+    assert " ago" not in words
 
 
 def test_a_job_that_still_runs_and_one_that_has_nothing(spec: JobSpec) -> None:

@@ -7,7 +7,7 @@ may hold.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.resources import files
 
 import trbatch
@@ -17,6 +17,7 @@ from trbatch.masking import mask_text
 from trbatch.progress import duration
 from trbatch.receipt import Receipt
 from trbatch.report_html import Child, Markup, joined, number, table, tag
+from trbatch.report_time import utc
 from trbatch.reporting import Report, settings_of
 from trbatch.wording import counted
 
@@ -89,7 +90,7 @@ def _head(report: Report) -> Markup:
         tag(
             "p",
             f"{mask_text(manifest.model)} · task {manifest.task} · "
-            f"submitted {_time(manifest.created)}",
+            f"submitted {utc(datetime.fromisoformat(manifest.created).timestamp())}",
         ),
         tag("span", words, class_=f"pill {kind}"),
     )
@@ -283,9 +284,4 @@ def _settings(report: Report) -> Child:
 
 
 def _foot(report: Report) -> Markup:
-    made = datetime.fromtimestamp(report.made_at, UTC).isoformat()
-    return tag("footer", f"Made by trbatch {trbatch.__version__}, {_time(made)}.")
-
-
-def _time(text: str) -> str:
-    return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return tag("footer", f"Made by trbatch {trbatch.__version__}, {utc(report.made_at)}.")

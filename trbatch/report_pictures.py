@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from trbatch import report_charts as charts
-from trbatch.matrices import describe_age
 from trbatch.progress import duration
 from trbatch.report_charts import Axis, axis, exact_axis, figure, time_axis
 from trbatch.report_figures import LONGEST_STEP, Group
 from trbatch.report_html import Child, Markup, joined, number, table, tag
+from trbatch.report_time import utc
 from trbatch.reporting import Report
 
 LONGEST_BAR = 16  # tokens of a forward that have a bar of their own
@@ -200,7 +200,7 @@ def _matrix_words(report: Report) -> str:
     if saved is None:
         return ""
     facts = saved.facts
-    words = f" The task's matrix, saved {describe_age(saved.age_s)} ago, has {facts.rows:,} tokens"
+    words = f" The task's matrix, saved {utc(saved.saved_at)}, has {facts.rows:,} tokens"
     words += f" and {facts.pairs:,} pairs"
     with_it, without = facts.with_it.mean_length, facts.without_it.mean_length
     if with_it and without:

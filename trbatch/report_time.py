@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from trbatch.trace import Span, joined
 
@@ -69,6 +70,11 @@ def width_for(length_s: float, most: int) -> float:
     while length_s > most * day:
         day *= 2
     return day
+
+
+def utc(moment: float) -> str:
+    """A Unix time to the minute, as a page shows it that is read anywhere and at any time."""
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 class Spread:
