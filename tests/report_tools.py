@@ -120,8 +120,10 @@ class _Clock:
         forwards = sum(histogram)
         tokens = sum((i + 1) * n for i, n in enumerate(histogram)) + 1
         decode_s = forwards * 0.4 * (0.8 + 0.4 * self._draw.random())
+        loops = row.prompt_index % 6 == 4 and tokens > 40
+        ids = [1] * tokens if loops else list(range(tokens))
         completion = Completion(
-            key=0, finish_reason="stop", text="text", token_ids=[1] * tokens, prompt_tokens=30,
+            key=0, finish_reason="stop", text="text", token_ids=ids, prompt_tokens=30,
             sample_index=sample, prefill_s=0.03, decode_s=decode_s, num_spec_steps=forwards,
             baseline_decode_s=(tokens - 1) * 0.22, num_draft_tokens=forwards * 7,
             num_accepted_draft_tokens=tokens - 1 - forwards, acceptance_histogram=histogram,

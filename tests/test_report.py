@@ -96,7 +96,17 @@ def test_the_large_figures(
     busy = covered([span for some in spans.values() for span in some])
     hours = sum(covered(some) for some in spans.values()) / 3600
     prompts = sum(row["prompt_tokens"] or 0 for row in rows)
-    assert f"Rows{len(rows)}{len(done)} ok, {len(rows) - len(done)} failed" in shown.words
+    failed = len(rows) - len(done)
+    loops = [row for row in done if row["repetitive"]]
+    varied = [row for row in done if not row["repetitive"]]
+    circles = f"{len(loops)} go round in circles"
+    assert len(loops) > 10 and f"Rows{len(rows)}{len(done)} ok, {failed} failed, {circles}" in (
+        shown.words
+    )
+    without = "without rows that go round in circles"
+    assert f"over plain decoding, measured; {speedup_of(varied):.2f}× {without}" in shown.words
+    assert f"plain decoding has 1; {length_of(varied):.2f} {without}" in shown.words
+    assert length_of(varied) != pytest.approx(length_of(done), abs=0.01)
     assert f"Tokens generated{tokens:,}from {prompts:,} of prompts" in shown.words
     assert f"Tokens per second{tokens / busy:,.1f}over" in shown.words
     assert f"Speed-up{speedup_of(done):.2f}×" in shown.words
@@ -259,9 +269,11 @@ def test_workers(shown: Page, rows: list[Row], spans: dict[str, list[tuple[float
 
 def test_slowest_and_failed_rows(shown: Page, rows: list[Row]) -> None:
     slow = sorted(decoded(rows), key=lambda row: -(row["prefill_s"] + row["decode_s"]))[:10]
+    assert {row["repetitive"] for row in slow} == {True, False}
     assert shown.tables["slowest"][1:] == [
         [
-            row["custom_id"], row["category"] or "(none)",
+            row["custom_id"] + (" – goes round in circles" if row["repetitive"] else ""),
+            row["category"] or "(none)",
             f"{row['prefill_s'] + row['decode_s']:.2f}", str(row["completion_tokens"]),
             f"{row['speedup']:.2f}×", f"{row['mean_acceptance_length']:.2f}",
             str(row["prompt_tokens"]),
@@ -295,6 +307,8 @@ def test_the_json_holds_the_same_and_says_where_the_page_lies(
     assert done.exit_code == 0, done.output
     values = orjson.loads(done.stdout)
     wanted = orjson.loads(orjson.dumps(report.to_dict()))
+    assert wanted["speedup_varied"] == report.rows.varied.speedup
+    assert wanted["mean_acceptance_length_varied"] == report.rows.varied.mean_acceptance_length
     assert values == wanted | {"output": str(out)}
     assert out.read_text().startswith("<!doctype html>")
     done = CliRunner().invoke(cli.commands, ["report", job.path])
@@ -312,6 +326,13 @@ def test_nothing_that_comes_from_rows_becomes_html(tmp_path: Path) -> None:
     assert "\u202e" not in shown.words
     assert any(HOSTILE[:20] in line[0] for line in shown.tables["slowest"])
     assert any(HOSTILE[:20] in line[0] for line in shown.tables["categories"])
+
+
+def test_a_page_without_rows_in_circles_speaks_of_none(report: Report) -> None:
+    total = dataclasses.replace(report.rows.total, rows_repetitive=0)
+    slowest = [row | {"repetitive": False} for row in report.rows.slowest]
+    rows = dataclasses.replace(report.rows, total=total, slowest=slowest)
+    assert "circles" not in Page(page(dataclasses.replace(report, rows=rows))).words
 
 
 def test_a_page_tells_times_that_stay_true(report: Report) -> None:
@@ -401,8 +422,8 @@ def test_many_categories_are_counted_together(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("trbatch.report_figures.CATEGORIES", 3)
     count = RowCount(Clock([(0.0, 1.0)]), categorised=True)
     nothing = dict.fromkeys(
-        ("worker", "error_code", "completion_tokens", "error_message", "custom_id", "sample_index",
-         "prompt_index")
+        ("worker", "error_code", "completion_tokens", "error_message", "custom_id", "repetitive",
+         "sample_index", "prompt_index")
     )  # fmt: skip
     for index in range(10):
         count.add(nothing | {"finish_reason": "error"}, f"c{index}")

@@ -63,6 +63,7 @@ def status(**changes: Any) -> JobStatus:
         "prompt_tokens": 0, "completion_tokens": 5000, "num_spec_steps": 2000,
         "mean_acceptance_length": 2.5, "draft_acceptance_rate": 0.3, "speedup": 1.8,
         "busy_s": 10.0, "tokens_per_s": 500.0, "seconds_left": 3725.0, "last_row_at": None,
+        "rows_repetitive": 0,
     }  # fmt: skip
     values: dict[str, Any] = {
         "id": "nightly", "path": "/jobs/nightly", "state": "in_progress", "model": "org/model",
@@ -127,6 +128,14 @@ def test_it_fits_the_terminal(width: int) -> None:
     assert any("queued" in line for line in lines)
     assert any("paused" in line for line in lines)
     assert any("1:02:05 h" in line for line in lines)
+
+
+def test_rows_that_flatter_the_figures_are_told() -> None:
+    found = status(rows_repetitive=12)
+    assert "12 going round in circles, 500 tokens/s" in words(found)
+    text = " ".join("\n".join(drawn([found])).split())
+    assert "nightly: 12 rows go round in circles, which flatters accept and speed-up" in text
+    assert "circles" not in "\n".join(drawn([status()])) + words(status())
 
 
 def test_a_line_says_the_same() -> None:

@@ -77,6 +77,8 @@ def _details(status: JobStatus) -> str:
     parts = []
     if progress.rows_failed:
         parts.append(f"{progress.rows_failed:,} failed")
+    if progress.rows_repetitive:
+        parts.append(f"{progress.rows_repetitive:,} going round in circles")
     if progress.tokens_per_s:
         parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
     if progress.mean_acceptance_length:

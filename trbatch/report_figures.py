@@ -40,6 +40,7 @@ COLUMNS = (
     "prefill_s",
     "decode_s",
     "speedup",
+    "repetitive",
     "num_spec_steps",
     "num_draft_tokens",
     "num_accepted_draft_tokens",
@@ -91,6 +92,7 @@ class RowFigures:
     """What the pass over the rows has found."""
 
     total: Figures = field(default_factory=Figures)
+    varied: Figures = field(default_factory=Figures)  # the total without repetitive rows
     workers: dict[str, Figures] = field(default_factory=dict)
     categories: dict[str, Figures] = field(default_factory=dict)  # {} without such a column
     throughput: Throughput = field(default_factory=Throughput)
@@ -123,6 +125,7 @@ class RowCount:
         self._fine_width = length / FINE_PARTS
         self._fine: dict[int, Group] = {}
         self._by: dict[tuple[str, str], Figures] = {}  # (worker, category)
+        self._varied = Figures()
         self._known: set[str] = set()  # categories told apart
         self._acceptance: Counter[int] = Counter()
         self._speedups: Counter[int] = Counter()
@@ -139,6 +142,8 @@ class RowCount:
         if figures is None:
             figures = self._by[key] = Figures()
         figures.count(row)
+        if not row["repetitive"]:
+            self._varied.count(row)
         if row["finish_reason"] == "error":
             self._count_failure(row)
         if not row["completion_tokens"]:
@@ -154,6 +159,7 @@ class RowCount:
     def figures(self) -> RowFigures:
         """What was found."""
         found = RowFigures(
+            varied=self._varied,
             throughput=self._throughput(),
             acceptance=[self._acceptance[i] for i in range(max(self._acceptance, default=-1) + 1)],
             groups=_grouped(sorted(self._fine.items())),
@@ -211,7 +217,8 @@ class RowCount:
             return
         names = ("custom_id", "sample_index", "prompt_tokens", "completion_tokens")
         kept = {name: row[name] for name in (*names, "mean_acceptance_length", "speedup")}
-        kept |= {"seconds": seconds, "category": category if self._categorised else None}
+        kept |= {"seconds": seconds, "repetitive": bool(row["repetitive"])}
+        kept |= {"category": category if self._categorised else None}
         heapq.heappush(self._slowest, (seconds, -self._seen, kept))
         if len(self._slowest) > LISTED:
             heapq.heappop(self._slowest)

@@ -24,6 +24,8 @@ from trbatch.wording import counted
 SHOWN_CATEGORIES = 25  # those with the most rows
 LONGEST_NAME = 80  # characters of a row's id, below of an error code
 LONGEST_CODE = 40
+CIRCLES = "go round in circles"  # what repetitive rows do,
+LOOPS = "goes round in circles"  # and one of them
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -103,9 +105,11 @@ def _noun(receipt: Receipt) -> str:
 
 def _tiles(report: Report) -> Markup:
     receipt, total, cost = report.receipt, report.rows.total, report.cost
+    varied = report.rows.varied
     parts = [f"{receipt.rows_ok:,} ok"]
     parts += [f"{receipt.rows_failed:,} failed"] if receipt.rows_failed else []
     parts += [f"{receipt.rows_cancelled:,} cancelled"] if receipt.rows_cancelled else []
+    parts += [f"{total.rows_repetitive:,} {CIRCLES}"] if total.rows_repetitive else []
     parts += [f"of {counted(receipt.input_rows, 'row')}"] if receipt.sampled else []
     shown = [
         (_noun(receipt).capitalize(), number(receipt.rows_out), ", ".join(parts)),
@@ -119,11 +123,16 @@ def _tiles(report: Report) -> Markup:
             number(report.tokens_per_s, 1),
             f"over {duration(report.busy_s)} of decoding",
         ),
-        ("Speed-up", number(total.speedup, 2, "×"), "over plain decoding, measured"),
+        (
+            "Speed-up",
+            number(total.speedup, 2, "×"),
+            "over plain decoding, measured" + _without(report, number(varied.speedup, 2, "×")),
+        ),
         (
             "Acceptance length",
             number(total.mean_acceptance_length, 2),
-            "tokens a forward; plain decoding has 1",
+            "tokens a forward; plain decoding has 1"
+            + _without(report, number(varied.mean_acceptance_length, 2)),
         ),
     ]
     if cost is not None:
@@ -138,6 +147,13 @@ def _tiles(report: Report) -> Markup:
         ],
         class_="tiles",
     )
+
+
+def _without(report: Report, figure: str) -> str:
+    """The figure of the rows that do not go round in circles, where some do: those flatter it."""
+    if not report.rows.total.rows_repetitive:
+        return ""
+    return f"; {figure} without {_noun(report.receipt)} that {CIRCLES}"
 
 
 def _money(value: float | None) -> str:
@@ -250,7 +266,8 @@ def _code(code: str | None) -> Markup:
 def _row_name(row: dict[str, object]) -> Child:
     sample = row["sample_index"]
     name = _short(str(row["custom_id"]), LONGEST_NAME)
-    return tag("span", name, f" #{sample}" if sample else None, class_="mono")
+    mark = f" – {LOOPS}" if row.get("repetitive") else None
+    return tag("span", name, f" #{sample}" if sample else None, mark, class_="mono")
 
 
 def _short(text: str, most: int) -> str:

@@ -87,6 +87,8 @@ class Report:
             "mean_acceptance_length": total.mean_acceptance_length,
             "draft_acceptance_rate": total.draft_acceptance_rate,
             "speedup": total.speedup,
+            "mean_acceptance_length_varied": self.rows.varied.mean_acceptance_length,
+            "speedup_varied": self.rows.varied.speedup,
             "cost": dataclasses.asdict(self.cost) if self.cost else None,
             **self.rows.to_dict(),
             "trace": self.trace.to_dict(),

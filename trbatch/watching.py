@@ -295,6 +295,9 @@ def _notes(status: JobStatus) -> list[Text]:
     if status.errors:
         codes = ", ".join(f"{rows:,} {code or 'unknown'}" for code, rows in status.errors.items())
         notes.append(Text(f"{name}: failed rows: {printable(codes)}", style="yellow"))
+    if looping := status.progress.rows_repetitive:
+        words = f"{name}: {looping:,} rows go round in circles, which flatters accept and speed-up"
+        notes.append(Text(words, style="yellow"))
     if status.failures:
         number, reason = next(iter(status.failures.items()))
         more = f" and {len(status.failures) - 1} more" if len(status.failures) > 1 else ""
