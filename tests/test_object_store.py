@@ -75,6 +75,15 @@ def test_a_job_goes_all_its_way_in_a_bucket(
     assert folder(job.path).exists("_SUCCESS")
 
 
+def test_the_end_of_an_object_is_read_alone(s3: S3Server, bucket: str) -> None:
+    root = folder(f"s3://{bucket}/ends")
+    root.write("a", bytes(range(100)))
+    assert root.tail("a", 3) == bytes([97, 98, 99])
+    assert root.tail("a", 1000) == bytes(range(100)), "of a shorter one all"
+    with pytest.raises(FileNotFoundError):
+        root.tail("b", 3)
+
+
 def test_every_object_is_one_put_and_nothing_is_copied_or_renamed(
     home: Path, s3: S3Server, bucket: str, tmp_path: Path
 ) -> None:
