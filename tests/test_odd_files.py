@@ -53,6 +53,31 @@ def test_a_pipe_is_refused_before_anything_waits_for_it(spec: JobSpec, tmp_path:
     assert not Path(spec.out).exists()
 
 
+def test_a_dash_is_no_file_but_a_word_for_streams_and_is_refused(
+    spec: JobSpec, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write_lines(tmp_path / "in.jsonl", *prompts(3))
+    for words in (["submit", "-"], ["submit", "-", "--dry-run"]):
+        found = CliRunner().invoke(cli.commands, [*words, "--model", "m/m"], input="{}")
+        assert (found.exit_code, found.stdout) == (2, "")
+        assert "- cannot be the input: a job is continued by its file" in found.stderr
+        assert "hint: write it to a file first" in found.stderr
+    job = JobFolder.submit(spec)
+    for words in (
+        ["submit", str(file), "-o", "-"],
+        ["run", str(file), "-o", "-", "--format", "jsonl"],
+        ["collect", job.path, "-o", "-", "--format", "jsonl"],
+        ["collect", job.path, "-o", "-"],
+    ):
+        found = CliRunner().invoke(cli.commands, words)
+        assert (found.exit_code, found.stdout) == (2, "")
+        assert "- cannot be the output: a dataset appears when it is whole" in found.stderr
+        assert "&& cat answers.jsonl; a file of that name is ./-" in found.stderr
+    assert not (tmp_path / "-").exists()
+    assert not list((home / "jobs").glob("*"))
+
+
 def test_a_device_is_refused(spec: JobSpec, tmp_path: Path) -> None:
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
     with pytest.raises(InputError, match="is no file but a device"):

@@ -80,7 +80,7 @@ def submit(input: str | Path | JobSpec, *, redis_url: str = "", **settings: Any)
     A job that is paused or cancelled stays so, and nothing of it is enqueued.
     """
     spec = job_spec(input, settings)
-    job = Job(JobFolder.submit(_absolute_output(spec)), redis_url)
+    job = Job(JobFolder.submit(spec), redis_url)
     control_verbs.enqueue(job.folder, redis_url)
     return job
 
@@ -272,13 +272,6 @@ def generate(
 
 def _opened(job: str | Path | Job, store: str | Path, redis_url: str) -> Job:
     return job if isinstance(job, Job) else Job.open(job, store=store, redis_url=redis_url)
-
-
-def _absolute_output(spec: JobSpec) -> JobSpec:
-    """The spec with an output that means the same file wherever it is collected."""
-    if not spec.output or "://" in spec.output:
-        return spec
-    return dataclasses.replace(spec, output=str(Path(spec.output).expanduser().absolute()))
 
 
 def _own_values(spec: JobSpec) -> dict[str, Any]:

@@ -34,6 +34,21 @@ def check_path(path: str) -> None:
         ) from error
 
 
+def check_not_stream(given: str, what: str, cure: str) -> None:
+    """Refuse `-`, by which other programs mean what streams through them.
+
+    Args:
+        given: a path or URL as the user wrote it.
+        what: it would be, and why that cannot be.
+        cure: what to do instead.
+
+    Raises:
+        UsageError: it is that.
+    """
+    if given == "-":
+        raise UsageError(f"- cannot be {what}", hint=f"{cure}; a file of that name is ./-")
+
+
 def check_output(output: str, input: str, format: str = "") -> None:
     """Refuse an output that would mislead, or overwrite the job's input.
 
@@ -48,6 +63,11 @@ def check_output(output: str, input: str, format: str = "") -> None:
     if format not in (*FORMATS, ""):
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     check_path(output)
+    check_not_stream(
+        output,
+        "the output: a dataset appears when it is whole",
+        "name a file and read that, e.g. -o answers.jsonl --format jsonl && cat answers.jsonl",
+    )
     if not output or is_folder(output):
         return
     if all(_misleads(output, one) for one in ([format] if format else FORMATS)):

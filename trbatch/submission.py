@@ -19,7 +19,7 @@ from trbatch.manifest import InputState, Manifest, differences, settings
 from trbatch.misspelt import warn_of_misspelt
 from trbatch.moments import written
 from trbatch.naming import checked_job_name, default_job_id, default_task, model_name
-from trbatch.outputs import check_output, check_path
+from trbatch.outputs import check_not_stream, check_output, check_path
 from trbatch.prompts import Batch, read_batches
 from trbatch.shaping import Shaping
 from trbatch.storage import Folder, folder
@@ -77,8 +77,15 @@ def resolved(spec: JobSpec) -> JobSpec:
     """The spec with absolute paths, with names for what was left open, and its template's text.
 
     Raises:
-        UsageError: there is no such model or template, or it is no valid one; a path is no text.
+        UsageError: there is no such model or template, or it is no valid one; a path is no text, or
+            `-`.
     """
+    check_not_stream(
+        spec.input,
+        "the input: a job is continued by its file",
+        "write it to a file first, e.g. cat > prompts.jsonl, and give that",
+    )
+    check_output(spec.output, "")  # as it was written: below, `-` is a path
     path, store = _absolute(spec.input), folder(spec.out or default_store()).path
     check_path(path)
     check_path(store)
