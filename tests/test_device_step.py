@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+from trbatch.engine import eager
 from trbatch.engine.device_state import MOST_TURNS
 from trbatch.engine.device_step import BUCKETS, bucket_of
 from trbatch.engine.sequence import Completion
@@ -142,6 +145,36 @@ def test_rows_that_the_host_chooses_for_run_beside_the_others() -> None:
     found = tiny.decode(engine(PlainOperations, tree_size=9), mixed)
     assert texts(found) == texts(wanted)
     assert texts(found)[0] == expected()[0]
+
+
+def test_what_rows_for_the_host_take_is_not_what_the_others_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their steps are the host's own, which take longer than the device's: here an hour each."""
+    clock = SimpleNamespace(perf_counter=partial(next, count(step=3600)))
+    monkeypatch.setattr(eager, "time", clock)
+    one = engine(PlainOperations, tree_size=0, max_tree_size=6, max_num_seqs=8)
+    sizes: list[int] = []
+    next_size = one._lagged.next_size
+    one._lagged.next_size = lambda members: sizes.append(next_size(members)) or sizes[-1]
+    rows = requests(max_tokens=60)[:4]
+    rows += [replace(row, key=4 + row.key, logits_processors=(_as_it_is,)) for row in rows]
+    done = tiny.decode(one, rows)
+    for key in range(4):
+        given = done[key].completion_tokens / done[key].num_spec_steps
+        speedup = done[key].baseline_decode_s / done[key].decode_s
+        assert speedup < 2 * given, "plain steps take longer than those with drafts"
+    for key in range(4, 8):
+        assert done[key].decode_s >= 3600 * done[key].num_spec_steps
+        assert done[key].baseline_decode_s > 3600
+    assert one.budget._steps == len(sizes), "else plain steps would not be made in a row"
+    made = one.stats()["steps"]
+    assert sum(made.values()) == sum(one.stats()["tree_sizes"].values())
+    assert sum(made.values()) == len(sizes) + max(done[key].num_spec_steps for key in range(4, 8))
+
+
+def _as_it_is(_: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits
 
 
 def test_a_text_ends_at_stop_ids_stop_strings_and_max_tokens() -> None:

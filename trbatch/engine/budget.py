@@ -60,6 +60,16 @@ class Budget:
         self._curve = Curve()
         self._size = 0  # of the last step that was chosen whole
 
+    def beside(self) -> Budget:
+        """One for steps of another sort that are made beside these, such as the host's own.
+
+        What such steps take says nothing of these, so each learns by itself. They are counted
+        together, in the same `steps`.
+        """
+        other = Budget(self._costs, most=self._most, most_tokens=self._most_tokens)
+        other.steps = self.steps
+        return other
+
     @property
     def chosen(self) -> dict[int, int]:
         """Steps by the tokens of each of their sequences, rounded."""

@@ -134,8 +134,10 @@ class Engine:
         self.budget = Budget(
             costs or self._step_costs(), most=self._most, most_tokens=sizing.most_tokens(loaded)
         )
+        # Beside steps on the device the host's own teach another.
+        hosts = self.budget if self._stepper is None else self.budget.beside()
         drafter = Drafter(
-            self._matrix, self._calibration, self._paths, self.budget, config,
+            self._matrix, self._calibration, self._paths, hosts, config,
             most=self._most, template=template,
         )  # fmt: skip
         if self._stepper is not None:
@@ -147,11 +149,11 @@ class Engine:
             )  # fmt: skip
             self._device_prefiller.prepare()
         self._prefiller = Prefiller(
-            self._model, self._matrix, self._tasks, self.budget, self._prefixes, config,
+            self._model, self._matrix, self._tasks, hosts, self._prefixes, config,
             recycling=recycling,
         )  # fmt: skip
         self._eager = EagerDecoder(
-            self._model, self._matrix, self._tasks, self.budget, drafter, config,
+            self._model, self._matrix, self._tasks, hosts, drafter, config,
             recycling=recycling,
         )  # fmt: skip
 
