@@ -83,6 +83,16 @@ def decoder_of(script: Script) -> LaggedDecoder:
     return LaggedDecoder(script, Budget(costs(1.0, 0.1), most=81), size=4)
 
 
+def end_prompts(
+    decoder: LaggedDecoder,
+    script: Script,
+    pieces: list[tuple[Sequence, int]],
+    members: list[Sequence],
+) -> None:
+    began = time.perf_counter()
+    decoder.after_prompts(pieces, members, script.launch(members, 0), began=began)
+
+
 @pytest.mark.parametrize("pace", [[1], [1, 2, 3], [4, 1], [7]])
 def test_every_text_is_whole_whatever_a_step_gives(pace: list[int]) -> None:
     texts = {key: list(range(10 * key, 10 * key + 5 + 3 * key)) for key in range(1, 5)}
@@ -136,9 +146,9 @@ def test_nothing_is_made_ready_for_sequences_that_have_all_ended_meanwhile() -> 
 def test_the_token_after_a_prompt_is_read_when_the_next_step_is_under_way() -> None:
     script = Script({1: list(range(20, 40))}, [1])
     one, decoder = sequence(1, 20), decoder_of(script)
-    decoder.after_prompts([(one, 7)], [one], script.launch([one], 0))
+    end_prompts(decoder, script, [(one, 7)], [one])
     assert decoder.run([]) == 0 and one.in_flight == 1, "nothing was started behind it yet"
-    decoder.after_prompts([(one, 1)], [], script.launch([], 0))
+    end_prompts(decoder, script, [(one, 1)], [])
     assert decoder.run([one]) == 1
     assert one.tokens == [5, 20] and one.in_flight == 1
     assert one.figures.prefill_s > 0 and one.figures.forwards == 0, "a prompt is no decode step"
@@ -151,7 +161,7 @@ def test_prompts_that_the_host_starts_meanwhile_are_not_in_a_steps_time() -> Non
     decoder = LaggedDecoder(script, Budget(costs(0.003, 0.0), most=81), size=4)
     decoder.run([one])
     time.sleep(0.1)  # the host makes a prefill
-    decoder.after_prompts([(two, 7)], [two], script.launch([two], 0))
+    end_prompts(decoder, script, [(two, 7)], [two])
     decoder.run([one, two])
     assert one.figures.decode_s == pytest.approx(0.003), "what such a step takes here"
     assert two.figures.prefill_s > 0.09, "what passed else belongs to the prompts"
@@ -169,7 +179,7 @@ def test_a_step_teaches_what_its_kind_takes_if_those_around_it_are_of_its_kind(
     monkeypatch.setattr(Budget, "count", lambda *_, **more: typical.append(more["typical"]))
     for size in (8, 8, 1, 1, 1, 8, 8, 8):
         decoder.run([one], size)
-    decoder.after_prompts([(one, 7)], [], script.launch([], 0))
+    end_prompts(decoder, script, [(one, 7)], [])
     decoder.run([one], 8)
     decoder.drain()
     # The first has none before it; there are prompts behind the last but one.
@@ -315,6 +325,23 @@ class SlowHost:
         self.owed = self.host_s(size) + self.DELAY_S * (handle % self.EVERY == 0)
         tokens = [7] * min(size, self.tokens)
         return Reading([Outcome(tokens, size - 1, len(tokens) - 1)] * count, self.device_s(size))
+
+
+def test_a_step_takes_its_launch_too_where_nothing_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it is before each step while rows for the host run beside these."""
+    host, one, two = SlowHost(monkeypatch, 1), sequence(0, 99), sequence(1, 99)
+    decoder = LaggedDecoder(host, Budget(costs(0.001, 0.0), most=81), size=1)
+    for _ in range(3):
+        decoder.run([one])
+        decoder.drain()
+    step_s = host.LAUNCH_S + host.device_s(1)
+    assert one.figures.decode_s == pytest.approx(3 * step_s)
+    began = host.now
+    decoder.after_prompts([(two, 7)], [two], host.launch([two], 1), began=began)
+    decoder.drain()
+    assert two.figures.prefill_s == pytest.approx(step_s)
 
 
 def told_and_true(monkeypatch: pytest.MonkeyPatch, tokens: int, most: int) -> tuple[float, float]:

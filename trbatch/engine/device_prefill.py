@@ -8,6 +8,7 @@ host longer than the device.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,6 +103,7 @@ class DevicePrefiller:
         Returns:
             How many tokens those took whose first token the host has to choose.
         """
+        began = time.perf_counter()
         self._waited = 0
         pieces = pieces_of(sequences, most, self._prefixes)[: self._pieces]
         self._stepper.set_pages([sequence for sequence, _ in pieces])
@@ -118,7 +120,8 @@ class DevicePrefiller:
         late = [at for at in ready if pieces[at][0].lagged]
         members = [pieces[at][0] for at in late]
         chosen = logits[to_device(late, logits.device, torch.int64)]
-        self._decoder.after_prompts(pieces, members, self._stepper.first(members, chosen))
+        handle = self._stepper.first(members, chosen)
+        self._decoder.after_prompts(pieces, members, handle, began=began)
         return self._choose_now([at for at in ready if at not in late], pieces, logits)
 
     def _recall(self, sequences: list[Sequence]) -> None:

@@ -112,7 +112,12 @@ class LaggedDecoder:
         self.done_at = 0.0  # the clock when it is through with what is under way, if as quickly
 
     def after_prompts(
-        self, pieces: ListLike[tuple[Sequence, int]], members: ListLike[Sequence], handle: Any
+        self,
+        pieces: ListLike[tuple[Sequence, int]],
+        members: ListLike[Sequence],
+        handle: Any,
+        *,
+        began: float,
     ) -> None:
         """Note that a prefill was started.
 
@@ -120,8 +125,9 @@ class LaggedDecoder:
             pieces: its sequences and how many tokens of each.
             members: those whose prompt it ends.
             handle: what `read` wants, to tell the first token of each member.
+            began: the clock before it was started.
         """
-        self._push(_Ticket(list(members), handle, pieces=list(pieces)))
+        self._push(_Ticket(list(members), handle, pieces=list(pieces)), began)
         self._after_prompts = True
 
     @property
@@ -154,7 +160,9 @@ class LaggedDecoder:
                 if members:
                     self._stepper.prepare(members, size)
         if members:
-            self._push(_Ticket(list(members), self._stepper.launch(members, size), size, context))
+            began = time.perf_counter()
+            handle = self._stepper.launch(members, size)
+            self._push(_Ticket(list(members), handle, size, context), began)
         left = 1 if members or self._after_prompts else 0
         self._after_prompts = False
         return given + self._settle_to(left)
@@ -170,11 +178,11 @@ class LaggedDecoder:
             given += self._settle(self._pending.popleft())
         return given
 
-    def _push(self, ticket: _Ticket) -> None:
-        now = time.perf_counter()
+    def _push(self, ticket: _Ticket, began: float) -> None:
+        """Note what was started; `began`: the clock before."""
         if not self._pending:
-            self._read_at = now
-        self.done_at = max(now, self.done_at) + self._device_s
+            self._read_at = began
+        self.done_at = max(time.perf_counter(), self.done_at) + self._device_s
         self._pending.append(ticket)
         for sequence in ticket.members:
             sequence.in_flight += 1
