@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import tiny
 
+from trbatch.config import EngineConfig
 from trbatch.engine import sizing
 from trbatch.engine.costs import CostTable
 from trbatch.engine.model import LoadedModel
+from trbatch.engine.step_plain import PlainOperations
+
+on_both_paths = pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
 
 
 class Machine:
@@ -23,8 +27,13 @@ class Machine:
         self.pace = self.tree = 1.0
         self.disturbed = 0  # so many trees to come take thrice as long
         self.steps = 0
+        self.room = 1 << 30  # tokens that all texts of a step may have together
+
+    def fits(self, batch: int, size: int, context: int) -> bool:
+        return batch * (context + size) <= self.room
 
     def __call__(self, batch: int, size: int, context: int) -> float:
+        assert self.fits(batch, size, context)
         self.steps += 1
         seconds = self.pace * (1.0 + batch * size / 10 + batch * context / 10_000)
         if size > 1 and self.disturbed:
@@ -109,3 +118,45 @@ def test_what_disturbs_one_look_does_not_make_a_table_untrue(
     assert machine.disturbed == 0
     assert machine.steps < 1.8 * steps
     assert again.timed == pytest.approx(first.timed)
+
+
+def test_what_does_not_fit_is_not_timed_before_it_does(
+    machine: Machine, costs: Callable[..., CostTable]
+) -> None:
+    machine.room = 8 * (machine.longest + 1)
+    few = costs()
+    assert {batch for batch, _ in few.timed} == {1}, "nothing is known of a batch of plain steps"
+    assert few.seconds(8, 16, 256) >= few.seconds(1, 16, 256)
+    assert costs().timed == pytest.approx(few.timed)
+    machine.room = 8 * (machine.longest + 4)
+    more = costs()
+    assert sorted(size for batch, size in more.timed if batch == 8) == [1, 2, 3, 4]
+    machine.steps, machine.room = 0, 8 * (machine.longest + 1)
+    assert costs().timed == pytest.approx(more.timed), "a table of more steps serves as well"
+    assert machine.steps == 9, "one step of the whole batch fits, two of one sequence, thrice each"
+
+
+@on_both_paths
+@pytest.mark.parametrize("sizes", [{}, {"tree_size": 8}, {"speculate": False}])
+def test_an_engine_starts_and_decodes_with_room_for_one_sequence(
+    on_device: bool, sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least that `cache_slots` gives."""
+
+    def least(config: EngineConfig, *_: Any, longest: int, spare: int, **more: Any) -> int:
+        one, spare = (-(-tokens // config.page_size) for tokens in (longest, spare))
+        return (one + spare) * config.page_size
+
+    monkeypatch.setattr(sizing, "cache_slots", least)
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
+    settings = {"max_model_len": 40, "page_size": 4, "tree_size": 0, "max_tree_size": 8, **sizes}
+    if on_device:
+        settings |= {"operations": PlainOperations(), "enforce_eager": True}
+    ids = tiny.repetitive(3, length=12)
+    for _ in range(2):  # with a table that is kept, too
+        one = tiny.engine(tiny.loaded("llama"), max_num_seqs=8, **settings)
+        done = tiny.decode(one, [tiny.request(i, p, max_tokens=28) for i, p in enumerate(ids)])
+        network = tiny.network("llama")
+        assert [done[i].token_ids for i in range(3)] == [
+            tiny.generate(network, one, 28) for one in ids
+        ]

@@ -71,32 +71,47 @@ class _Line:
         return ys[left] + slope * (x - xs[left])
 
 
-def time_steps(
-    run: Callable[[int, int, int], float],
-    *,
+def cells_of(
     batches: Sequence[int],
     sizes: Sequence[int],
+    *,
     most_tokens: int,
-    context: int,
+    fits: Callable[[int, int], bool],
+) -> list[tuple[int, int]]:
+    """Which (batch, T) to time; the others are extrapolated.
+
+    Args:
+        sizes: T, ascending.
+        most_tokens: of a step. The first two sizes of each batch are timed whatever they have:
+            through one alone no line could be laid.
+        fits: whether there are pages for such a step; if not for the first two, of a batch none
+            is timed.
+    """
+    second = sizes[:2][-1]
+    return [
+        (batch, size)
+        for batch in batches
+        for size in sizes
+        if size <= second or batch * size <= most_tokens
+        if fits(batch, max(size, second))
+    ]
+
+
+def time_steps(
+    run: Callable[[int, int, int], float], cells: Sequence[tuple[int, int]], *, context: int
 ) -> CostTable:
-    """Time steps over a grid.
+    """Time steps.
 
     Args:
         run: (batch, T, context) -> seconds of one such step; called a few times each.
-        sizes: T, ascending.
-        most_tokens: steps of more tokens than this are extrapolated, not timed.
+        cells: (batch, T) of these steps.
         context: committed tokens a sequence; a quarter of it gives the slope.
     """
-    cells = [
-        (batch, size, context)
-        for batch in batches
-        for size in sizes
-        if size in sizes[:2] or batch * size <= most_tokens
-    ]
-    short = (batches[-1], 1, context // 4)
-    least = least_seconds(run, [*cells, short])
-    timed = rising({cell[:2]: least[cell] for cell in cells})
-    gained = (timed[batches[-1], 1] - least[short]) / (batches[-1] * (context - context // 4))
+    batch = max(batch for batch, _ in cells)
+    short = (batch, 1, context // 4)
+    least = least_seconds(run, [*((*cell, context) for cell in cells), short])
+    timed = rising({cell: least[*cell, context] for cell in cells})
+    gained = (timed[batch, 1] - least[short]) / (batch * (context - context // 4))
     return CostTable(timed, context=context, per_context=max(0.0, gained))
 
 

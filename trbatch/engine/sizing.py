@@ -17,7 +17,7 @@ import torch
 from trbatch import storage
 from trbatch.config import LONGEST_BY_DEFAULT, EngineConfig, cache_folder
 from trbatch.engine.attention import Span
-from trbatch.engine.costs import TIMED_SIZES, CostTable, least_seconds, time_steps
+from trbatch.engine.costs import TIMED_SIZES, CostTable, cells_of, least_seconds, time_steps
 from trbatch.engine.kv_cache import KVCache
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.model import CausalModel, LoadedModel
@@ -29,6 +29,8 @@ _CPU_SEQS, _GPU_SEQS = 8, 128
 _CPU_PREFILL, _GPU_PREFILL = 512, 2048
 _CPU_CONTEXT = 2048  # tokens a sequence that the CPU's cache is made for
 _TIMED_CONTEXT = 256
+# However few pages there are: between shorter texts no slope could be measured.
+_LEAST_CONTEXT = 32
 _GPU_BATCHES = (8, 32, 64, 128)  # timed, beside one sequence and all that can run
 _FORMAT = 3  # of the saved cost tables
 _DRIFT = 1.25  # a saved step may be off by so much more or less than all are
@@ -109,11 +111,18 @@ class Timer(Protocol):
         """Seconds of one step of (batch, T) with `context` committed tokens a sequence."""
         ...
 
+    def fits(self, batch: int, size: int, context: int) -> bool:
+        """Whether there are pages for such a step."""
+        ...
+
 
 def timed_context(cache: KVCache, capacity: int, most: int) -> int:
-    """Committed tokens a sequence for which a step of the whole batch can be timed."""
+    """Committed tokens a sequence for which a step of the whole batch can be timed.
+
+    Where there are hardly any pages for it, so many that smaller batches tell what texts cost.
+    """
     pages = cache.pool.free // capacity
-    return max(1, (pages - 1) * cache.page_size - most)
+    return max(_LEAST_CONTEXT, (pages - 1) * cache.page_size - most)
 
 
 def most_tokens(loaded: LoadedModel) -> int:
@@ -144,21 +153,25 @@ def step_costs(
     largest = fixed or most
     between = () if fixed else [size for size in grid if size < largest]
     sizes = sorted({1, *between, largest})
+    others = () if loaded.device.type == "cpu" else _GPU_BATCHES
+    batches = sorted({1, capacity, *(batch for batch in others if batch < capacity)})
+    context = min(_TIMED_CONTEXT, run.longest)
+    cells = cells_of(
+        batches, sizes, most_tokens=most_tokens(loaded),
+        fits=lambda batch, size: run.fits(batch, size, context),
+    )  # fmt: skip
     file = _costs_file(loaded, sizes, capacity, how)
     kept = _read_costs(file)
     if kept is None:
         logger.info("timing steps on this machine, once …")
+    elif not kept.timed.keys() >= set(cells):
+        logger.info("timing steps on this machine again, there is room for larger ones now …")
     else:
         for _ in range(_LOOKS):
             if (costs := _at_todays_pace(kept, run, sizes)) is not None:
                 return costs
         logger.info("timing steps on this machine again, they no longer cost what they did …")
-    others = () if loaded.device.type == "cpu" else _GPU_BATCHES
-    batches = sorted({1, capacity, *(batch for batch in others if batch < capacity)})
-    context = min(_TIMED_CONTEXT, run.longest)
-    costs = time_steps(
-        run, batches=batches, sizes=sizes, most_tokens=most_tokens(loaded), context=context
-    )
+    costs = time_steps(run, cells, context=context)
     _keep_costs(file, costs)
     return costs
 
@@ -172,6 +185,12 @@ class StepTimer:
 
     def __init__(self, model: CausalModel, loaded: LoadedModel, longest: int) -> None:
         self._model, self._loaded, self.longest = model, loaded, longest
+
+    def fits(self, batch: int, size: int, context: int) -> bool:
+        """See `Timer`."""
+        cache = self._model.cache
+        assert cache is not None
+        return cache.pool.can_take(batch * cache.pages_for(context + size))
 
     @torch.inference_mode()
     def __call__(self, batch: int, size: int, context: int) -> float:
@@ -223,8 +242,8 @@ def _at_todays_pace(kept: CostTable, run: Timer, sizes: list[int]) -> CostTable 
     tree, context = max(t for t in sizes if t <= 4), min(kept.context, run.longest)
     batches = sorted({1, max(batch for batch, _ in kept.timed)})
     cells = [(batch, size, context) for batch in batches for size in sorted({1, tree})]
-    least = least_seconds(run, cells)
-    off = [math.log(least[cell] / kept.seconds(*cell)) for cell in cells]
+    least = least_seconds(run, [cell for cell in cells if run.fits(*cell)])
+    off = [math.log(seconds / kept.seconds(*cell)) for cell, seconds in least.items()]
     if max(off) - min(off) > 2 * math.log(_DRIFT):
         return None
     return kept.scaled(math.exp((max(off) + min(off)) / 2))

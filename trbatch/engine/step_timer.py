@@ -35,6 +35,15 @@ class DeviceTimer:
             report.wait()
             return time.perf_counter() - start
 
+    def fits(self, batch: int, size: int, context: int) -> bool:
+        """See `sizing.Timer`."""
+        cache = self._stepper.state.model.cache
+        assert cache is not None
+        return cache.pool.can_take(self._rows(batch) * cache.pages_for(context + 1 + size))
+
+    def _rows(self, batch: int) -> int:
+        return min(bucket_of(batch, self._stepper.capacity), self._stepper.capacity)
+
     @contextmanager
     def step(self, batch: int, size: int, context: int, *, times: int = 1) -> Iterator[Shape]:
         """A step of (batch, T), and texts of `context` tokens that it may be run on.
@@ -46,7 +55,7 @@ class DeviceTimer:
         with torch.inference_mode():
             bucket = bucket_of(batch, stepper.capacity)
             shape = stepper.shape(bucket, size)
-            rooms = self._take_slots(min(bucket, stepper.capacity), size * times, context)
+            rooms = self._take_slots(self._rows(batch), size * times, context)
             shape.fill(range(len(rooms)), [self._task] * len(rooms))
             yield shape
             self._give_back(rooms)
