@@ -11,28 +11,18 @@ found. The slow twin is `reference.attend`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from trbatch.engine.kernels.launch import Launch, chip_of, choose_launch
+
 WORD = 64  # tokens in one word of an ancestor mask
 _WORD = tl.constexpr(WORD)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_MOST_SPLITS = 32
-
-
-class Launch(NamedTuple):
-    """How a launch is cut into programs."""
-
-    block_m: int  # rows of one program: nodes x query heads of a K/V head
-    block_n: int  # keys that it reads at a time, a divisor of WORD
-    splits: int  # programs that share a block of rows
-    warps: int
-    stages: int  # blocks of keys under way at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,47 +274,6 @@ def _join(
     tl.store(out + row * DIM + d, joined.to(out.dtype.element_ty), mask=d < DIM)
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def choose_launch(
-    dtype: torch.dtype, device: torch.device, *, dim: int, rows: int, pairs: int, keys: int
-) -> Launch:
-    """A launch by what is known without looking at the device's tensors.
-
-    Args:
-        rows: of the longest sequence: its nodes times the query heads of a K/V head.
-        pairs: sequences times K/V heads.
-        keys: the most that a sequence can have.
-    """
-    processors = _processors(device)
-    block_m = max(16, triton.next_power_of_2(rows))
-    if dtype == torch.float32:
-        # Products without tensor cores: larger blocks do not fit into registers.
-        launch = Launch(block_m=16, block_n=32, splits=1, warps=8, stages=2)
-    elif dim > 128:
-        block_m = min(block_m, 64)
-        launch = Launch(block_m, block_n=32, splits=1, warps=8 if block_m > 32 else 4, stages=3)
-    else:
-        busy = pairs * triton.cdiv(rows, 128) >= processors
-        block_m = min(block_m, 128 if busy else 64)
-        # A step of many short rows reads long before it computes: smaller blocks, more under way.
-        many = block_m == 16 and pairs >= 3 * processors
-        block_n, stages = (32, 4) if many else (64, 3)
-        launch = Launch(block_m, block_n, splits=1, warps=8 if block_m > 64 else 4, stages=stages)
-    programs = pairs * triton.cdiv(rows, launch.block_m)
-    if 2 * programs > processors:
-        return launch
-    # What many rows found in many parts takes long to join.
-    wanted = processors // programs if launch.block_m >= 64 else -(-2 * processors // programs)
-    splits = min(wanted, _MOST_SPLITS, triton.cdiv(keys, launch.block_n))
-    return launch._replace(splits=splits)
-
-
 def attend(
     query: Tensor,
     key: Tensor,
@@ -356,7 +305,7 @@ def attend(
     query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
     assert keys.is_contiguous() and values.is_contiguous(), "a layer's cache is one piece"
     launch = launch or choose_launch(
-        keys.dtype, query.device, dim=dim, rows=rows, pairs=at.batch * kv_heads,
+        keys.dtype, chip_of(query.device), dim=dim, rows=rows, pairs=at.batch * kv_heads,
         keys=at.pages.shape[1] * at.page_size,
     )  # fmt: skip
     out = query.new_empty(count, heads, dim)
