@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
+from trbatch.config import EngineConfig
+from trbatch.engine import engine as engine_module
+from trbatch.engine import sizing
 from trbatch.engine.engine import Engine
+from trbatch.engine.loading import loading
+from trbatch.engine.model import CausalModel
 from trbatch.engine.sequence import Completion
 from trbatch.engine.step_plain import PlainOperations
+from trbatch.errors import WorkerError
 
 PROMPTS = tiny.repetitive(4, length=19, seed=4) + tiny.prompts(3, seed=5)
 LENGTH = 24
@@ -136,3 +144,116 @@ def test_pieces_of_prompts_shrink_too(on_device: bool) -> None:
     assert done[0].token_ids == tiny.generate(
         tiny.network("llama"), list(row.prompt_token_ids), LENGTH
     )
+
+
+class SmallDevice(PlainOperations):
+    """A device with memory for the logits of so many tokens."""
+
+    most_tokens = 24
+
+    def step(self, state: Any, batch: Any, size: int, **how: Any) -> Any:
+        if len(batch.rows) * size > self.most_tokens:
+            no_more()
+        return super().step(state, batch, size, **how)
+
+
+def test_steps_that_are_too_large_to_be_timed_are_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(SmallDevice, "most_tokens", 10_000)
+    settings = {"max_num_seqs": 4, "tree_size": 0, "max_tree_size": 16, "enforce_eager": True}
+    tiny.engine(tiny.loaded("llama"), operations=SmallDevice(), **settings)
+    (file,) = (tmp_path / "costs").iterdir()
+    kept = file.read_text()
+    for most_tokens in (24, 3):  # fewer than what a kept table is compared with, too
+        caplog.clear()
+        monkeypatch.setattr(SmallDevice, "most_tokens", most_tokens)
+        if most_tokens == 24:
+            file.unlink()
+        else:
+            file.write_text(kept)
+        one = tiny.engine(tiny.loaded("llama"), operations=SmallDevice(), **settings)
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert said and all("while timing a step of" in line for line in said)
+        most = one.budget._most_tokens
+        assert f"with steps of {most} at most" in said[-1] and most <= most_tokens
+        assert most_tokens == 3 or not file.exists(), "there may be more memory next time"
+        caplog.clear()
+        assert_texts(tiny.decode(one, requests()))
+        assert (most_tokens == 24) == (not caplog.records)
+        free = one._cache.pool.free + one._stepper.state.nowhere.numel()  # type: ignore[union-attr]
+        assert free == one._cache.pool.pages
+
+
+def test_the_hosts_steps_that_are_too_large_are_not_timed_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
+    project = CausalModel.project
+
+    def limited(self: CausalModel, tokens: Any, *rest: Any) -> Any:
+        if len(tokens) > 24:
+            no_more()
+        return project(self, tokens, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalModel, "project", limited)
+        one = engine(on_device=False, tree_size=0, max_tree_size=16)
+    assert "out of memory while timing a step of" in caplog.text
+    assert one._cache.pool.free == one._cache.pool.pages
+    assert_texts(tiny.decode(one, requests()))
+
+
+def test_a_device_without_memory_for_a_single_token_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(SmallDevice, "most_tokens", 0)
+    with pytest.raises(WorkerError) as raised, loading("small"):
+        tiny.engine(tiny.loaded("llama"), operations=SmallDevice(), enforce_eager=True)
+    assert "--max-num-seqs" in (raised.value.hint or "")
+
+
+GIB = 1 << 30
+
+
+def slots_on_a_gpu(free: int, **sizes: int) -> int:
+    """Of 1 KiB a token each, where the GPU has so many bytes free."""
+    loaded: Any = SimpleNamespace(
+        device=torch.device("cuda"), vocab_size=128_000, dtype=torch.bfloat16
+    )
+    config = EngineConfig(gpu_memory_utilization=1.0, page_size=16)
+    reserve = sizing.logits_bytes(config, loaded, **sizes)
+    return sizing.cache_slots(
+        config, loaded, 1024, sequences=1 << 20, longest=4096, reserve=reserve
+    )
+
+
+def test_the_cache_leaves_room_for_the_logits_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*_: Any) -> tuple[int, int]:
+        return free, 24 * GIB
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", told)
+    a_token = 2 * 128_000 * 2  # bytes of its logits, twice
+    free = 20 * GIB
+    assert slots_on_a_gpu(free, sequences=128, most=81) == (free - 4096 * a_token) // 1024
+    assert slots_on_a_gpu(free, sequences=512, most=1) == (free - 2048 * a_token) // 1024
+    free = GIB
+    assert slots_on_a_gpu(free, sequences=128, most=81) == free // 2 // 1024, "half of it at most"
+
+
+def test_the_cache_gets_what_matrices_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def noted(name: str, make: Any) -> Any:
+        def making(*args: Any, **more: Any) -> Any:
+            made.append(name)
+            return make(*args, **more)
+
+        return making
+
+    monkeypatch.setattr(engine_module, "Matrix", noted("matrix", engine_module.Matrix))
+    monkeypatch.setattr(sizing, "cache_slots", noted("cache", sizing.cache_slots))
+    assert_texts(tiny.decode(engine(on_device=False), requests()))
+    assert made == ["matrix", "cache"]

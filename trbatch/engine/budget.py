@@ -42,11 +42,13 @@ class Budget:
     Args:
         costs: the timed table.
         most: nodes and root of one sequence, at most.
-        most_tokens: of a whole step whose size is chosen for all; 0: any.
+        most_tokens: of a whole step whose size is chosen for all; 0: any. Fewer where memory
+            suffices for fewer.
     """
 
     def __init__(self, costs: CostTable, *, most: int, most_tokens: int = 0) -> None:
-        self._costs, self._most, self._most_tokens = costs, most, most_tokens
+        self._costs, self._most = costs, most
+        self._most_tokens = costs.most_tokens or most_tokens
         # Logarithms of measured over expected seconds. A machine that slows down slows all steps,
         # also those that are not being made: without the common part they would look cheap.
         self._pace: float | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from math import inf
 
 TIMED_SIZES = (1, 2, 3, 4, 6, 8, 16, 32, 81)  # tokens a sequence; those between are interpolated
 _MOST_LINES = 256  # kept
@@ -16,12 +18,19 @@ class CostTable:
     Args:
         timed: (batch, T) -> seconds at `context` committed tokens a sequence.
         per_context: seconds that one more committed token of one sequence adds.
+        most_tokens: of a step that memory suffices for; 0: nobody met its end.
     """
 
     def __init__(
-        self, timed: Mapping[tuple[int, int], float], *, context: int, per_context: float
+        self,
+        timed: Mapping[tuple[int, int], float],
+        *,
+        context: int,
+        per_context: float,
+        most_tokens: int = 0,
     ) -> None:
         assert timed, "time something first"
+        self.most_tokens = most_tokens
         self.timed, self.context, self.per_context = dict(timed), context, per_context
         # Asked for many times a step: lines are laid through the points once.
         self._lines = {
@@ -45,6 +54,12 @@ class CostTable:
         """The same on a machine where everything takes `factor` times as long."""
         timed = {cell: factor * seconds for cell, seconds in self.timed.items()}
         return CostTable(timed, context=self.context, per_context=factor * self.per_context)
+
+    def up_to(self, tokens: int) -> CostTable:
+        """The same where memory suffices for steps of so many tokens; 0: of any."""
+        return CostTable(
+            self.timed, context=self.context, per_context=self.per_context, most_tokens=tokens
+        )
 
 
 class _Line:
@@ -103,14 +118,23 @@ def time_steps(
     """Time steps.
 
     Args:
-        run: (batch, T, context) -> seconds of one such step; called a few times each.
+        run: (batch, T, context) -> seconds of one such step; called a few times each. inf where
+            memory does not suffice: such steps are extrapolated.
         cells: (batch, T) of these steps.
         context: committed tokens a sequence; a quarter of it gives the slope.
     """
-    batch = max(batch for batch, _ in cells)
-    short = (batch, 1, context // 4)
+    largest = max(batch for batch, _ in cells)
+    short = (largest, 1, context // 4)
     least = least_seconds(run, [*((*cell, context) for cell in cells), short])
-    timed = rising({cell: least[*cell, context] for cell in cells})
+    done = {cell: least[*cell, context] for cell in cells if least[*cell, context] < inf}
+    # A batch of one size alone would seem to take as long whatever its trees.
+    sizes = Counter(batch for batch, _ in done)
+    known = {cell: s for cell, s in done.items() if sizes[cell[0]] > 1}
+    timed = rising(known or done)
+    batch = max(batch for batch, _ in timed)
+    if batch < largest:
+        short = (batch, 1, context // 4)
+        least |= least_seconds(run, [short])
     gained = (timed[batch, 1] - least[short]) / (batch * (context - context // 4))
     return CostTable(timed, context=context, per_context=max(0.0, gained))
 

@@ -32,7 +32,7 @@ from trbatch.engine.eager import EagerDecoder
 from trbatch.engine.grammar import Grammars
 from trbatch.engine.intake import Intake
 from trbatch.engine.lagged import LaggedDecoder
-from trbatch.engine.matrix import CANDIDATES, ORDERS, TASK_ORDERS, Matrix
+from trbatch.engine.matrix import ORDERS, TASK_ORDERS, Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.prefill import Prefiller
@@ -94,9 +94,15 @@ class Engine:
         self._most = (config.tree_size or config.max_tree_size) if config.speculate else 1
         template = fixed_tree(config, tree)
         self._model = CausalModel(loaded, page_size=config.page_size)
+        # Before the cache, which gets what is left.
+        self._matrix = Matrix(
+            slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS + 1,
+            device=loaded.device, orders=orders, task_orders=task_orders,
+        )  # fmt: skip
         slots = sizing.cache_slots(
             config, loaded, self._model.bytes_per_token,
             sequences=self.capacity, longest=self.max_model_len + self._most, spare=self._most,
+            reserve=sizing.logits_bytes(config, loaded, sequences=self.capacity, most=self._most),
         )  # fmt: skip
         operations = operations or operations_for(loaded, config, template)
         self._cache = self._model.allocate(slots, adjacent=operations is None)
@@ -106,13 +112,10 @@ class Engine:
             most_tokens=sizing.most_tokens(loaded) if shrinking else 0,
         )  # fmt: skip
         self._prompt_chunk = config.prefill_chunk
-        bigrams = None
         if config.bigrams and self._most > 1:
-            bigrams = rows_of(self._model, candidates=min(CANDIDATES, loaded.vocab_size))
-        self._matrix = Matrix(
-            slots=self.capacity, vocab_size=loaded.vocab_size, tasks=MAX_TASKS + 1,
-            device=loaded.device, orders=orders, task_orders=task_orders, bigrams=bigrams,
-        )  # fmt: skip
+            bigrams = rows_of(self._model, candidates=self._matrix.candidates)
+            if bigrams is not None:
+                self._matrix.bigrams.copy_(bigrams)
         self._calibration = Calibration(MAX_TASKS + 1, loaded.device)
         self._paths = [PathCounts() for _ in range(MAX_TASKS + 1)]
         self._tasks = Tasks(

@@ -63,6 +63,22 @@ def max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
     return config.max_model_len or min(loaded.max_positions, LONGEST_BY_DEFAULT)
 
 
+def logits_bytes(config: EngineConfig, loaded: LoadedModel, *, sequences: int, most: int) -> int:
+    """What the logits of the largest step or prefill take.
+
+    Twice: a step's own, which its graph keeps, and as many for what comes beside them: the copy of
+    a model that scales or caps its logits, a step that runs before its capture, the host's own.
+
+    Args:
+        most: tokens of one sequence's step, at most.
+    """
+    tokens = sequences * most
+    if not config.tree_size:
+        tokens = max(min(tokens, most_tokens(loaded)), sequences * min(2, most))
+    tokens = max(tokens, prefill_chunk(config, loaded))
+    return 2 * tokens * loaded.vocab_size * loaded.dtype.itemsize
+
+
 def cache_slots(
     config: EngineConfig,
     loaded: LoadedModel,
@@ -71,6 +87,7 @@ def cache_slots(
     sequences: int,
     longest: int,
     spare: int = 0,
+    reserve: int = 0,
 ) -> int:
     """Tokens that the K/V cache is made for: what is free, and never more than can be used.
 
@@ -80,6 +97,8 @@ def cache_slots(
     Args:
         longest: tokens of the longest sequence with its tree.
         spare: tokens of room that no sequence gets.
+        reserve: bytes that steps need beside it. It is half of what is free at most: with less
+            memory, steps get smaller, too (`step_costs`).
 
     Raises:
         WorkerError: not even one such sequence fits.
@@ -88,7 +107,8 @@ def cache_slots(
     one, spare = (-(-tokens // page) * page for tokens in (longest, spare))
     if loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(loaded.device)
-        usable = free - int(total * (1 - config.gpu_memory_utilization))
+        usable = max(0, free - int(total * (1 - config.gpu_memory_utilization)))
+        usable -= min(reserve, usable // 2)
         most = sequences * one * (2 if config.prefix_sharing else 1)
         slots = min(usable // bytes_per_token - spare, most)
     else:
@@ -160,6 +180,7 @@ def step_costs(
         batches, sizes, most_tokens=most_tokens(loaded),
         fits=lambda batch, size: run.fits(batch, size, context),
     )  # fmt: skip
+    careful = _Careful(run, loaded.device)
     file = _costs_file(loaded, sizes, capacity, how)
     kept = _read_costs(file)
     if kept is None:
@@ -168,12 +189,51 @@ def step_costs(
         logger.info("timing steps on this machine again, there is room for larger ones now …")
     else:
         for _ in range(_LOOKS):
-            if (costs := _at_todays_pace(kept, run, sizes)) is not None:
-                return costs
+            if (costs := _at_todays_pace(kept, careful, sizes)) is not None:
+                return costs.up_to(careful.most_tokens)
         logger.info("timing steps on this machine again, they no longer cost what they did …")
-    costs = time_steps(run, cells, context=context)
+    costs = time_steps(careful, cells, context=context)
+    if careful.most_tokens:
+        return costs.up_to(careful.most_tokens)  # and not kept: next time there may be more memory
     _keep_costs(file, costs)
     return costs
+
+
+class _Careful:
+    """A timer that lowers what is asked for when memory does not suffice.
+
+    A step that is too large takes for ever.
+    """
+
+    def __init__(self, run: Timer, device: torch.device) -> None:
+        self._run, self._device = run, device
+        self.longest, self.fits = run.longest, run.fits
+        self.most_tokens = 0  # of a step that memory suffices for; 0: as many as were asked for
+
+    def __call__(self, batch: int, size: int, context: int) -> float:
+        """See `Timer`.
+
+        Raises:
+            OutOfMemoryError: of a step of a single token.
+        """
+        tokens = batch * size
+        if 0 < self.most_tokens < tokens:
+            return math.inf
+        try:
+            return self._run(batch, size, context)
+        except torch.OutOfMemoryError as error:
+            if tokens == 1:
+                raise
+            why = str(error)  # not the error itself: it holds what was on its way
+        self.most_tokens = tokens // 2
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory while timing a step of %d tokens, going on with steps of %d at most "
+            "(a lower --gpu-memory-utilization or --max-num-seqs leaves more for them): %s",
+            tokens, self.most_tokens, why,
+        )  # fmt: skip
+        return math.inf
 
 
 class StepTimer:
@@ -204,14 +264,15 @@ class StepTimer:
         tokens = torch.arange(batch * size, device=device) % self._loaded.vocab_size
         self._wait()
         start = time.perf_counter()
-        logits = self._model.forward(tokens, spans)
-        blocks = blocks_of(logits)
-        (topk(blocks, min(8, logits.shape[-1])) if size > 1 else argmax(blocks))
-        self._wait()
-        seconds = time.perf_counter() - start
-        for room in rooms:
-            cache.give_back(room)
-        return seconds
+        try:
+            logits = self._model.forward(tokens, spans)
+            blocks = blocks_of(logits)
+            (topk(blocks, min(8, logits.shape[-1])) if size > 1 else argmax(blocks))
+            self._wait()
+            return time.perf_counter() - start
+        finally:
+            for room in rooms:
+                cache.give_back(room)
 
     def _wait(self) -> None:
         if self._loaded.device.type == "cuda":
@@ -243,7 +304,11 @@ def _at_todays_pace(kept: CostTable, run: Timer, sizes: list[int]) -> CostTable 
     batches = sorted({1, max(batch for batch, _ in kept.timed)})
     cells = [(batch, size, context) for batch in batches for size in sorted({1, tree})]
     least = least_seconds(run, [cell for cell in cells if run.fits(*cell)])
-    off = [math.log(seconds / kept.seconds(*cell)) for cell, seconds in least.items()]
+    off = [
+        math.log(seconds / kept.seconds(*cell))
+        for cell, seconds in least.items()
+        if seconds < math.inf
+    ]
     if max(off) - min(off) > 2 * math.log(_DRIFT):
         return None
     return kept.scaled(math.exp((max(off) + min(off)) / 2))

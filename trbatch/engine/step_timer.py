@@ -57,8 +57,10 @@ class DeviceTimer:
             shape = stepper.shape(bucket, size)
             rooms = self._take_slots(self._rows(batch), size * times, context)
             shape.fill(range(len(rooms)), [self._task] * len(rooms))
-            yield shape
-            self._give_back(rooms)
+            try:
+                yield shape
+            finally:
+                self._give_back(rooms)
 
     def _take_slots(self, count: int, more: int, context: int) -> list[Any]:
         cache, slots = self._stepper.state.model.cache, self._stepper.state.slots
