@@ -344,27 +344,46 @@ def test_a_step_takes_its_launch_too_where_nothing_is_under_way(
     assert two.figures.prefill_s == pytest.approx(step_s)
 
 
-def told_and_true(monkeypatch: pytest.MonkeyPatch, tokens: int, most: int) -> tuple[float, float]:
-    """The speed-up that figures say, and that of the same host with plain steps alone."""
-    host = SlowHost(monkeypatch, tokens)
+def told_and_true(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, most: int, *, steps: int = 1500
+) -> tuple[float, float, list[int]]:
+    """The speed-up that figures say, that of the same host with plain steps alone; all sizes."""
+    host, sizes = SlowHost(monkeypatch, tokens), []
+    launch = host.launch
+
+    def noted(members: ListLike[Sequence], size: int) -> int:
+        sizes.append(size)
+        return launch(members, size)
+
+    host.launch = noted  # type: ignore[method-assign]
     one = sequence(0, 1 << 30)
     timed = {(1, size): host.device_s(size) for size in STEP_SIZES}
     budget = Budget(CostTable(timed, context=1, per_context=0.0), most=most)
     decoder = LaggedDecoder(host, budget)
-    for _ in range(1500):
+    for _ in range(steps):
         decoder.run([one])
     decoder.drain()
     # Delays come with rows that end, so with tokens: as many in either case.
     said, figures = len(one.tokens) - 1, one.figures
-    delays = 1500 // host.EVERY * host.DELAY_S
+    delays = steps // host.EVERY * host.DELAY_S
     plain_s = said * (host.host_s(1) + host.LAUNCH_S) + delays
-    return figures.baseline_s / figures.decode_s, plain_s / (host.now - 100.0)
+    return figures.baseline_s / figures.decode_s, plain_s / (host.now - 100.0), sizes
 
 
 @pytest.mark.parametrize(("tokens", "most"), [(1, 1), (2, 81), (3, 81), (1, 81)])
 def test_figures_say_what_drafts_bring_where_the_host_is_the_slower_one(
     monkeypatch: pytest.MonkeyPatch, tokens: int, most: int
 ) -> None:
-    told, true = told_and_true(monkeypatch, tokens, most)
+    told, true, _ = told_and_true(monkeypatch, tokens, most)
     assert told == pytest.approx(true, rel=0.05)
     assert true > 0.95, "drafts that bring nothing were made for too long"
+
+
+def test_plain_steps_are_seldom_once_it_is_known_what_they_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, true, sizes = told_and_true(monkeypatch, 3, 81, steps=9000)
+    assert told == pytest.approx(true, rel=0.05)
+    early, late = sizes[:2000], sizes[2600:]
+    assert early.count(1) / len(early) == pytest.approx(3 / 256, rel=0.1)
+    assert 0.004 < late.count(1) / len(late) <= 0.005

@@ -25,6 +25,8 @@ _PLAIN_EVERY = ((1.1, 12), (1.3, 48), (math.inf, 256))
 # Where steps are read one late: plain ones in a row, of which the middle one has its like around
 # it, and the steps before the first of them.
 _PLAIN_RUN, _PLAIN_FROM = 3, 29
+# Steps from one such run to the next where so many plain ones have taught what they take.
+_PLAIN_SELDOM, _WELL_KNOWN = 640, 8
 _HOPELESS = 32  # steps without a node worth drafting, after which drafting rests
 _REST = 16  # plain steps between two tries then
 _PACE_STEP = 0.1  # weight of the newest step in the machine's pace, logarithmic
@@ -61,6 +63,7 @@ class Budget:
         self.steps: Counter[tuple[int, int]] = Counter()  # that were made; see `trace.Steps`
         self._curve = Curve()
         self._size = 0  # of the last step that was chosen whole
+        self._tried_at = _PLAIN_FROM - _PLAIN_EVERY[-1][1]  # step of the last plain run's begin
 
     def beside(self) -> Budget:
         """One for steps of another sort that are made beside these, such as the host's own.
@@ -121,8 +124,9 @@ class Budget:
     def choose_size(self, batch: int, context: float) -> int:
         """How many tokens each sequence of a step gets, the root included, all the same number.
 
-        The plain step is taken now and then to keep the baseline honest; where it is the best, the
-        best size with drafts is tried as seldom, since it may have become better.
+        The plain step is taken now and then to keep the baseline honest, one in 200 once it is well
+        known; where it is the best, the best size with drafts is tried now and then, since it may
+        have become better.
         """
 
         def rate(size: int) -> float:
@@ -135,10 +139,16 @@ class Budget:
         if self._size in sizes and rate(best) < _WORTH_A_CHANGE * rate(self._size):
             best = self._size
         self._size = best
-        if (self._steps - _PLAIN_FROM) % _PLAIN_EVERY[-1][1] < _PLAIN_RUN:
+        if self._tries_another(batch, best):
             drafting = [size for size in sizes if size > 1]
             return max(drafting, key=rate, default=1) if best == 1 else 1
         return best
+
+    def _tries_another(self, batch: int, best: int) -> bool:
+        known = best > 1 and self._made.get(_kind(batch, 1.0), 0) >= _WELL_KNOWN
+        if self._steps - self._tried_at >= (_PLAIN_SELDOM if known else _PLAIN_EVERY[-1][1]):
+            self._tried_at = self._steps
+        return self._steps - self._tried_at < _PLAIN_RUN
 
     def count_tokens(self, size: int, tokens: int, sequences: int) -> None:
         """Learn what a step whose size was chosen whole gave."""
