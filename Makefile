@@ -52,17 +52,18 @@ demo: $(VENV)/worker.stamp
 	$(DEMO_ENV) $(BIN)/trbatch run jobs/sample_prompts.jsonl --output $(DEMO)/answers.parquet \
 		--name demo-$$(date +%Y%m%d-%H%M%S) --task demo --max-tokens 96 $(DEMO_FLAGS)
 
-# Two at a time, each with one thread for torch: most tests wait for processes, and threads of two
-# processes would wait for each other. What measures time or memory has the machine alone.
-TWO_FILES := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile
-TWO_TESTS := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
+# Several at a time, each with one thread for torch: most tests wait for processes, so one more than
+# there are cores, and threads of two processes would wait for each other. Long ones compute more. What
+# measures time or memory has the machine alone.
+FILES := OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadfile
+TESTS := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
 NO_TORTURE := $(if $(ONLY_LONG), and not torture)
 
 test: $(VENV)/all.stamp
-	$(TWO_FILES) -m "not long" --junitxml=$(REPORTS)/test.xml
+	$(FILES) -m "not long" --junitxml=$(REPORTS)/test.xml
 
 test-full: $(if $(ONLY_LONG),,test) $(VENV)/all.stamp
-	$(TWO_TESTS) -m "long and not alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-full.xml
+	$(TESTS) -m "long and not alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-full.xml
 	$(PYTEST) -m "long and alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-alone.xml
 
 SECONDS ?= 60
@@ -70,7 +71,7 @@ SEED ?= 1
 
 torture: $(VENV)/all.stamp
 	$(BIN)/python tests/torture.py --seconds $(SECONDS) --seed $(SEED)
-	$(TWO_TESTS) -m "torture and not alone" --junitxml=$(REPORTS)/torture.xml
+	$(TESTS) -m "torture and not alone" --junitxml=$(REPORTS)/torture.xml
 	$(PYTEST) -m "torture and alone" --junitxml=$(REPORTS)/torture-alone.xml
 
 lint: $(VENV)/all.stamp

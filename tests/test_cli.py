@@ -324,6 +324,7 @@ def test_run_with_a_row_that_kills_its_worker_ends_with_all_others(
     assert "exit code 9" in result.stderr
 
 
+@pytest.mark.long
 def test_run_with_a_worker_that_never_stands_ends_with_4_and_says_so(
     home: Path, prompts: Path, echo_worker: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_jsonl_rows_come_back_as_transformers_would_write_them(
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_parquet_rows_come_back_in_order_with_their_columns(
     home: Path, tmp_path: Path, generate: Generate
 ) -> None:
@@ -170,6 +171,7 @@ def decoded(path: Path, name: str, **settings: Any) -> tuple[list[str], int]:
     return [row["text"] for row in rows], sum(row["num_spec_steps"] for row in rows)
 
 
+@pytest.mark.long
 def test_a_second_run_of_a_task_starts_from_the_matrix_of_the_first(
     home: Path, tmp_path: Path
 ) -> None:

@@ -109,7 +109,9 @@ def problems(folder: Path, seed: int, numbers: range, *, through: int) -> list[s
     return found
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part", [0, 1, *(pytest.param(part, marks=pytest.mark.long) for part in (2, 3))]
+)
 def test_two_thousand_broken_inputs_lose_no_good_row(tmp_path: Path, part: int) -> None:
     assert problems(tmp_path, 0, range(part, CASES, 4), through=7) == []
 

@@ -95,6 +95,7 @@ def server_pid(jobs: JobQueue) -> Iterator[int]:
     os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.long
 def test_workers_stop_within_their_grace_and_seconds_of_a_server_that_hangs(
     jobs: JobQueue, tmp_path: Path, server_pid: int
 ) -> None:
@@ -115,6 +116,7 @@ def test_workers_stop_within_their_grace_and_seconds_of_a_server_that_hangs(
         assert "Traceback" not in parent.words
 
 
+@pytest.mark.long
 def test_a_server_that_hangs_for_seconds_costs_nothing_but_time(
     jobs: JobQueue, tmp_path: Path, server_pid: int
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_row_at_which_the_engine_hangs_is_poison_too(jobs: JobQueue, tmp_path:
     assert "its engine hung" in row["error_message"]
 
 
+@pytest.mark.long
 def test_other_chunks_are_done_and_in_no_quarantine(jobs: JobQueue, tmp_path: Path) -> None:
     """Two bad rows in two chunks of five; another job beside them."""
     bad = {9: "die6", 30: "die"}
@@ -91,6 +92,7 @@ def test_other_chunks_are_done_and_in_no_quarantine(jobs: JobQueue, tmp_path: Pa
     assert_poisoned(other, 40, {})
 
 
+@pytest.mark.long
 def test_several_workers_find_a_bad_row_in_no_more_restarts_than_one(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_several_workers_find_a_bad_row_in_no_more_restarts_than_one(
     assert len(loads.read_text().splitlines()) - 2 <= math.log2(32) + 4
 
 
+@pytest.mark.long
 def test_kills_from_outside_never_make_a_row_suspect(jobs: JobQueue, tmp_path: Path) -> None:
     """Far more of them than a row may crash by itself."""
     job = submit(jobs, tmp_path, prompts(60, {}), chunk_size=60)
@@ -141,6 +144,7 @@ def new_child(worker: Supervised, killed: list[int], jobs: JobQueue, job: JobFol
     return live[0] if live and jobs.counts(job).started else 0
 
 
+@pytest.mark.long
 def test_a_kill_in_the_middle_of_a_quarantine_counts_for_nothing(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
@@ -154,6 +158,7 @@ def test_a_kill_in_the_middle_of_a_quarantine_counts_for_nothing(
     assert_poisoned(job, 8, bad)
 
 
+@pytest.mark.long
 def test_a_chunk_that_was_enqueued_anew_begins_without_suspects(
     jobs: JobQueue, tmp_path: Path
 ) -> None:

@@ -164,6 +164,7 @@ def check_recovery(jobs: JobQueue, tmp_path: Path, kills: int) -> None:
     assert max(seconds) <= 45
 
 
+@pytest.mark.long
 def test_a_dead_workers_chunks_run_elsewhere_within_half_a_minute(
     jobs: JobQueue, tmp_path: Path
 ) -> None:

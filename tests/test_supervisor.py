@@ -116,6 +116,7 @@ def test_a_successor_that_cannot_load_yet_is_tried_again(jobs: JobQueue, tmp_pat
     assert set(texts_of(job)) == set(range(60))
 
 
+@pytest.mark.long
 def test_a_worker_whose_model_takes_it_down_is_given_up_after_some_tries(
     jobs: JobQueue, tmp_path: Path
 ) -> None:
@@ -211,6 +212,7 @@ def test_what_is_not_finished_within_the_grace_is_handed_back(
     assert len(texts_of(job)) >= before + 8, "it went on for the time of the grace"
 
 
+@pytest.mark.long
 def test_a_worker_gives_its_gpu_back_at_the_hour(jobs: JobQueue, tmp_path: Path) -> None:
     job = submit(jobs, tmp_path, [f"say {i}" for i in range(400)], chunk_size=400)
     soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 6))
