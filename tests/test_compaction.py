@@ -16,6 +16,7 @@ from trbatch import api, chunk_files, compaction
 from trbatch.errors import JobFailed, Unreachable
 from trbatch.job import JobFolder
 from trbatch.joining import Joiner
+from trbatch.retries import Retries
 from trbatch.sinks import Group
 from trbatch.storage import LocalFolder
 from workers import submit, work, working
@@ -362,3 +363,23 @@ def test_a_retry_asked_for_while_failures_move_to_another_segment_is_not_lost(
     again.resume()
     work(engine)
     assert again.status().progress.rows_ok == 5
+
+
+def test_a_retry_that_names_segments_which_go_in_that_moment_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(tmp_path, [{"prompt": f"bad a {i}"} for i in range(4)] + [{"prompt": "good"}])
+    work(Moody(), publish_s=0.0, chunks_in_flight=1)
+    job.collect()
+    ask, asked = Retries.ask, []
+
+    def late(self: Retries, names: Any, codes: Any) -> None:
+        asked.append(list(names))
+        if len(asked) == 1:
+            assert compaction.compact(JobFolder.open(job.path)) > 1
+        ask(self, names, codes)
+
+    monkeypatch.setattr(Retries, "ask", late)
+    assert api.Job.open(job.id).retry() == 4
+    assert len(asked) == 2 and asked[1] == segments(job)
+    assert api.Job.open(job.id).status().progress.rows_failed == 0

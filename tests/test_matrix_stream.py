@@ -155,6 +155,7 @@ def test_what_was_replaced_on_purpose_is_joined_by_nobody_who_held_it(server: re
     assert new.join(b"new") is None
     news = old.exchange(b"delta")
     assert news.stale and not news.deltas
+    assert server.xlen(key) == 0, "it would be read as the new one's"
     assert not new.exchange(b"").stale
     late = MatrixStream(server, key)
     assert late.join(b"late") == b"new"

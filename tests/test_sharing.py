@@ -247,6 +247,64 @@ def test_what_is_learned_after_the_last_question_is_still_sent(
     assert asked[5:] == ["merge", "save"]
 
 
+class Silent:
+    """An engine's thread that only notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.asked.append(name)
+
+
+def test_a_task_whose_rows_wait_for_a_place_is_shared_once_it_has_one(
+    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "EVERY_S", 0.0)
+    engine, task = Silent(), TaskKey("night")
+    shared = Sharing(engine, jobs)
+    shared.open(task, "m")
+    for _ in range(3):
+        shared.heed(Whole(task, b"", ""))
+        shared.tick()
+    assert engine.asked == ["send_whole"] * 4
+    shared.heed(Whole(task, b"whole", ""))
+    assert engine.asked[4:] == ["merge"]
+    shared.tick()
+    assert engine.asked[5:] == ["send_changes"]
+    shared.finish(task)
+    shared.heed(Changes(task, b"", "elsewhere"))  # it has made room
+    shared.heed(Whole(task, b"", ""))
+    assert engine.asked[-1] == "save" and task not in shared._shares
+
+
+def test_what_a_cold_job_replaces_is_forgotten_as_soon_as_the_server_can(
+    jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "RETRY_S", 0.0)
+    monkeypatch.setattr(sharing, "EVERY_S", 0.0)
+    tries: list[bool] = []
+
+    def forget(*args: Any) -> None:
+        tries.append(len(tries) > 0)
+        if not tries[-1]:
+            raise redis.ConnectionError("away")
+        matrix_stream.forget(*args)
+
+    monkeypatch.setattr(sharing, "forget", forget)
+    warm, cold = TaskKey("night"), TaskKey("night", apart="job", cold=True)
+    old = MatrixStream(jobs.connection, matrix_stream.stream_key("m", warm))
+    old.join(b"old")
+    shared = Sharing(Silent(), jobs)
+    shared.open(cold, "m")
+    shared.heed(Whole(cold, b"whole", "", cold=True))
+    position = shared._shares[cold].stream.position
+    for _ in range(3):
+        shared.heed(Changes(cold, b"", position))
+    assert tries == [False, True]
+    assert old.exchange(b"").stale
+
+
 def test_nobody_waits_for_an_engine_that_is_dead(jobs: JobQueue) -> None:
     thread = EngineThread(lambda _: pytest.fail("nothing is loaded"))
     thread.start()

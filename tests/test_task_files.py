@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from task_tools import CPU, VOCAB, Room, cold
 
 from trbatch import matrices
+from trbatch.engine import saved
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import TaskKey
+from trbatch.errors import Unreachable
 from trbatch.matrices import matrix_file
+from trbatch.storage import LocalFolder
 
 DAMAGES = ("empty", "noise", "truncated", "other names", "another vocabulary", "a token beyond it")
 
@@ -152,3 +157,114 @@ def test_a_task_whose_file_was_replaced_is_read_anew_and_not_saved_over_it(tmp_p
     room.tasks.save()
     again = room.tasks.open(key, busy=set())
     assert room.rows(again.index)[9, 0] == 30 and room.rows(again.index)[7, 0] < 0
+
+
+def test_an_empty_matrix_takes_its_place_as_soon_as_a_job_begins_cold(tmp_path: Path) -> None:
+    """Before others are told to forget: who reads the file then must not find the old one."""
+    warm, late, new = Room(), Room(), Room()
+    key = TaskKey("news", tmp_path)
+    warm.write(warm.tasks.open(key, busy=set()).index, 7, 20)
+    warm.tasks.save()
+    new.tasks.open(cold("news", tmp_path), busy=set())
+    about = matrices.read(matrix_file(tmp_path, "model", "news")).facts
+    assert (about.rows, about.cold_jobs) == (0, ["job"])
+    assert not (late.rows(late.tasks.open(key, busy=set()).index) >= 0).any()
+    # And whoever still holds what was there does not bring it back.
+    warm.write(warm.tasks.open(key, busy=set()).index, 8, 20)
+    warm.tasks.save()
+    assert matrices.read(matrix_file(tmp_path, "model", "news")).facts.rows == 0
+    assert warm.tasks.current(key) is None
+    assert not (warm.rows(warm.tasks.open(key, busy=set()).index) >= 0).any()
+
+
+@pytest.mark.parametrize("how", ["reset", "import"])
+def test_what_was_reset_or_imported_is_not_undone_by_a_save(tmp_path: Path, how: str) -> None:
+    room, other = Room(), Room()
+    key = TaskKey("news", tmp_path)
+    file = matrix_file(tmp_path, "model", "news")
+    index = room.tasks.open(key, busy=set()).index
+    room.write(index, 7, 20)
+    room.tasks.save()
+    if how == "reset":
+        matrices.remove(matrices.find(tmp_path, "news"))
+    else:
+        other.write(other.tasks.open(TaskKey("mails", tmp_path), busy=set()).index, 9, 30)
+        other.tasks.save()
+        source = matrix_file(tmp_path, "model", "mails")
+        matrices.import_file(source, tmp_path, task="news", force=True)
+    there = file.read_bytes() if file.exists() else b""
+    room.write(index, 8, 20)
+    room.tasks.save()
+    assert (file.read_bytes() if file.exists() else b"") == there
+    again = room.tasks.open(key, busy={index})
+    assert again.index != index, "running rows read on where they do"
+    assert (room.rows(again.index)[[7, 8, 9], 0] >= 0).tolist() == [False, False, how == "import"]
+    room.write(again.index, 11, 20)
+    room.tasks.save()
+    assert load_file(file)["rows"][11, 0] == 20
+
+
+def test_a_cold_job_that_cannot_be_saved_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room = Room()
+    warm = room.tasks.open(TaskKey("news", tmp_path), busy=set())
+
+    def fail(*_: object, **__: object) -> None:
+        raise Unreachable("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(LocalFolder, "write", fail)
+        task = room.tasks.open(cold("news", tmp_path), busy=set())
+    assert not task.began_cold and task.file is None
+    assert not warm.outdated
+    assert "is not saved: the disk is full" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_now_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = Room(), Room()
+    old.write(old.tasks.open(TaskKey("news", tmp_path), busy=set()).index, 7, 20)
+    old.tasks.save()
+    file = matrix_file(tmp_path, "model", "news")
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(saved, "load_file", fail)
+    task = new.tasks.open(TaskKey("news", tmp_path), busy=set())
+    assert task.file is None and file.exists()
+    assert not list(tmp_path.rglob("*.unusable"))
+
+
+def test_a_sound_file_that_came_meanwhile_is_not_put_aside(tmp_path: Path) -> None:
+    room = Room()
+    room.write(room.tasks.open(TaskKey("news", tmp_path), busy=set()).index, 7, 20)
+    room.tasks.save()
+    file = matrix_file(tmp_path, "model", "news")
+    seen = matrices.state_of(file)
+    whole = file.read_bytes()
+    file.unlink()
+    assert matrices.put_aside(file, seen) is None, "somebody else has"
+    file.write_bytes(whole + b"more")
+    assert matrices.put_aside(file, seen) is None and file.exists()
+
+
+def test_one_store_that_is_away_keeps_no_other_from_being_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room()
+    for name in ("one", "two"):
+        room.write(room.tasks.open(TaskKey(name, tmp_path / name), busy=set()).index, 7, 20)
+    write = LocalFolder.write
+
+    def fail(self: LocalFolder, *args: Any, **settings: Any) -> None:
+        if "/one/" in f"{self.path}/":
+            raise Unreachable("it is away")
+        write(self, *args, **settings)
+
+    monkeypatch.setattr(LocalFolder, "write", fail)
+    with pytest.raises(Unreachable):
+        room.tasks.save()
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1

@@ -121,14 +121,15 @@ def test_a_task_that_is_open_is_cold_for_a_job_that_wants_it_cold(tmp_path: Path
     assert (room.rows(one.index) == -1).all()
     assert room.tasks.open(cold("news", tmp_path), busy=set()) is one, "one job, one matrix"
     room.write(one.index, 8, 30)
-    assert room.tasks.open(TaskKey("news", tmp_path), busy={warm.index}) is warm, "it runs"
+    # Who comes later goes on from what the cold job has left, whoever still reads what was there.
+    later = room.tasks.open(TaskKey("news", tmp_path), busy={warm.index})
+    assert later.index not in (warm.index, one.index)
     room.write(warm.index, 9, 20)
     room.tasks.save()
     kept = load_file(matrix_file(tmp_path, "model", "news"))["rows"]
     assert (kept[[7, 8, 9], 0] >= 0).tolist() == [False, True, False], "the cold one's alone"
-    # Who comes later goes on from what the cold job has left.
-    later = room.tasks.open(TaskKey("news", tmp_path), busy=set())
     assert torch.equal(room.rows(later.index), kept)
+    assert not room.tasks.can_open(cold("news", tmp_path, "one more"), {0, 1, 2})
     other = room.tasks.open(cold("news", tmp_path, "another job"), busy=set())
     assert (room.rows(other.index) == -1).all()
 

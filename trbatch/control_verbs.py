@@ -82,12 +82,15 @@ def retry(job: JobFolder, redis_url: str, codes: Iterable[str]) -> int:
             hint=f"first: trbatch resume {job.path}",
         )
     wanted = set(codes)
-    failures = job.ledger.failures()
-    meant = [name for name, found in failures.items() if not wanted or wanted & found.keys()]
-    if not meant:
-        return 0
     _, failed = job.outcomes()
-    job.ledger.retries.ask(meant, wanted)
+    while True:
+        failures = job.ledger.failures()
+        meant = [name for name, found in failures.items() if not wanted or wanted & found.keys()]
+        if not meant:
+            return 0
+        job.ledger.retries.ask(meant, wanted)
+        if set(meant) <= set(job.ledger.names()):
+            break  # else they were compacted in this moment, and the failures lie in others
     _, still_failed = job.outcomes()
     enqueue(job, redis_url)
     return failed - still_failed

@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import re
+import secrets
 import struct
 import time
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ from typing import Any, Self
 import orjson
 
 from trbatch.errors import InputError, UsageError
+from trbatch.storage import Stat, place, writing
 from trbatch.storage import folder as storage_folder
-from trbatch.storage import place, writing
 
 logger = logging.getLogger("trbatch")
 
@@ -70,6 +71,7 @@ class Facts:
     runs, a few drafted without. `tree`: the learned tree in falling order, each node as its path of
     ranks and the chance that it comes true. `position`: in the stream that workers share.
     `cold_jobs`: the latest jobs that began cold and whose matrix took the place of an earlier one.
+    `born`: differs from what was there before it was reset, imported or begun cold.
     """
 
     task: str
@@ -83,6 +85,7 @@ class Facts:
     without_it: Acceptance = field(default_factory=Acceptance)
     tree: list[tuple[list[int], float]] = field(default_factory=list)
     cold_jobs: list[str] = field(default_factory=list)
+    born: str = ""
 
     def to_metadata(self) -> dict[str, str]:
         """As the header of a safetensors file takes it."""
@@ -278,7 +281,7 @@ def import_file(source: Path, folder: Place, *, task: str = "", force: bool = Fa
     if not _FINGERPRINT.fullmatch(facts.model):  # it becomes a folder's name
         raise InputError(f"{source} is for no model: its fingerprint is {facts.model!r:.80}")
     # Positions are those of another server's stream, and jobs those of another store.
-    facts = replace(facts, task=task or facts.task, position="", cold_jobs=[])
+    facts = replace(facts, task=task or facts.task, position="", cold_jobs=[], born=new_birth())
     target = matrix_file(folder, facts.model, facts.task)
     header["__metadata__"] |= facts.to_metadata()
     raw = orjson.dumps(header)
@@ -292,11 +295,34 @@ def import_file(source: Path, folder: Place, *, task: str = "", force: bool = Fa
     return target
 
 
-def put_aside(file: Place) -> Place:
-    """Let a file that cannot be used make room for a sound one. Returns its new place."""
+def new_birth() -> str:
+    """What tells a matrix that begins anew from the one whose place it takes."""
+    return secrets.token_hex(4)
+
+
+def state_of(file: Place) -> Stat | None:
+    """What tells a file from one that has taken its place; None if there is none."""
+    parent, name = place(file)
+    try:
+        return parent.stat(name)
+    except FileNotFoundError:
+        return None
+
+
+def put_aside(file: Place, seen: Stat | None) -> Place | None:
+    """Let a file that cannot be used make room for a sound one.
+
+    Args:
+        seen: its state before it was read: another worker may have replaced it since.
+
+    Returns:
+        Its new place; None if it is gone already.
+    """
     parent, name = place(file)
     aside = f"{name}.unusable"
     with locked(file):
+        if seen is None or state_of(file) != seen:
+            return None
         parent.write(aside, parent.read(name))
         parent.remove(name)
     return parent.join(aside)

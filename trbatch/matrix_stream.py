@@ -98,23 +98,27 @@ class MatrixStream:
         raise redis.RedisError(f"{self._key} comes and goes")
 
     def exchange(self, delta: bytes) -> News:
-        """Send what changed here (b"" for nothing) and read what was sent by all, in one go."""
+        """Send what changed here (b"" for nothing) and read what was sent by all.
+
+        Nothing is sent where it does not belong any more, because the stream is another's now.
+        """
         last, life = _parted(self.position)
         with self._redis.pipeline() as pipeline:
             pipeline.xrange(self._key, min=last, max=last)
-            if delta:
-                self._push(pipeline, delta)
-                pipeline.expire(f"{self._key}:snapshot", _KEEP_S)
-            pipeline.xrange(self._key, min=f"({last}", count=2 * _MOST_ENTRIES)
             pipeline.getrange(f"{self._key}:snapshot", 0, 63)
             pipeline.get(f"{self._key}:forgotten")
-            answers = pipeline.execute()
-        ours, (entries, head, forgotten) = answers[0], answers[-3:]
+            ours, head, forgotten = pipeline.execute()
         if forgotten is not None and forgotten != self._forgotten:
             return News(None, [], stale=True)
         included = _position_of(head)
         if not head or _parted(included)[1] != life:
             return News(None, [], lost=True)
+        with self._redis.pipeline() as pipeline:
+            if delta:
+                self._push(pipeline, delta)
+                pipeline.expire(f"{self._key}:snapshot", _KEEP_S)
+            pipeline.xrange(self._key, min=f"({last}", count=2 * _MOST_ENTRIES)
+            entries = pipeline.execute()[-1]
         whole = None
         if before(self.position, included):
             # Entries after our position may be gone: the snapshot has them.

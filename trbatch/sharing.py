@@ -23,6 +23,7 @@ logger = logging.getLogger("trbatch.worker")
 
 EVERY_S = 3.0  # between two exchanges
 RETRY_S = 30.0  # after a server that did not answer
+MOST_ABSENT = 200  # answers, some ten minutes, after which a task's next chunk opens it again
 CLOSE_S = 10.0  # for the last exchange of a worker that ends
 
 
@@ -38,6 +39,8 @@ class _Share:
     last: bool = False  # what was asked for was asked for after the end: all is in it
     due: float = 0.0
     snapshot: bool = False  # the whole that was asked for is to be kept as the next snapshot
+    replaces: bool | None = None  # what was shared of the task is yet to be forgotten; not known
+    absent: int = 0  # times that the engine had no such task open
 
 
 class Sharing:
@@ -137,17 +140,20 @@ class Sharing:
 
     def _heed_whole(self, event: Whole, share: _Share) -> None:
         if not event.data:
-            # The engine had to make room for other tasks; with its next rows it is opened again.
-            self._drop(event.task, share)
+            # It has no room for this task now, or had to make some. Its rows may wait for a place.
+            share.absent += 1
+            share.joined = share.snapshot = False
+            if share.finishing or share.absent > MOST_ABSENT:
+                self._drop(event.task, share)
             return
+        share.absent = 0
         if share.snapshot:
             self._keep_snapshot(event, share)
             return
         whole = share.stream.join(event.data)
         share.joined = True
-        if event.cold and whole is None and self._connection is not None:
-            # It takes the place of what its task has learned, on the server as in the file.
-            forget(self._connection, share.model, _warm(event.task))
+        # It takes the place of what its task has learned, on the server as in the file.
+        share.replaces = event.cold if share.replaces is None else share.replaces
         self._engine.merge(event.task, whole, [], share.stream.position)
 
     def _keep_snapshot(self, event: Whole, share: _Share) -> None:
@@ -164,6 +170,9 @@ class Sharing:
             share.joined = False
             self._put_back(event.task, event.data)
             return
+        if share.replaces and self._connection is not None:
+            forget(self._connection, share.model, _warm(event.task))
+            share.replaces = False
         news = share.stream.exchange(event.data)
         if news.stale:
             self._engine.outdate(event.task)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from trbatch.errors import InputError, ModelError
-from trbatch.matrices import PARTS, Facts, Place, before, is_there, locked, read
+from trbatch.errors import InputError, ModelError, Unreachable
+from trbatch.matrices import PARTS, Facts, Place, before, is_there, locked, new_birth, read
 from trbatch.storage import place
 
 logger = logging.getLogger(__name__)
@@ -41,17 +41,21 @@ def save(
     *,
     evidence: Evidence | None = None,
     anew: bool = False,
-) -> bool:
-    """Write a matrix whole, unless another worker has saved a later state of it.
+) -> Facts | None:
+    """Write a matrix whole, unless it is out of date.
+
+    It is if another worker has saved a later state of it, or if the file that it goes on from was
+    reset, or replaced by an imported one or that of a cold job.
 
     Args:
         facts: with what was counted since this worker last saved; what the file holds is added.
+            `born`: of the file that it goes on from; "" goes on from whatever is there.
         evidence: the same for what trees are made of. Workers hold equal rows, but each has counts
             of its own.
-        anew: forget what the file holds.
+        anew: forget what the file holds, unless that was done for the same cold job.
 
     Returns:
-        Whether it was written.
+        The facts as they were written; None if they were not.
 
     Raises:
         Unreachable: it cannot be written; what was there is there still.
@@ -59,14 +63,14 @@ def save(
     parent, name = place(file)
     with locked(file):
         kept = _facts_of(file)
+        anew = anew and not (kept and set(facts.cold_jobs) & set(kept.cold_jobs))
+        if not anew and _is_outdated(facts, kept):
+            logger.info("%s holds another or a later state: not saved", file)
+            return None
+        facts = replace(facts, born=(kept.born if kept and not anew else "") or new_birth())
         if kept is not None:
             facts = facts.known_cold(kept)
-        if kept is not None and not anew:
-            both = facts.position and kept.position
-            if both and before(facts.position, kept.position):
-                logger.info("%s holds a later state: not saved", file)
-                return False
-            facts = facts.after(kept)
+            facts = facts if anew else facts.after(kept)
         held = dict(tensors)
         if evidence is not None:
             counted = {} if kept is None or anew else _counts_of(file)
@@ -75,23 +79,31 @@ def save(
         # Not `save_file`: what it raises when a disk is full is no OSError, and half a file stays.
         flat = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
         parent.write(name, save_bytes(flat, metadata=facts.to_metadata()))
-    return True
+    return facts
+
+
+def _is_outdated(facts: Facts, kept: Facts | None) -> bool:
+    if kept is None or (facts.born and kept.born != facts.born):
+        return bool(facts.born)
+    return bool(facts.position and kept.position) and before(facts.position, kept.position)
 
 
 def load(file: Place) -> dict[str, Tensor]:
     """The tensors of a matrix by name.
 
     Raises:
-        ModelError: it cannot be read.
-        Unreachable: the object store does not answer.
+        ModelError: it is damaged.
+        Unreachable: it cannot be read now.
     """
     try:
         if isinstance(file, str):
             parent, name = place(file)
             return load_bytes(parent.read(name))
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"cannot read the matrix {file}: {error}") from error
+    except SafetensorError as error:
+        raise ModelError(f"the matrix {file} is damaged: {error}") from error
+    except OSError as error:
+        raise Unreachable(f"cannot read the matrix {file}: {error}") from error
 
 
 def _facts_of(file: Place) -> Facts | None:
@@ -101,6 +113,12 @@ def _facts_of(file: Place) -> Facts | None:
         return read(file).facts
     except InputError:  # whoever asked for `--cold` over a damaged file gets a sound one
         return None
+
+
+def is_replaced(file: Place, born: str) -> bool:
+    """Whether what lies there is not what a matrix of this birth goes on from."""
+    kept = _facts_of(file)
+    return bool(born) and (kept is None or kept.born != born)
 
 
 def has_begun(file: Place | None, cold_job: str) -> bool:

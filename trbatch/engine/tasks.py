@@ -23,6 +23,7 @@ from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import TaskKey
 from trbatch.errors import InputError, ModelError, Unreachable
 from trbatch.matrices import Acceptance, Facts, Place, describe_age, is_there, matrix_file, read
+from trbatch.storage import Stat
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Task:
     age_s: float | None = None  # of the saved matrix that it began from
     rows: int = 0  # that this matrix had
     position: str = ""  # in the stream that the workers of the task share; "": not shared
+    born: str = ""  # of the file that it goes on from; see `matrices.Facts`
     began_cold: bool = False  # it takes the place of what its task has learned before
     anew: bool = False  # what its file holds is not to be gone on from
     outdated: bool = False  # another takes its file's place, or has
@@ -91,6 +93,7 @@ class Tasks:
         self._places, self._model, self._model_name = places, model, model_name
         self._tasks: dict[TaskKey, Task] = {}
         self._known: set[TaskKey] = set()  # also those that had to make room
+        self._left: set[int] = set()  # places that running rows of outdated tasks still read
 
     def open(self, key: TaskKey, *, busy: set[int]) -> Task:
         """The task, loaded from its folder if it is new here, not cold, and has a saved matrix.
@@ -102,9 +105,9 @@ class Tasks:
             ModelError: all places are used by running sequences.
         """
         task = self._tasks.get(key)
-        if task is not None and task.outdated and task.index not in busy:
-            self.save()
-            del self._tasks[key]
+        if task is not None and task.outdated:
+            self._try_to_save()  # another's state may be what is read now
+            self._left.add(self._tasks.pop(key).index)
             task = None
         if task is None:
             task = self._open(key, busy)
@@ -122,15 +125,26 @@ class Tasks:
         except Unreachable as error:
             cold, file = True, None
             logger.warning("task %r begins cold and is not saved: %s", key.name, error)
-        task = Task(key, place, file, began_cold=cold, anew=cold)
+        task = Task(key, place, file, anew=cold)
         self._empty(task.index)
-        if cold:
-            self._supersede(file)
+        if cold and file is not None:
+            self._begin_cold(task, file)
         elif file is not None:
             self._load_if_there(task, file)
         self._tasks[key] = task
         self._known.add(key)
         return task
+
+    def _begin_cold(self, task: Task, file: Place) -> None:
+        """Let an empty matrix take the place of what was known, before anybody hears of it."""
+        task.began_cold = True
+        try:
+            self._save(task, file)
+        except (OSError, Unreachable) as error:
+            task.file, task.began_cold = None, False
+            logger.warning("task %r begins cold and is not saved: %s", task.key.name, error)
+            return
+        self._supersede(file)
 
     def _supersede(self, file: Place | None) -> None:
         """A cold matrix takes this file's place: whoever holds what it held is not saved again.
@@ -163,7 +177,7 @@ class Tasks:
 
     def can_open(self, key: TaskKey, busy: set[int]) -> bool:
         """Whether there is a place for this task, given those that running sequences use."""
-        return key in self._tasks or len(busy) < self._places
+        return self.current(key) is not None or len(busy) < self._places
 
     def touch(self, index: int) -> None:
         """Note that a task's rows changed."""
@@ -180,25 +194,46 @@ class Tasks:
                 task.with_it = task.with_it.plus(done)
 
     def save(self) -> None:
-        """Write the matrices that changed."""
+        """Write the matrices that changed.
+
+        Raises:
+            Unreachable, OSError: some could not be written; the others were.
+        """
+        failed: OSError | Unreachable | None = None
         for task in self._tasks.values():
             if task.changed and task.file is not None:
-                self._save(task, task.file)
+                try:
+                    self._save(task, task.file)
+                except (OSError, Unreachable) as error:
+                    failed = error
+        if failed is not None:
+            raise failed
+
+    def _try_to_save(self) -> None:
+        try:
+            self.save()
+        except (OSError, Unreachable) as error:
+            logger.warning("not all matrices could be saved: %s", error)
 
     def _save(self, task: Task, file: Place) -> None:
         places = _places_of(self._matrix, task.index)
         rows, pairs = _filled(places)
         facts = Facts(
             task=task.key.name, model=self._model, model_name=self._model_name, rows=rows,
-            pairs=pairs, candidates=self._matrix.candidates, position=task.position,
+            pairs=pairs, candidates=self._matrix.candidates, position=task.position, born=task.born,
             with_it=task.with_it, without_it=task.without_it,
             cold_jobs=[task.key.apart] if task.began_cold and task.key.apart else [],
         )  # fmt: skip
         evidence = _Evidence(self._calibration, self._paths, task.index)
-        if saved.save(file, places, facts, evidence=evidence, anew=task.anew):
+        written = saved.save(file, places, facts, evidence=evidence, anew=task.anew)
+        if written is not None:
             task.with_it, task.without_it = Acceptance(), Acceptance()
             task.changed = task.anew = False
+            task.born = written.born
             evidence.saved()
+        elif saved.is_replaced(file, task.born):
+            logger.info("task %r: its matrix was replaced, and is read anew", task.key.name)
+            self.outdate(task.key)
 
     def forget(self, *, counts: bool = True) -> None:
         """Put all tasks back to their beginning; `counts`: also how far rows can be trusted."""
@@ -212,24 +247,24 @@ class Tasks:
             self._paths[index].restore(None, None)
 
     def _place(self, busy: set[int]) -> int:
+        self._left &= busy
         taken = {task.index for task in self._tasks.values()}
-        free = set(range(self._places)) - taken
+        free = set(range(self._places)) - taken - self._left
         if free:
             return min(free)
         idle = [task for task in self._tasks.values() if task.index not in busy]
         if not idle:
             raise ModelError("rows of too many tasks run at the same time")
         oldest = min(idle, key=lambda task: task.used)
-        try:
-            self.save()
-        except (OSError, Unreachable) as error:
-            logger.warning("task %r makes room unsaved: %s", oldest.key.name, error)
+        self._try_to_save()
         del self._tasks[oldest.key]
         return oldest.index
 
     def _load_if_there(self, task: Task, file: Place) -> None:
+        seen = None
         try:
             if is_there(file):
+                seen = matrices.state_of(file)
                 self._load(task, file)
         except Unreachable as error:
             # Decoding goes on; saved over what cannot be read now, this would be its loss.
@@ -238,24 +273,26 @@ class Tasks:
         except (ModelError, InputError) as error:
             # No fault of the rows that wait: what they say never depends on a matrix.
             logger.warning("task %r begins empty: %s", task.key.name, error)
-            self._put_aside(task, file)
+            self._put_aside(task, file, seen)
 
-    def _put_aside(self, task: Task, file: Place) -> None:
+    def _put_aside(self, task: Task, file: Place, seen: Stat | None) -> None:
         try:
-            logger.warning("it was put aside, as %s", matrices.put_aside(file))
+            if (aside := matrices.put_aside(file, seen)) is not None:
+                logger.warning("it was put aside, as %s", aside)
         except (OSError, Unreachable) as error:
             task.file = None
             logger.warning("and is not saved: %s", error)
 
     def _load(self, task: Task, file: Place) -> None:
-        kept, age_s = saved.load(file), read(file).age_s
+        kept, about = saved.load(file), read(file)
         places = _places_of(self._matrix, task.index)
         _check(kept, places, self._matrix.vocab_size, file)
         for name, place in places.items():
             place.copy_(kept[name])
         self._calibration.restore(task.index, kept.get("calibration"))
         self._paths[task.index].restore(kept.get("paths"), kept.get("path_counts"))
-        task.rows, task.age_s = sum(_filled(places)), age_s
+        task.rows, task.age_s = sum(_filled(places)), about.age_s
+        task.born = about.facts.born
 
 
 def _places_of(matrix: Matrix, index: int) -> dict[str, torch.Tensor]:
