@@ -172,7 +172,6 @@ def test_a_dead_workers_chunks_run_elsewhere_within_half_a_minute(
 
 
 @pytest.mark.long
-@pytest.mark.alone
 @pytest.mark.torture
 def test_ten_dead_workers_chunks_run_elsewhere_within_half_a_minute(
     jobs: JobQueue, tmp_path: Path
