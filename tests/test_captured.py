@@ -209,3 +209,16 @@ def test_prompts_come_in_smaller_pieces_when_memory_runs_out_in_their_capture(
         assert_texts(one, [*tiny.repetitive(1, length=190, seed=2), *tiny.prompts(2, seed=5)])
     assert "going on with pieces of 128 tokens" in caplog.text
     assert one._stepper.graphs.wanted and one._stepper._shapes
+
+
+def test_what_others_prompts_have_kept_comes_in_pieces_as_small_as_prompts_do(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit_captures(cuda, monkeypatch, rows=6, prompt=128)
+    one = engine(monkeypatch)
+    prefix = tiny.repetitive(1, length=190, seed=2)[0]
+    assert_texts(one, [prefix])  # and pieces are of 128 tokens from here on
+    hits, told = one.stats()["prefix_hit_tokens"], len(caplog.records)
+    assert_texts(one, [[*prefix, *ids] for ids in tiny.prompts(3, seed=5)])
+    assert one.stats()["prefix_hit_tokens"] - hits > 2 * 128
+    assert not [record.getMessage() for record in caplog.records[told:]]

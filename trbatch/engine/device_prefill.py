@@ -109,7 +109,7 @@ class DevicePrefiller:
         self._stepper.set_pages([sequence for sequence, _ in pieces])
         if self._learning:
             self._prefixes.count_kept(pieces)
-            self._recall([sequence for sequence, _ in pieces])
+            self._recall([sequence for sequence, _ in pieces], most)
             for sequence, count in pieces:
                 sequence.learned = sequence.cached + count
                 self._tasks.touch(sequence.task)
@@ -124,16 +124,20 @@ class DevicePrefiller:
         self._decoder.after_prompts(pieces, members, handle, began=began)
         return self._choose_now([at for at in ready if at not in late], pieces, logits)
 
-    def _recall(self, sequences: list[Sequence]) -> None:
-        """Learn what others' prompts have kept of the pages that these took from them."""
+    def _recall(self, sequences: list[Sequence], most: int) -> None:
+        """Learn what others' prompts have kept of the pages that these took from them.
+
+        Args:
+            most: tokens at once: no more than a prefill has now, for which memory suffices.
+        """
         group: list[_Part] = []
-        room = self._chunk
+        room = most
         for sequence in sequences:
             first = sequence.learned
             while first < sequence.cached:
                 if not room or len(group) == self._pieces:
                     self._filled(group).recall.run()
-                    group, room = [], self._chunk
+                    group, room = [], most
                 count = min(room, sequence.cached - first)
                 group.append((sequence, first, count))
                 first, room = first + count, room - count
