@@ -5,8 +5,10 @@ Without a GPU: graphs are stand-ins that run their work anew.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -130,6 +132,32 @@ def test_a_device_that_fails_in_a_capture_is_not_the_models_fault(
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         record()
     assert graphs.wanted
+
+
+@pytest.mark.parametrize("end_fails", ["", BROKEN_OFF])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(torch.OutOfMemoryError, FULL), (torch.AcceleratorError, "CUDA error: out of memory")],
+)
+def test_what_a_failed_capture_held_is_free_as_soon_as_its_error_is_handled(
+    cuda: Cuda, kind: type[RuntimeError], said: str, end_fails: str
+) -> None:
+    cuda.end_fails = end_fails
+    graphs, held = Graphs(torch.device("cpu"), wanted=True), []
+
+    def work() -> None:
+        logits = torch.zeros(4)
+        held.append(weakref.ref(logits))
+        if cuda.capturing:
+            raise kind(said)
+
+    gc.disable()
+    try:
+        with suppress(torch.OutOfMemoryError):
+            graphs.record(work, what="a step")
+        assert [reference() for reference in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 class Captured(PlainOperations):

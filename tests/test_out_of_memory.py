@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import tiny
@@ -144,6 +148,59 @@ def test_pieces_of_prompts_shrink_too(on_device: bool) -> None:
     assert done[0].token_ids == tiny.generate(
         tiny.network("llama"), list(row.prompt_token_ids), LENGTH
     )
+
+
+class Knot:
+    """Tensors that hold each other: only the collector of cycles finds them."""
+
+    alive: ClassVar[WeakSet[Knot]] = WeakSet()
+
+    def __init__(self) -> None:
+        self.itself = self
+        self.alive.add(self)
+
+
+@pytest.fixture
+def freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each time that the device's memory is given back, whether knots are gone before."""
+    found: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(not Knot.alive))
+    gc.disable()
+    yield found
+    gc.enable()
+
+
+def test_what_a_failed_step_has_left_is_given_back(freed: list[bool]) -> None:
+    one = engine(on_device=False)
+    one.loaded = replace(one.loaded, device=torch.device("cuda"))
+    learn = one._eager._drafter.learn
+
+    def limited(*args: Any) -> Any:
+        if len(args[0].sizes) > 2:
+            Knot()
+            no_more()
+        return learn(*args)
+
+    one._eager._drafter.learn = limited  # type: ignore[method-assign]
+    assert_texts(tiny.decode(one, requests()))
+    assert freed and all(freed)
+
+
+def test_what_a_step_that_was_timed_has_left_is_given_back(freed: list[bool]) -> None:
+    class Timer:
+        longest = 8
+
+        def fits(self, *_: int) -> bool:
+            return True
+
+        def __call__(self, *_: int) -> float:
+            Knot()
+            no_more()
+            return 0.0
+
+    careful = sizing._Careful(Timer(), torch.device("cuda"))
+    assert careful(4, 8, 1) == float("inf") and careful.most_tokens == 16
+    assert freed == [True]
 
 
 class SmallDevice(PlainOperations):

@@ -71,6 +71,7 @@ class Graphs:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         pool = self._pool or torch.cuda.graph_pool_handle()
+        failure = None
         try:
             # Where the end of a capture fails, torch leaves its stream behind as the current one.
             with (
@@ -79,21 +80,27 @@ class Graphs:
             ):
                 replay.given = work()
         except RuntimeError as error:
-            _raise_if_of_the_device(error)
-            # Such as a mixture of experts that looks on the host which expert gets which token.
-            logger.warning(
-                "steps of this model cannot be captured, they are launched: %s", _said(error)
-            )
-            self.wanted = False
-            return replay
+            failure = _of_the_device(error)
+            if failure is None:
+                # Such as a mixture of experts that looks on the host which expert gets which token.
+                logger.warning(
+                    "steps of this model cannot be captured, they are launched: %s", _said(error)
+                )
+                self.wanted = False
+                return replay
+        if failure is not None:
+            try:
+                raise failure  # out here, or it and what was raised behind it would hold each other
+            finally:
+                del failure  # or it and this frame would, and so the memory that ran out
         self._pool = pool  # not sooner: without any graph in it, it may not be there any more
         replay.graph = graph
         logger.debug("captured %s in %.2f s", what, time.perf_counter() - start)
         return replay
 
 
-def _raise_if_of_the_device(error: RuntimeError) -> None:
-    """Raise what says nothing of the work itself: that memory did not suffice, a device's failure.
+def _of_the_device(error: RuntimeError) -> RuntimeError | None:
+    """What says nothing of the work itself: that memory did not suffice, a device's failure.
 
     Whatever fails in a capture may make its end fail, too; so what led to the error counts as well.
     """
@@ -102,14 +109,15 @@ def _raise_if_of_the_device(error: RuntimeError) -> None:
         chain.append(before)
     for one in chain:
         if isinstance(one, torch.OutOfMemoryError):
-            raise one
+            return one
         if isinstance(one, torch.AcceleratorError) and "out of memory" in _said(one):
-            raise torch.OutOfMemoryError(_said(one)) from one  # a graph itself needs some
+            return torch.OutOfMemoryError(_said(one))  # a graph itself needs some
     for one in chain:
         # Most that cannot be captured is told as an error of the device: "operation not permitted
         # when stream is capturing", "… due to a previous error during capture".
         if isinstance(one, torch.AcceleratorError) and "captur" not in _said(one):
-            raise one
+            return one
+    return None
 
 
 def _said(error: BaseException) -> str:

@@ -343,8 +343,7 @@ class Engine:
         """
         self._drain()
         self._retire_ended()
-        if self.loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
+        sizing.free_unused(self.loaded.device)
         running, chunk = list(self._scheduler.running), self._prompt_chunk
         if in_prompts and chunk > self.config.page_size:
             self._prompt_chunk = max(self.config.page_size, chunk // 2)

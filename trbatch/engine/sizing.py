@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -122,6 +123,16 @@ def cache_slots(
     return slots + spare
 
 
+def free_unused(device: torch.device) -> None:
+    """Give memory back that nobody needs, after some was missing: the next to ask needs it whole.
+
+    What failed may have left tensors that hold each other, through the frames of its error.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 class Timer(Protocol):
     """Times steps."""
 
@@ -226,8 +237,7 @@ class _Careful:
                 raise
             why = str(error)  # not the error itself: it holds what was on its way
         self.most_tokens = tokens // 2
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_unused(self._device)
         logger.warning(
             "out of memory while timing a step of %d tokens, going on with steps of %d at most "
             "(a lower --gpu-memory-utilization or --max-num-seqs leaves more for them): %s",
