@@ -30,7 +30,8 @@ class Cuda:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.capturing = False
         self.end_fails = ""  # what the end of a capture says that something failed in
-        self.pools: list[int] = []  # of the captures, in their order
+        self.pools: list[Any] = []  # of the captures, in their order
+        self.graphs: list[weakref.ref[_Graph]] = []  # theirs
         patch.setattr(torch.cuda, "Stream", _Stream)
         patch.setattr(torch.cuda, "current_stream", _Stream)
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -42,7 +43,12 @@ class Cuda:
     @contextmanager
     def capture(self, graph: Any, *, pool: Any, capture_error_mode: str) -> Iterator[None]:
         self.capturing = True
+        others = [
+            there() for one, there in zip(self.pools, self.graphs, strict=True) if one is pool
+        ]
+        assert not others or any(others), "a pool ends with the last graph in it"
         self.pools.append(pool)
+        self.graphs.append(weakref.ref(graph))
         try:
             yield
         except RuntimeError:
@@ -120,6 +126,13 @@ def test_memory_that_runs_out_in_a_capture_is_told_and_the_next_one_is_captured(
         assert graphs.record(lambda: 1, what="a smaller one").graph is not None
     failed, first, second = cuda.pools
     assert first is second and first is not failed, "a pool lives as long as a graph that has it"
+
+
+def test_graphs_that_nobody_keeps_do_not_end_the_memory_that_others_will_share(cuda: Cuda) -> None:
+    graphs = Graphs(torch.device("cpu"), wanted=True)
+    for _ in range(3):
+        assert graphs.record(lambda: 1, what="a prefill").graph is not None
+        gc.collect()
 
 
 @pytest.mark.parametrize("end_fails", ["", BROKEN_OFF])

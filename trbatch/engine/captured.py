@@ -44,6 +44,7 @@ class Graphs:
         self._device = device
         self.wanted = wanted  # False also when work turned out to be such that it cannot be
         self._pool: Any = None
+        self._keeper: Any = None  # the first graph in it, whoever needs that: without any it ends
 
     @declared()  # it takes seconds, and may come in the middle of rows
     @torch.inference_mode()
@@ -93,7 +94,8 @@ class Graphs:
                 raise failure  # out here, or it and what was raised behind it would hold each other
             finally:
                 del failure  # or it and this frame would, and so the memory that ran out
-        self._pool = pool  # not sooner: without any graph in it, it may not be there any more
+        if self._keeper is None:  # not sooner: what fails leaves nothing that keeps the pool
+            self._pool, self._keeper = pool, graph
         replay.graph = graph
         logger.debug("captured %s in %.2f s", what, time.perf_counter() - start)
         return replay
