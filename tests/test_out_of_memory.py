@@ -275,15 +275,15 @@ def test_a_device_without_memory_for_a_single_token_is_an_error(
 GIB = 1 << 30
 
 
-def slots_on_a_gpu(free: int, **sizes: int) -> int:
-    """Of 1 KiB a token each, where the GPU has so many bytes free."""
+def slots_on_a_gpu(*, utilization: float = 1.0, each: int = 1024, **sizes: int) -> int:
+    """Of so many bytes a token each: room for 4096 tokens, and for 128 that no sequence gets."""
     loaded: Any = SimpleNamespace(
         device=torch.device("cuda"), vocab_size=128_000, dtype=torch.bfloat16
     )
-    config = EngineConfig(gpu_memory_utilization=1.0, page_size=16)
+    config = EngineConfig(gpu_memory_utilization=utilization, page_size=16)
     reserve = sizing.logits_bytes(config, loaded, **sizes)
     return sizing.cache_slots(
-        config, loaded, 1024, sequences=1 << 20, longest=4096, reserve=reserve
+        config, loaded, each, sequences=1 << 20, longest=4096, spare=121, reserve=reserve
     )
 
 
@@ -294,10 +294,34 @@ def test_the_cache_leaves_room_for_the_logits_of_a_step(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "mem_get_info", told)
     a_token = 2 * 128_000 * 2  # bytes of its logits, twice
     free = 20 * GIB
-    assert slots_on_a_gpu(free, sequences=128, most=81) == (free - 4096 * a_token) // 1024
-    assert slots_on_a_gpu(free, sequences=512, most=1) == (free - 2048 * a_token) // 1024
+    assert slots_on_a_gpu(sequences=128, most=81) == (free - 4096 * a_token) // 1024
+    assert slots_on_a_gpu(sequences=512, most=1) == (free - 2048 * a_token) // 1024
     free = GIB
-    assert slots_on_a_gpu(free, sequences=128, most=81) == free // 2 // 1024, "half of it at most"
+    assert slots_on_a_gpu(sequences=128, most=81) == free // 2 // 1024, "half of it at most"
+
+
+def test_logits_take_no_room_from_the_one_longest_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    free: list[int] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[-1], 8 * GIB))
+    one = 4096 + 128
+    for bytes_free, slots in ((1, 1), (1.001, 1), (1.5, 1), (2, 1), (4, 2)):
+        free.append(int(bytes_free * one * 1024))
+        assert slots_on_a_gpu(sequences=128, most=81) == slots * one
+
+
+def test_too_little_memory_for_one_sequence_is_told_with_what_there_is_and_what_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * GIB, 20 * GIB))
+    with pytest.raises(WorkerError, match=r"4224 tokens .* 4\.12 GiB, 2\.00 GiB") as raised:
+        slots_on_a_gpu(sequences=128, most=81, utilization=0.8, each=1 << 20)
+    for option in ("--max-model-len", "--max-num-seqs", "raise --gpu-memory-utilization"):
+        assert option in (raised.value.hint or "")
+    assert "--prefill-chunk" not in (raised.value.hint or ""), "it takes none of that room"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * GIB, 20 * GIB))
+    with pytest.raises(WorkerError) as raised:
+        slots_on_a_gpu(sequences=128, most=81, each=1 << 20)
+    assert "utilization" not in (raised.value.hint or ""), "all of it is used already"
 
 
 def test_the_cache_gets_what_matrices_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,8 @@ def cache_slots(
     Args:
         longest: tokens of the longest sequence with its tree.
         spare: tokens of room that no sequence gets.
-        reserve: bytes that steps need beside it. It is half of what is free at most: with less
-            memory, steps get smaller, too (`step_costs`).
+        reserve: bytes that steps need beside it. It is half of what is free at most, and takes
+            nothing from one such sequence: with less memory, steps get smaller (`step_costs`).
 
     Raises:
         WorkerError: not even one such sequence fits.
@@ -109,18 +109,29 @@ def cache_slots(
     if loaded.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(loaded.device)
         usable = max(0, free - int(total * (1 - config.gpu_memory_utilization)))
-        usable -= min(reserve, usable // 2)
+        needed = (one + spare) * bytes_per_token
+        if usable < needed:
+            raise WorkerError(
+                f"{one + spare} tokens of keys and values need {needed / 2**30:.2f} GiB, "
+                f"{usable / 2**30:.2f} GiB are left for them on {loaded.device}",
+                hint=_more_room(config, sequences),
+            )
+        usable -= min(reserve, usable // 2, usable - needed)
         most = sequences * one * (2 if config.prefix_sharing else 1)
         slots = min(usable // bytes_per_token - spare, most)
     else:
         slots = max(one, min(sequences * one, sequences * (_CPU_CONTEXT + page)))
-    if slots < one:
-        raise WorkerError(
-            f"{longest} tokens of keys and values need {longest * bytes_per_token / 2**30:.1f} GiB,"
-            f" {max(0, slots) * bytes_per_token / 2**30:.1f} GiB are free on {loaded.device}",
-            hint="lower --max-model-len, or raise --gpu-memory-utilization",
-        )
     return slots + spare
+
+
+def _more_room(config: EngineConfig, sequences: int) -> str:
+    """What leaves more for the longest sequence: prompts and steps take none of its room."""
+    cures = ["lower --max-model-len"]
+    if sequences > 1:
+        cures.append("lower --max-num-seqs (each sequence has rows of its own beside the cache)")
+    if config.gpu_memory_utilization < 1:
+        cures.append("raise --gpu-memory-utilization")
+    return ", or ".join(cures)
 
 
 def free_unused(device: torch.device) -> None:
