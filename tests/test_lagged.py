@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
 from trbatch.config import SamplingParams
 from trbatch.engine import lagged
@@ -387,3 +388,23 @@ def test_plain_steps_are_seldom_once_it_is_known_what_they_take(
     early, late = sizes[:2000], sizes[2600:]
     assert early.count(1) / len(early) == pytest.approx(3 / 256, rel=0.1)
     assert 0.004 < late.count(1) / len(late) <= 0.005
+
+
+@pytest.mark.parametrize("fails", ["prepare", "launch"])
+def test_tokens_that_were_read_before_memory_ran_out_are_counted(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script({0: list(range(10, 20))}, [2])
+    decoder, one = decoder_of(script), sequence(0, 10)
+    decoder.run([one])
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    script.prepared.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(script, fails, full)
+        with pytest.raises(torch.OutOfMemoryError):
+            decoder.run([one])
+    assert len(one.tokens) == 3 and decoder.drain() == 2
+    assert decoder.run([one]) == 0 and decoder.drain() == 2

@@ -107,6 +107,7 @@ class LaggedDecoder:
         self._after_prompts = False  # whether the newest is one of prompts
         self._read_at = 0.0
         self._before = 0  # size of the step that was read last
+        self._given = 0  # tokens that were read and nobody was told of
         self._owed = 0.0  # seconds of prompts that passed before a step was read
         self._device_s = 0.0  # that the device was busy with what was read last
         self.done_at = 0.0  # the clock when it is through with what is under way, if as quickly
@@ -147,15 +148,15 @@ class LaggedDecoder:
             size: tokens of each; 0: `next_size`.
 
         Returns:
-            How many tokens were read.
+            How many tokens were read, those included that were read before an error came instead
+            of a number.
         """
-        given = 0
         if members:
             context = _context(members)
             size = size or self.next_size(members)
             if not self._stepper.is_ready(members, size):
                 # So that no step's time has it in it.
-                given = self._settle_to(0)
+                self._settle_to(0)
                 members = [sequence for sequence in members if not sequence.ended]
                 if members:
                     self._stepper.prepare(members, size)
@@ -165,18 +166,18 @@ class LaggedDecoder:
             self._push(_Ticket(list(members), handle, size, context), began)
         left = 1 if members or self._after_prompts else 0
         self._after_prompts = False
-        return given + self._settle_to(left)
+        self._settle_to(left)
+        given, self._given = self._given, 0
+        return given
 
     def drain(self) -> int:
         """Read all that is under way. Returns how many tokens it gave."""
         self._after_prompts = False
         return self.run([])
 
-    def _settle_to(self, left: int) -> int:
-        given = 0
+    def _settle_to(self, left: int) -> None:
         while len(self._pending) > left:
-            given += self._settle(self._pending.popleft())
-        return given
+            self._settle(self._pending.popleft())
 
     def _push(self, ticket: _Ticket, began: float) -> None:
         """Note what was started; `began`: the clock before."""
@@ -188,8 +189,8 @@ class LaggedDecoder:
             sequence.in_flight += 1
             sequence.ahead += ticket.gives
 
-    def _settle(self, ticket: _Ticket) -> int:
-        """Wait for what was started and write it down. Returns its tokens."""
+    def _settle(self, ticket: _Ticket) -> None:
+        """Wait for what was started and write it down."""
         reading = self._stepper.read(ticket.handle)
         now = time.perf_counter()
         self._device_s = reading.seconds
@@ -208,6 +209,7 @@ class LaggedDecoder:
             sequence.in_flight -= 1
             sequence.ahead -= ticket.gives
             kept.append(_taken(sequence, outcome))
+            self._given += len(kept[-1].tokens)
             if self._paths and sequence.request.seed % _PATHS_OF == 0:
                 paths = self._paths[sequence.reads]
                 for rank in kept[-1].ranks:
@@ -222,7 +224,6 @@ class LaggedDecoder:
         total = sum(count for _, count in ticket.pieces)
         for sequence, count in ticket.pieces:
             sequence.figures.prefill_s += seconds * count / total
-        return sum(len(outcome.tokens) for outcome in kept)
 
     def _account(
         self, ticket: _Ticket, outcomes: ListLike[Outcome], seconds: float, *, typical: bool
