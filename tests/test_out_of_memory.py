@@ -18,6 +18,7 @@ import torch
 from trbatch.config import EngineConfig
 from trbatch.engine import engine as engine_module
 from trbatch.engine import sizing
+from trbatch.engine.costs import CostTable
 from trbatch.engine.engine import Engine
 from trbatch.engine.loading import loading
 from trbatch.engine.model import CausalModel
@@ -241,6 +242,42 @@ def test_steps_that_are_too_large_to_be_timed_are_not_made(
         assert (most_tokens == 24) == (not caplog.records)
         free = one._cache.pool.free + one._stepper.state.nowhere.numel()  # type: ignore[union-attr]
         assert free == one._cache.pool.pages
+
+
+@pytest.mark.parametrize(("most_tokens", "rows"), [(10, 4), (2, 2)])
+def test_steps_get_smaller_before_fewer_sequences_run_together(
+    most_tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(SmallDevice, "most_tokens", 10_000)
+    timed = {(batch, size): 1.0 for batch in (1, 4) for size in (1, 16)}
+    one = tiny.engine(
+        tiny.loaded("llama"), operations=SmallDevice(), max_num_seqs=4, tree_size=0,
+        max_tree_size=16, enforce_eager=True, costs=CostTable(timed, context=1, per_context=0.0),
+    )  # fmt: skip
+    monkeypatch.setattr(SmallDevice, "most_tokens", most_tokens)
+    with caplog.at_level("WARNING", logger="trbatch"):
+        assert_texts(tiny.decode(one, requests()))
+    said = [record.getMessage() for record in caplog.records]
+    shrinks = [line for line in said if "going on with steps of" in line]
+    fewer = [line for line in said if "out of memory with" in line]
+    assert shrinks and said == shrinks + fewer and bool(fewer) == (rows < 4)
+    assert all("1 TiB" in line for line in said)
+    assert one._scheduler.most == rows and one.budget._most_tokens <= most_tokens
+    assert max(size for _, size in one.budget.steps) > 1, "what fits has drafts still"
+
+
+def test_a_sequence_alone_gets_smaller_steps_before_it_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SmallDevice, "most_tokens", 10_000)
+    timed = {(1, size): 1.0 for size in (1, 16)}
+    one = tiny.engine(
+        tiny.loaded("llama"), operations=SmallDevice(), max_num_seqs=1, tree_size=0,
+        max_tree_size=16, enforce_eager=True, costs=CostTable(timed, context=1, per_context=0.0),
+    )  # fmt: skip
+    monkeypatch.setattr(SmallDevice, "most_tokens", 3)
+    assert_texts(tiny.decode(one, requests()))
+    assert one.budget._most_tokens <= 3
 
 
 def test_the_hosts_steps_that_are_too_large_are_not_timed_either(

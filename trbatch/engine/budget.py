@@ -144,6 +144,13 @@ class Budget:
             return max(drafting, key=rate, default=1) if best == 1 else 1
         return best
 
+    def limit(self, most_tokens: int) -> None:
+        """No step whose size is chosen for all may have more tokens than so many from now on.
+
+        Plain ones may: they cannot be smaller with as many sequences.
+        """
+        self._most_tokens = min(self._most_tokens or most_tokens, most_tokens)
+
     def _tries_another(self, batch: int, best: int) -> bool:
         known = best > 1 and self._made.get(_kind(batch, 1.0), 0) >= _WELL_KNOWN
         if self._steps - self._tried_at >= (_PLAIN_SELDOM if known else _PLAIN_EVERY[-1][1]):

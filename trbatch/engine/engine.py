@@ -337,7 +337,7 @@ class Engine:
         self._scheduler.preempt(sequence)
 
     def _run_less(self, why: str, *, in_prompts: bool) -> None:
-        """The device's memory did not suffice: go on with smaller prefills or fewer sequences.
+        """The device's memory did not suffice: go on with smaller prefills or steps, or fewer rows.
 
         All begin anew from their texts, since nobody knows how far the step had come.
         """
@@ -350,6 +350,12 @@ class Engine:
             logger.warning(
                 "out of memory in prompts, going on with pieces of %d tokens: %s",
                 self._prompt_chunk, why,
+            )  # fmt: skip
+        elif most := self._lagged.shrink() if self._stepper is not None else 0:
+            logger.warning(
+                "out of memory in a step with drafts, going on with steps of %d tokens at most (a "
+                "lower --gpu-memory-utilization or --max-num-seqs leaves more for them): %s",
+                most, why,
             )  # fmt: skip
         elif len(running) == 1:
             running[0].error = RowError("out_of_memory", f"it does not fit, even alone: {why}")

@@ -107,6 +107,7 @@ class LaggedDecoder:
         self._after_prompts = False  # whether the newest is one of prompts
         self._read_at = 0.0
         self._before = 0  # size of the step that was read last
+        self._starting = 0, 0  # sequences of the step that is being started, tokens of each
         self._given = 0  # tokens that were read and nobody was told of
         self._owed = 0.0  # seconds of prompts that passed before a step was read
         self._device_s = 0.0  # that the device was busy with what was read last
@@ -159,10 +160,13 @@ class LaggedDecoder:
                 self._settle_to(0)
                 members = [sequence for sequence in members if not sequence.ended]
                 if members:
+                    self._starting = len(members), size
                     self._stepper.prepare(members, size)
         if members:
             began = time.perf_counter()
+            self._starting = len(members), size
             handle = self._stepper.launch(members, size)
+            self._starting = 0, 0
             self._push(_Ticket(list(members), handle, size, context), began)
         left = 1 if members or self._after_prompts else 0
         self._after_prompts = False
@@ -174,6 +178,20 @@ class LaggedDecoder:
         """Read all that is under way. Returns how many tokens it gave."""
         self._after_prompts = False
         return self.run([])
+
+    def shrink(self) -> int:
+        """Make steps smaller, if it was one that memory did not suffice for just now.
+
+        Returns:
+            Tokens of the largest step from now on; 0: no step failed, or none can be smaller with
+            as many sequences.
+        """
+        (count, size), self._starting = self._starting, (0, 0)
+        if self._size or not count:
+            return 0
+        most = max(1, count * size // 2)
+        self._budget.limit(most)  # of a plain one, too: fewer sequences must not have as many
+        return most if size > 1 else 0
 
     def _settle_to(self, left: int) -> None:
         while len(self._pending) > left:
