@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_a_collected_job_keeps_one_segment_and_every_row(tmp_path: Path) -> None
     assert status.progress.busy_s == pytest.approx(progress.busy_s)
     assert again.folder.ledger.facts() == job.folder.ledger.facts()
     assert prune_one(job.id) == {"action": "kept", "reason": "is small already", "bytes": 0}
+
+
+def test_progress_is_the_same_afterwards(tmp_path: Path) -> None:
+    looping = " ".join(["round"] * 60)  # whose echo has one token only
+    prompts = [*(f"say {i}" for i in range(8)), looping, f"{looping} again", "refuse"]
+    job = submit(tmp_path, [{"prompt": prompt} for prompt in prompts])
+    work(publish_s=0.0, chunks_in_flight=1)
+    job.collect()
+    before = api.Job.open(job.id).status().progress
+    assert (before.rows_ok, before.rows_failed, before.rows_repetitive) == (10, 1, 2)
+    assert prune_one()["action"] == "compacted"
+    after = api.Job.open(job.id).status().progress
+    assert dataclasses.asdict(after) == pytest.approx(dataclasses.asdict(before))
 
 
 def test_a_big_job_keeps_several_segments_and_is_compacted_once(

@@ -27,8 +27,9 @@ from trbatch.trace import Trace
 
 SEGMENT_ROWS = 65_536  # about; whoever reads one holds it in memory
 
-_COUNTED = [
+_COUNTED = [  # what `Figures.count` reads
     "finish_reason",
+    "repetitive",
     "prompt_tokens",
     "completion_tokens",
     "num_spec_steps",
