@@ -14,15 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from casting_pairs import PAIRS
 from click.testing import CliRunner, Result
 from job_tools import decode, write_lines
 
 from trbatch import api, cli
 from trbatch.config import JobSpec
+from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.parquet_files import schema_of
 from trbatch.schema import SCHEMA
 from trbatch.storage import folder
+from trbatch.together import check_together
 
 ROWS = [
     {"id": "a", "prompt": "x", "topic": "sea", "meta": {"lang": "en"}, "tags": ["t", "u"], "n": 2},
@@ -218,6 +221,46 @@ def test_a_job_that_would_not_open_with_the_others_is_not_pushed(
     assert cured.exit_code == 0, cured.output
     assert [row["custom_id"] for row in loaded(apart)] == ["b"]
     assert [row["custom_id"] for row in loaded(place)] == ["a"]
+
+
+@pytest.mark.parametrize("new_is_first", [False, True], ids=["behind", "before"])
+@pytest.mark.parametrize(
+    ("first", "second", "opens"), [pair[1:] for pair in PAIRS], ids=[pair[0] for pair in PAIRS]
+)
+def test_columns_are_refused_that_datasets_would_not_cast(
+    tmp_path: Path, first: pa.Array, second: pa.Array, opens: bool, new_is_first: bool
+) -> None:
+    from datasets import Features
+    from datasets.table import table_cast
+
+    paths = [tmp_path / "data" / "1.parquet", tmp_path / "data" / "2.parquet"]
+    paths[0].parent.mkdir()
+    for path, values in zip(paths, (first, second), strict=True):
+        pq.write_table(pa.table({"given": values}), path)
+    told = ""
+    try:  # as its reader of Parquet does
+        features = Features.from_arrow_schema(pq.read_schema(paths[0]))
+        table_cast(pq.ParquetFile(paths[1]).read(), features.arrow_schema)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        told = str(error)
+    assert (not told) == opens, f"the table of pairs is wrong: {told}"
+    new = paths[0 if new_is_first else 1].rename(tmp_path / "new.parquet")
+    name = f"data/{1 if new_is_first else 2}.parquet"
+    if opens:
+        check_together(folder(str(tmp_path)), name, folder(str(tmp_path)), new.name)
+        return
+    with pytest.raises(UsageError, match=r"the column 'given.* in data/2\.parquet and") as refused:
+        check_together(folder(str(tmp_path)), name, folder(str(tmp_path)), new.name)
+    assert len(refused.value.message.splitlines()) == 1
+
+
+def test_the_value_that_cannot_be_cast_is_told(tmp_path: Path) -> None:
+    place = tmp_path / "answers"
+    assert pushed("night-1", {"id": "a", "prompt": "x", "score": 1}, to=place).exit_code == 0
+    refused = pushed("night-2", {"id": "b", "prompt": "x", "score": 2.5}, to=place)
+    assert "the first file there (Float value 2.500000 was truncated" in refused.stderr
+    assert pushed("night-3", {"id": "c", "prompt": "x", "score": 3.0}, to=place).exit_code == 0
+    assert [row["score"] for row in loaded(place)] == [1, 3]
 
 
 def test_a_job_that_comes_first_by_name_is_compared_with_all(tmp_path: Path, offline: None) -> None:

@@ -97,7 +97,7 @@ def _copy(job: JobFolder, receipt: Receipt, root: Folder) -> Receipt:
     if foreign is None or not card.says_files(
         foreign
     ):  # else somebody says which files belong together
-        check_together(root, name, schema_of(source, base))
+        check_together(root, name, source, base)
     with source.open(base) as file, writing(root.join(name)) as target:
         shutil.copyfileobj(file, target)
     written = ""
