@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trbatch.errors import UsageError
 from trbatch.job import JobFolder
 from trbatch.parquet_files import schema_of
 from trbatch.schema import SCHEMA
-from trbatch.storage import folder
+from trbatch.storage import LocalFolder, folder
 from trbatch.together import check_together
 
 ROWS = [
@@ -261,6 +262,65 @@ def test_the_value_that_cannot_be_cast_is_told(tmp_path: Path) -> None:
     assert "the first file there (Float value 2.500000 was truncated" in refused.stderr
     assert pushed("night-3", {"id": "c", "prompt": "x", "score": 3.0}, to=place).exit_code == 0
     assert [row["score"] for row in loaded(place)] == [1, 3]
+
+
+def small_files(place: Path, *names: str, **columns: Any) -> LocalFolder:
+    """A place of datasets with files of these columns."""
+    (place / "data").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pq.write_table(pa.table({"n": [1]} | columns), place / "data" / f"{name}.parquet")
+    return LocalFolder(place)
+
+
+def test_a_file_that_replaces_its_like_is_compared_with_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"night-{number}" for number in range(10, 90)]
+    root, new = small_files(tmp_path / "set", *names), small_files(tmp_path, "new")
+    read: list[str] = []
+    tail = LocalFolder.tail
+
+    def counted(folder: LocalFolder, name: str, size: int) -> bytes:
+        read.append(name)
+        return tail(folder, name, size)
+
+    monkeypatch.setattr(LocalFolder, "tail", counted)
+    check_together(root, "data/night-10.parquet", new, "data/new.parquet")
+    assert read == ["data/new.parquet", "data/night-10.parquet"]
+    small_files(tmp_path, "new", more=["x"])
+    check_together(root, "data/night-10.parquet", new, "data/new.parquet")
+    assert len(read) == 2 + 81, "of another schema: compared with all"
+
+
+def test_footers_are_read_several_at_a_time_and_the_vanished_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"night-{number}" for number in range(16)]
+    root, new = small_files(tmp_path / "set", *names), small_files(tmp_path, "new")
+    small_files(tmp_path / "set", "odd", m=[1])
+    together = threading.Barrier(8)
+    tail = LocalFolder.tail
+
+    def slow(folder: LocalFolder, name: str, size: int) -> bytes:
+        if folder is root and "night-" in name:
+            together.wait(timeout=30)
+            if name.endswith("5.parquet"):
+                (tmp_path / "set" / name).unlink()
+        return tail(folder, name, size)
+
+    monkeypatch.setattr(LocalFolder, "tail", slow)
+    with pytest.raises(UsageError, match="column 'm' is int64 in data/odd"):
+        check_together(root, "data/a.parquet", new, "data/new.parquet")
+    assert not (tmp_path / "set" / "data" / "night-15.parquet").exists()
+
+
+def test_the_first_file_is_the_first_that_has_not_vanished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, new = small_files(tmp_path / "set", "a", "b"), small_files(tmp_path, "new", m=[1])
+    monkeypatch.setattr(LocalFolder, "names", lambda *_: ["_.parquet", "a.parquet", "b.parquet"])
+    with pytest.raises(UsageError, match=r"not in data/a\.parquet, the first"):
+        check_together(root, "data/c.parquet", new, "data/new.parquet")
 
 
 def test_a_job_that_comes_first_by_name_is_compared_with_all(tmp_path: Path, offline: None) -> None:

@@ -7,6 +7,8 @@ cannot be cast; see `casting`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from trbatch.masking import mask_url, printable
 from trbatch.parquet_files import open_parquet, schema_of
 from trbatch.storage import Folder
 
+_READERS = 8  # footers that are read at a time
 _BATCH_ROWS = 8192  # whose values are compared at a time
 
 
@@ -32,12 +35,12 @@ class _File(NamedTuple):
 def check_together(root: Folder, name: str, source: Folder, base: str) -> None:
     """Refuse a file with which the others in its folder would no longer open as one dataset.
 
-    Reads footers: that of the first file, or of all where the new one comes first by name. Columns
-    are read only where it depends on their values.
+    Reads footers: that of the first file; or of all where the new one comes first by name, unless
+    it replaces one of the same types. Columns are read only where it depends on their values.
 
     Args:
         root: the place of the dataset.
-        name: of the new file in it, e.g. `data/night.parquet`; what it replaces does not count.
+        name: of the new file in it, e.g. `data/night.parquet`.
         source: where the new file lies now.
         base: its name there.
 
@@ -48,18 +51,41 @@ def check_together(root: Folder, name: str, source: Folder, base: str) -> None:
     new = _File(name, source, base, schema_of(source, base))
     below = name.rpartition("/")[0]
     found = [f"{below}/{base}" for base in root.names(below) if base.endswith(".parquet")]
-    others = [other for other in found if other != name]
-    if others and others[0] < name:
-        _check(new, others[0], _file(root, others[0]).schema)
+    for other in found:
+        # One that has vanished meanwhile is passed over.
+        if other < name and (first := _file(root, other)) is not None:
+            _check(new, first.name, first.schema)
+            return
+    if name in found and _replaces_the_same(root, new):
         return
-    for other in others:
-        _check(_file(root, other), name, new.schema)
+    for later in _files(root, [other for other in found if other > name]):
+        _check(later, name, new.schema)
 
 
-def _file(root: Folder, name: str) -> _File:
-    """A file of the dataset."""
+def _replaces_the_same(root: Folder, new: _File) -> bool:
+    try:
+        return bool(schema_of(root, new.name).equals(new.schema))
+    except (pa.ArrowException, UnicodeDecodeError, OSError):
+        return False  # it has vanished, or is damaged and goes
+
+
+def _files(root: Folder, names: list[str]) -> Iterator[_File]:
+    """Files with their schemas, in order, without those that have vanished."""
+    pool = ThreadPoolExecutor(_READERS, thread_name_prefix="footers")
+    try:
+        for file in pool.map(lambda name: _file(root, name), names):
+            if file is not None:
+                yield file
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _file(root: Folder, name: str) -> _File | None:
+    """A file of the dataset; None if it has vanished."""
     try:
         return _File(name, root, name, schema_of(root, name))
+    except FileNotFoundError:
+        return None
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise _damaged(root, name) from error
 
@@ -87,6 +113,8 @@ def _misfit_of_values(file: _File, columns: list[str], wanted: pa.Schema) -> Mis
             for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
                 if found := misfit_of_values(batch, wanted):
                     return found
+    except FileNotFoundError:  # it has vanished since
+        return None
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise _damaged(file.folder, file.base) from error
     return None
