@@ -177,6 +177,24 @@ def test_a_misspelt_column_is_wrong_usage_of_submit_and_of_its_dry_run(
     assert not list((home / "jobs").glob("*"))
 
 
+def test_a_misspelt_column_is_told_with_the_file_of_its_template(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRBATCH_CACHE", str(tmp_path / "cache"))  # without a tokenizer
+    monkeypatch.chdir(tmp_path)
+    path, file = write_lines(tmp_path / "in.jsonl", *ROWS), tmp_path / "judge.j2"
+    asked = ("submit", path, "--model", DEFAULT_MODEL, "--template", file.name)
+    file.write_text("Judge:\n\n{{ sentense }}")
+    for more in ([], ["--dry-run"]):
+        assert f"error: judge.j2:3: {path} has no column" in invoke(*asked, *more).stderr
+    file.write_text(TEMPLATE)
+    jobs = [submit(tmp_path, template=given) for given in (TEMPLATE, file.name, str(file))]
+    assert len({job.id for job in jobs}) == 1, "the file's name is no part of the job"
+    assert [job.continued for job in jobs] == [False, True, True]
+    with pytest.raises(UsageError, match=r"^judge\.j2:1: .* has no column 'sentence'"):
+        submit(tmp_path, [{"id": "a", "language": "French"}], template=file.name)  # read anew
+
+
 @pytest.mark.parametrize(
     "template",
     [

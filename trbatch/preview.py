@@ -38,6 +38,7 @@ from trbatch.submission import (
     control_of_new,
     has_same_input,
     job_id_of,
+    named_template,
     resolved,
 )
 from trbatch.tokenizing import Counted, NoTokenizer, PromptCounter
@@ -102,7 +103,7 @@ def preview(spec: JobSpec, *, report: Callable[[int], None] | None = None) -> Pr
         InputError, UsageError, ResumeRefused: as `submit` would.
     """
     Control().asked(deadline=spec.deadline)
-    spec = resolved(spec)
+    spec, template = resolved(spec), named_template(spec)
     check_output(spec.output, spec.input)
     store = folder(spec.out)
     job_id = job_id_of(spec, store)
@@ -116,7 +117,7 @@ def preview(spec: JobSpec, *, report: Callable[[int], None] | None = None) -> Pr
         job=job_id, continues=job is not None, input=spec.input, model=spec.model, task=spec.task
     )
     found.pace = earlier_pace(spec.out, spec.model, spec.revision, spec.task)
-    reader = _Reader(spec, found, job)
+    reader = _Reader(spec, template, found, job)
     reader.read(report)
     if job is not None and not has_same_input(job.manifest, spec):
         check_named(job.manifest, reader.unnamed_rows)
@@ -126,8 +127,9 @@ def preview(spec: JobSpec, *, report: Callable[[int], None] | None = None) -> Pr
 class _Reader:
     """Goes through the input once and fills a preview in."""
 
-    def __init__(self, spec: JobSpec, found: Preview, job: JobFolder | None) -> None:
+    def __init__(self, spec: JobSpec, template: str, found: Preview, job: JobFolder | None) -> None:
         self._spec = spec
+        self._template = template  # what messages call it
         self._found = found
         self._done: Container[Key] = frozenset() if job is None else job.done()
         seed = (spec.seed or 0) if job is None or spec.seed is not None else job.manifest.job_seed
@@ -152,7 +154,7 @@ class _Reader:
         """
         ids = RepeatCheck()
         columns: set[str] = set()
-        for batch in batches(self._spec):
+        for batch in batches(self._spec, self._template):
             columns.update(batch.passed)
             ids.add(row.id for row in batch.rows)
             self._found.rows += len(batch.rows)
@@ -167,7 +169,8 @@ class _Reader:
             if report is not None:
                 report(self._found.rows)
         if repeated := ids.repeated():
-            rows = (row for batch in batches(self._spec) for row in batch.rows)
+            again = batches(self._spec, self._template)
+            rows = (row for batch in again for row in batch.rows)
             check_repeats(rows, repeated, self._spec.input)
         warn_of_misspelt(self._spec, columns)
         if self._found.pace is not None:

@@ -45,17 +45,21 @@ class Shaping:
     model: str = ""  # that a body may name; "": any
 
     @classmethod
-    def of(cls, spec: JobSpec) -> Shaping:
+    def of(cls, spec: JobSpec, template_name: str = "") -> Shaping:
         """The shaping of a job.
+
+        Args:
+            spec: of the job, with its template's text.
+            template_name: what messages call the template; "": `--template`.
 
         Raises:
             UsageError: the template is no valid one; names its file and line.
         """
         template = None
         if spec.template:
-            from trbatch.templates import RowTemplate  # here: few jobs need Jinja
+            from trbatch.templates import OPTION, RowTemplate  # here: few jobs need Jinja
 
-            template = RowTemplate(spec.template)
+            template = RowTemplate(spec.template, template_name or OPTION)
         return cls(
             template=template,
             system_prompt=spec.system_prompt,

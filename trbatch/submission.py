@@ -52,20 +52,24 @@ def submit(spec: JobSpec) -> Submission:
         ResumeRefused: the job cannot be continued as `spec.resume` asks.
     """
     Control().asked(deadline=spec.deadline)  # a wrong one is told before anything is read
-    spec = resolved(spec)
+    return _submit(resolved(spec), named_template(spec))
+
+
+def _submit(spec: JobSpec, template: str) -> Submission:
+    """Make or continue the job of a resolved spec, whose template messages call `template`."""
     check_output(spec.output, spec.input)
     store = folder(spec.out)
     job_id = job_id_of(spec, store)
     job = folder(store.join(job_id))
     if not job.exists(MANIFEST):
-        if _make(job, job_id, spec):
+        if _make(job, job_id, spec, template):
             return Submission(job.path, continued=False)
         if spec.resume == "never":  # another number, or a refusal
-            return submit(spec)
+            return _submit(spec, template)
     old = Manifest.from_json(job.read(MANIFEST), job.join(MANIFEST))
-    reread = _continue(job, old, spec)
+    reread = _continue(job, old, spec, template)
     if reread is None:
-        return submit(spec)
+        return _submit(spec, template)
     control = Control.of(job)
     wanted = control.asked(priority=spec.priority, deadline=spec.deadline)
     if wanted != control:
@@ -109,6 +113,15 @@ def _template(given: str) -> str:
     return read_template(given)
 
 
+def named_template(spec: JobSpec) -> str:
+    """What messages call the template of a spec that is not resolved; "" where it has none."""
+    if not spec.template:
+        return ""
+    from trbatch.templates import template_name  # here: few jobs need Jinja
+
+    return template_name(spec.template)
+
+
 def _absolute(path: str) -> str:
     if "://" in path:
         return path
@@ -139,13 +152,13 @@ def job_id_of(spec: JobSpec, store: Folder) -> str:
     return job_id
 
 
-def _make(job: Folder, job_id: str, spec: JobSpec) -> bool:
+def _make(job: Folder, job_id: str, spec: JobSpec, template: str) -> bool:
     """Make the job; False if another command has made it in the meantime: that one counts."""
     if job.exists(DOOMED):  # or the next `prune` would end the removal, and this job
         job.remove("")
     seed = secrets.randbits(63) if spec.seed is None else spec.seed
     control = control_of_new(spec, job_id)
-    manifest = _read_input(job, job_id, spec, seed, generation=0)
+    manifest = _read_input(job, job_id, spec, seed, template, generation=0)
     if control != Control():
         control.write(job)  # before the manifest: from that on the job is there
     if job.create(MANIFEST, manifest.to_json()):
@@ -175,7 +188,7 @@ def control_of_new(spec: JobSpec, job_id: str) -> Control:
     return control
 
 
-def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool | None:
+def _continue(job: Folder, old: Manifest, spec: JobSpec, template: str) -> bool | None:
     """Continue a job. Returns whether its input was read anew.
 
     An input that has not changed is read, too, if chunks of it are missing or damaged. None: while
@@ -190,7 +203,7 @@ def _continue(job: Folder, old: Manifest, spec: JobSpec) -> bool | None:
             job.write(MANIFEST, dataclasses.replace(old, spec=spec).to_json())
         return False
     seed = old.job_seed if spec.seed is None else spec.seed
-    new = _read_input(job, old.id, spec, seed, generation=old.generation + 1)
+    new = _read_input(job, old.id, spec, seed, template, generation=old.generation + 1)
     if not same_input:
         with _removed_on_error(job, new.chunk_folder):
             check_named(old, new.unnamed_rows)
@@ -251,7 +264,7 @@ def changed_settings(old: Manifest, spec: JobSpec) -> list[str]:
 
 
 def _read_input(
-    job: Folder, job_id: str, spec: JobSpec, job_seed: int, generation: int
+    job: Folder, job_id: str, spec: JobSpec, job_seed: int, template: str, generation: int
 ) -> Manifest:
     """Read, check and hash the input and write its chunks; on any error no chunk is left.
 
@@ -261,9 +274,9 @@ def _read_input(
     writer = ChunkWriter(job, new_reading(generation), spec, job_seed)
     with _removed_on_error(job, writer.folder):
         with writer:
-            for batch in batches(spec):
+            for batch in batches(spec, template):
                 writer.write(batch)
-        writer.check_repeats(batches(spec))
+        writer.check_repeats(batches(spec, template))
         writer.settle()
     warn_of_misspelt(spec, writer.columns)
     return Manifest(
@@ -286,8 +299,13 @@ def _read_input(
     )
 
 
-def batches(spec: JobSpec) -> Iterator[Batch]:
-    """The checked rows of a resolved spec's input, a chunk at a time."""
+def batches(spec: JobSpec, template: str) -> Iterator[Batch]:
+    """The checked rows of a resolved spec's input, a chunk at a time.
+
+    Args:
+        spec: resolved.
+        template: what messages call its template; see `named_template`.
+    """
     return read_batches(
         spec.input,
         spec.chunk_size,
@@ -295,7 +313,7 @@ def batches(spec: JobSpec) -> Iterator[Batch]:
         id_column=spec.id_column,
         sampling=spec.sampling,
         max_row_bytes=spec.max_row_bytes,
-        shaping=Shaping.of(spec),
+        shaping=Shaping.of(spec, template),
     )
 
 

@@ -67,16 +67,15 @@ def read_template(given: str) -> str:
     Raises:
         UsageError: there is no such file, or it is no valid template; names its line.
     """
-    if not (path := template_file(given)):
-        source, name = given, OPTION
-    else:
-        source, name = _read_file(given, path), given
+    source = given
+    if path := template_file(given):
+        source = _read_file(given, path)
         if not any(mark in source for mark in _MARKS):
             raise UsageError(
                 f"{given} has no {{{{ column }}}}: every row would get the same prompt",
                 hint="write the names of columns in double braces, e.g. {{ question }}",
             )
-    RowTemplate(source, name)
+    RowTemplate(source, template_name(given))
     return source
 
 
@@ -92,6 +91,15 @@ def template_file(given: str, folder: str | Path = "") -> str:
         return path
     may_be_name = len(given) < _LONGEST_NAME and "\n" not in given
     return path if may_be_name and os.path.isfile(path) else ""
+
+
+def template_name(given: str) -> str:
+    """What messages call a template: its file, or the option that gave its text.
+
+    Args:
+        given: what stands in the place of the template.
+    """
+    return given if template_file(given) else OPTION
 
 
 def _read_file(given: str, path: str) -> str:
