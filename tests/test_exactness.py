@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ class Divergence:
     logit_gap: float  # of the model alone, between its likeliest token and the next
 
 
-def first_turns(file: Path, count: int) -> list[str]:
+def first_turns(file: Path, begin: int, count: int) -> list[str]:
     with file.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+        rows = [json.loads(line) for line in islice(lines, begin, begin + count)]
     return [row["turns"][0] if "turns" in row else row["prompt"] for row in rows]
 
 
@@ -67,18 +68,24 @@ def divergence(
 
 
 @pytest.mark.parametrize(
-    ("count", "max_tokens", "settings"),
+    ("begin", "count", "max_tokens", "settings"),
     [
-        pytest.param(3, 24, {"tree_size": 12}, id="a few"),
-        pytest.param(64, 128, {}, id="64 prompts", marks=pytest.mark.long),
+        pytest.param(0, 3, 24, {"tree_size": 12}, id="a few"),
+        *(
+            pytest.param(begin, 16, 128, {}, id=f"16 from {begin}", marks=pytest.mark.long)
+            for begin in range(0, 64, 16)
+        ),
     ],
 )
 def test_real_prompts_in_a_drafted_batch_equal_generate(
-    real_prompts: Path, small_model: Path, count: int, max_tokens: int, settings: dict[str, Any]
-) -> None:
+    real_prompts: Path, small_model: Path, begin: int, count: int, max_tokens: int,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
     loaded = load_model(DEFAULT_MODEL, device="cpu", dtype="float32")
     network = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval()
-    messages = [[{"role": "user", "content": text}] for text in first_turns(real_prompts, count)]
+    messages = [
+        [{"role": "user", "content": text}] for text in first_turns(real_prompts, begin, count)
+    ]
     prompts = [
         loaded.tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)
         for one in messages
