@@ -72,8 +72,8 @@ def divergence(
     [
         pytest.param(0, 3, 24, {"tree_size": 12}, id="a few"),
         *(
-            pytest.param(begin, 16, 128, {}, id=f"16 from {begin}", marks=pytest.mark.long)
-            for begin in range(0, 64, 16)
+            pytest.param(begin, 16, tokens, {}, id=f"16 from {begin}", marks=pytest.mark.long)
+            for begin, tokens in ((0, 128), (16, 64), (32, 64), (48, 64))
         ),
     ],
 )
