@@ -222,19 +222,24 @@ def test_a_short_burst_shares_all_it_learned_and_does_not_linger(
     assert (rows >= 0).any() and torch.equal(copy.shared[0], rows)
 
 
+class Silent:
+    """An engine's thread that only notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.asked.append(name)
+
+
 def test_what_is_learned_after_the_last_question_is_still_sent(
     jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job may end while the engine is being asked: then it is asked once more."""
     monkeypatch.setattr(sharing, "EVERY_S", 0.0)
-    asked: list[str] = []
-    task = TaskKey("night")
-
-    class Asked:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: asked.append(name)
-
-    shared = Sharing(Asked(), jobs)
+    engine, task = Silent(), TaskKey("night")
+    asked = engine.asked
+    shared = Sharing(engine, jobs)
     shared.open(task, "m")
     shared.heed(Whole(task, b"whole", ""))
     shared.tick()
@@ -245,16 +250,6 @@ def test_what_is_learned_after_the_last_question_is_still_sent(
     assert asked[3:] == ["merge", "send_changes"]
     shared.heed(Changes(task, b"", begin))
     assert asked[5:] == ["merge", "save"]
-
-
-class Silent:
-    """An engine's thread that only notes what it is asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: self.asked.append(name)
 
 
 def test_a_task_whose_rows_wait_for_a_place_is_shared_once_it_has_one(

@@ -94,9 +94,8 @@ def _copy(job: JobFolder, receipt: Receipt, root: Folder) -> Receipt:
     name = f"data/{job.id}.parquet"
     source, base = place(receipt.output)
     foreign = _foreign_card(root)
-    if foreign is None or not card.says_files(
-        foreign
-    ):  # else somebody says which files belong together
+    # Unless somebody says which files belong together.
+    if foreign is None or not card.says_files(foreign):
         check_together(root, name, source, base)
     with source.open(base) as file, writing(root.join(name)) as target:
         shutil.copyfileobj(file, target)

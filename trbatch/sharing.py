@@ -131,10 +131,10 @@ class Sharing:
     def _ask(self, task: TaskKey) -> None:
         share = self._shares[task]
         share.asked, share.last = True, share.finishing
-        if share.joined and not share.snapshot:
-            self._engine.send_changes(task)
-        elif share.snapshot:
+        if share.snapshot:
             self._engine.send_whole(task, with_changes=True)
+        elif share.joined:
+            self._engine.send_changes(task)
         else:
             self._engine.send_whole(task)
 

@@ -83,9 +83,16 @@ def save(
 
 
 def _is_outdated(facts: Facts, kept: Facts | None) -> bool:
-    if kept is None or (facts.born and kept.born != facts.born):
-        return bool(facts.born)
-    return bool(facts.position and kept.position) and before(facts.position, kept.position)
+    if _is_another(facts.born, kept):
+        return True
+    if kept is None or not (facts.position and kept.position):
+        return False
+    return before(facts.position, kept.position)
+
+
+def _is_another(born: str, kept: Facts | None) -> bool:
+    """Whether what lies there, if anything, is not what a matrix of this birth goes on from."""
+    return bool(born) and (kept is None or kept.born != born)
 
 
 def load(file: Place) -> dict[str, Tensor]:
@@ -116,9 +123,8 @@ def _facts_of(file: Place) -> Facts | None:
 
 
 def is_replaced(file: Place, born: str) -> bool:
-    """Whether what lies there is not what a matrix of this birth goes on from."""
-    kept = _facts_of(file)
-    return bool(born) and (kept is None or kept.born != born)
+    """Whether the file that a matrix of this birth goes on from is gone, or another one's."""
+    return _is_another(born, _facts_of(file))
 
 
 def has_begun(file: Place | None, cold_job: str) -> bool:

@@ -146,13 +146,13 @@ class Tasks:
             return
         self._supersede(file)
 
-    def _supersede(self, file: Place | None) -> None:
+    def _supersede(self, file: Place) -> None:
         """A cold matrix takes this file's place: whoever holds what it held is not saved again.
 
         What is no cold job's own is read from the file anew when it is opened the next time.
         """
         for other in self._tasks.values():
-            if file is not None and other.file == file:
+            if other.file == file:
                 other.file, other.outdated = None, not other.key.cold
 
     def get(self, key: TaskKey) -> Task | None:
