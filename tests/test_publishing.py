@@ -68,13 +68,22 @@ def test_what_cannot_be_mended_waits_and_raises_nothing(tmp_path: Path) -> None:
     assert publisher.rows == 1
 
 
-def test_the_line_of_a_worker_counts_the_tokens_of_rows_in_flight(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.INFO, logger="trbatch.worker")
-    clock = [0.0]
-    report = Report(lambda: clock[0])
+@pytest.fixture
+def clock() -> list[float]:
+    """What the time is for `report`."""
+    return [0.0]
 
+
+@pytest.fixture
+def report(caplog: pytest.LogCaptureFixture, clock: list[float]) -> Report:
+    """Of a worker whose lines `caplog` has."""
+    caplog.set_level(logging.INFO, logger="trbatch.worker")
+    return Report(lambda: clock[0])
+
+
+def test_the_line_of_a_worker_counts_the_tokens_of_rows_in_flight(
+    caplog: pytest.LogCaptureFixture, clock: list[float], report: Report
+) -> None:
     def tick(at: float, **engine: int) -> float | None:
         """The tokens a second that the line at this time tells; None: there is none."""
         caplog.clear()
@@ -95,11 +104,8 @@ def test_the_line_of_a_worker_counts_the_tokens_of_rows_in_flight(
 
 
 def test_an_engine_that_counts_no_tokens_is_judged_by_its_rows(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, clock: list[float], report: Report
 ) -> None:
-    caplog.set_level(logging.INFO, logger="trbatch.worker")
-    clock = [0.0]
-    report = Report(lambda: clock[0])
     report.count(Completion(key=0, finish_reason="stop", token_ids=[1] * 300))
     clock[0] = 30.0
     report.tick(1, 6, {})
