@@ -96,8 +96,7 @@ class Case:
 
     def become(self, other: Case) -> None:
         """Take over all that it says, in the same tensors."""
-        for name in TABLES:
-            getattr(self.matrix, name).copy_(getattr(other.matrix, name))
+        copy_tables(other.matrix, self.matrix)
         self.calibration.chances.copy_(other.calibration.chances)
         for name in ("last", "slots", "tasks", "active"):
             getattr(self, name).copy_(getattr(other, name))
@@ -106,18 +105,20 @@ class Case:
 
 
 def random_matrix(
-    generator: torch.Generator, *, orders: int, task_orders: int, k: int, rows: int
+    generator: torch.Generator, *, rows: int, device: str, orders: int, task_orders: int, k: int
 ) -> Matrix:
     """Rows of 12 tokens in tables so small that they collide; some are missing or have holes."""
+
+    def empty(where: str, bigrams: Tensor) -> Matrix:
+        return Matrix(
+            slots=SLOTS, vocab_size=VOCAB, tasks=TASKS, device=torch.device(where), candidates=k,
+            own_rows=32, pair_rows=64, orders=orders, task_orders=task_orders, bigrams=bigrams,
+        )  # fmt: skip
 
     def random(*shape: int, high: int = VOCAB) -> Tensor:
         return torch.randint(0, high, shape, generator=generator)
 
-    matrix = Matrix(
-        slots=SLOTS, vocab_size=VOCAB, tasks=TASKS, device=torch.device("cpu"), candidates=k,
-        own_rows=32, pair_rows=64, orders=orders, task_orders=task_orders,
-        bigrams=torch.rand(VOCAB, VOCAB, generator=generator).topk(k).indices,
-    )  # fmt: skip
+    matrix = empty("cpu", torch.rand(VOCAB, VOCAB, generator=generator).topk(k).indices)
     for _ in range(3):
         at = Contexts(random(rows, high=SLOTS), random(rows, high=TASKS), random(rows, 3))
         new = torch.rand(rows, VOCAB, generator=generator).topk(k).indices
@@ -126,7 +127,15 @@ def random_matrix(
         matrix.write(at, new, torch.arange(rows), torch.arange(rows))
     matrix.bigrams[:3] = -1
     matrix.clear_slot(0)
-    return matrix
+    there = empty(device, matrix.bigrams)
+    copy_tables(matrix, there)
+    return there
+
+
+def copy_tables(source: Matrix, target: Matrix) -> None:
+    """All rows of a matrix into another of the same sizes, on whatever device."""
+    for name in TABLES:
+        getattr(target, name).copy_(getattr(source, name))
 
 
 def case(
@@ -142,7 +151,8 @@ def case(
 ) -> Case:
     """Anything, with tokens and numbers as slots on the device have them."""
     generator = torch.Generator().manual_seed(seed)
-    matrix = random_matrix(generator, orders=orders, task_orders=task_orders, k=k, rows=rows)
+    tables = {"orders": orders, "task_orders": task_orders, "k": k}
+    matrix = random_matrix(generator, rows=rows, device=device, **tables)
     calibration = Calibration(TASKS, torch.device(device))
     chances = torch.rand(calibration.chances.shape, generator=generator)
     # Of several cells they are equal, of others 0.
@@ -156,8 +166,6 @@ def case(
     if not spines:
         ahead.fill_(-1)
         matched.zero_()
-    for name in TABLES:
-        setattr(matrix, name, getattr(matrix, name).to(device))
     tasks = torch.randint(0, TASKS, (batch,), generator=generator)
     return Case(
         matrix, calibration, last.int().to(device),

@@ -1,23 +1,26 @@
 """Captured work: what cannot be captured is launched, what fails for lack of memory is tried again.
 
-Without a GPU: graphs are stand-ins that run their work anew.
+Without a GPU, also where there is one: graphs are stand-ins that run their work anew.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
+from trbatch.engine import step_shapes
 from trbatch.engine.captured import Graphs, Replay
 from trbatch.engine.costs import CostTable
+from trbatch.engine.sampling import Kind
 from trbatch.engine.step_plain import PlainOperations
+from trbatch.engine.step_shapes import Key, StepShapes
 
 FULL = "CUDA out of memory. Tried to allocate 1.96 GiB"
 FORBIDDEN = "CUDA error: operation not permitted when stream is capturing"
@@ -39,24 +42,32 @@ class Cuda:
         patch.setattr(torch.cuda, "CUDAGraph", _Graph)
         patch.setattr(torch.cuda, "graph_pool_handle", object)
         patch.setattr(torch.cuda, "graph", self.capture)
+        patch.setattr(tiny, "DEVICE", "cpu")  # a real one would be handed streams that are none
 
-    @contextmanager
-    def capture(self, graph: Any, *, pool: Any, capture_error_mode: str) -> Iterator[None]:
-        self.capturing = True
+    def capture(self, graph: Any, *, pool: Any, capture_error_mode: str) -> _Capture:
         others = [
             there() for one, there in zip(self.pools, self.graphs, strict=True) if one is pool
         ]
         assert not others or any(others), "a pool ends with the last graph in it"
         self.pools.append(pool)
         self.graphs.append(weakref.ref(graph))
-        try:
-            yield
-        except RuntimeError:
-            if self.end_fails:
-                raise torch.AcceleratorError(self.end_fails)  # noqa: B904  as torch does it
-            raise
-        finally:
-            self.capturing = False
+        return _Capture(self)
+
+
+class _Capture:
+    """A class, as torch's is. Through a generator an error and contextlib's frame would hold each
+    other, from Python 3.12 on, and so hold what the work held."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+
+    def __enter__(self) -> None:
+        self.cuda.capturing = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.cuda.capturing = False
+        if kind is not None and self.cuda.end_fails:
+            raise torch.AcceleratorError(self.cuda.end_fails)
 
 
 class _Stream:
@@ -233,7 +244,7 @@ def test_fewer_rows_run_together_when_memory_runs_out_in_a_capture_and_are_captu
         assert_texts(one, tiny.repetitive(3, length=19, seed=4) + tiny.prompts(3, seed=5))
     said = [record.getMessage() for record in caplog.records]
     assert said and all("out of memory with" in line and FULL in line for line in said)
-    shapes = one._stepper._shapes
+    shapes = one._stepper.shapes.made
     assert one._stepper.graphs.wanted and shapes
     assert all(shape.replay.graph is not None for shape in shapes.values())
     assert max(bucket for bucket, *_ in shapes) <= 2
@@ -249,7 +260,7 @@ def test_prompts_come_in_smaller_pieces_when_memory_runs_out_in_their_capture(
         assert "out of memory while prefills of 256 tokens were captured" in caplog.text
         assert_texts(one, [*tiny.repetitive(1, length=190, seed=2), *tiny.prompts(2, seed=5)])
     assert "going on with pieces of 128 tokens" in caplog.text
-    assert one._stepper.graphs.wanted and one._stepper._shapes
+    assert one._stepper.graphs.wanted and one._stepper.shapes.made
 
 
 def test_what_others_prompts_have_kept_comes_in_pieces_as_small_as_prompts_do(
@@ -263,3 +274,42 @@ def test_what_others_prompts_have_kept_comes_in_pieces_as_small_as_prompts_do(
     assert_texts(one, [[*prefix, *ids] for ids in tiny.prompts(3, seed=5)])
     assert one.stats()["prefix_hit_tokens"] - hits > 2 * 128
     assert not [record.getMessage() for record in caplog.records[told:]]
+
+
+def test_a_few_steps_of_few_rows_are_made_by_a_shape_for_more(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that end one after the other need no shape for each number; who goes on long does."""
+    limit_captures(cuda, monkeypatch, rows=6)
+    one = engine(monkeypatch)
+    prompts = [*tiny.repetitive(2, length=19, seed=4), *tiny.prompts(4, seed=5)]
+    lengths = [8, 12, 16, 20, 24, 30]
+    done = tiny.decode(
+        one,
+        [
+            tiny.request(i, ids, max_tokens=length)
+            for i, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
+        ],
+    )
+    network = tiny.network("llama")
+    for key, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
+        assert done[key].token_ids == tiny.generate(network, ids, length)
+    shapes = one._stepper.shapes
+    assert {rows for rows, *_ in shapes.made} == {6, 2}, "4 of 6, 1 of 2, but not 2 of 6"
+    assert {rows for (rows, *_), steps in shapes.lent.items() if steps} == {1, 4}
+    monkeypatch.setattr(step_shapes, "WORTH_A_SHAPE", 2)
+    assert_texts(one, prompts[:1])
+    assert {rows for rows, *_ in shapes.made} == {6, 2, 1}
+
+
+@pytest.mark.parametrize(("least", "lent"), [(1, True), (2, False)])
+def test_plain_steps_that_others_are_compared_with_have_shapes_of_their_own(
+    least: int, lent: bool
+) -> None:
+    shapes = StepShapes(lambda key: key, lending=True, least=least)  # type: ignore[arg-type,return-value]
+    large, small = (Key(rows, 1, Kind.GREEDY) for rows in (8, 4))
+    shapes.take(large)
+    assert shapes.take(small) == (large if lent else small, lent)
+    shapes.take(Key(8, 5, Kind.GREEDY))
+    assert shapes.take(Key(4, 5, Kind.GREEDY)) == (Key(8, 5, Kind.GREEDY), True)
+    assert shapes.take(Key(4, 5, Kind.SAMPLED)) == (Key(4, 5, Kind.SAMPLED), False)

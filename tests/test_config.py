@@ -84,6 +84,7 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones() -> None:
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", "hot"),
+        ("temperature", 1e39),  # no float32
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -2),

@@ -5,17 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
 
 from trbatch.config import SamplingParams
-from trbatch.engine import engine as engine_module
 from trbatch.engine.kv_cache import PagePool
 from trbatch.engine.model import LoadedModel, from_network
 from trbatch.engine.sequence import Completion, Request
-from trbatch.engine.step_plain import PlainOperations
 
 LENGTH = 24  # tokens of the reference texts
 PROMPTS = tiny.repetitive(6, seed=4) + tiny.prompts(2, seed=5)
@@ -358,25 +355,6 @@ def test_samples_of_one_row_differ_and_are_what_each_says_alone(model) -> None:
         alone = tiny.decode(tiny.engine(model), [sample(index)])[index]
         assert done.token_ids == alone.token_ids
     assert len({tuple(done.token_ids) for done in together.values()}) == 6
-
-
-@pytest.mark.parametrize("under_way", [True, False])
-def test_what_the_device_does_between_two_steps_is_time_in_which_the_engine_is_busy(
-    model, under_way: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 100.0
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: now))
-    engine = tiny.engine(model, operations=PlainOperations())
-    engine.add(tiny.request(0, PROMPTS[0], max_tokens=20))
-    for _ in range(3):
-        engine.step()
-    before = engine.stats()["busy_s"]
-    engine._lagged.done_at = now + 0.2 if under_way else now
-    now += 0.4
-    assert engine._lagged.under_way
-    engine.step()  # takes no time by this clock
-    busy_s = engine.stats()["busy_s"] - before
-    assert busy_s == pytest.approx(0.2 if under_way else 0.0)
 
 
 def test_every_completion_says_what_plain_decoding_would_have_cost(model) -> None:

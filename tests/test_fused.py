@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_kernels import PAGE, on_every_device, span_of
+from kernel_devices import on_every_device
+from test_kernels import PAGE, span_of
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.cohere import modeling_cohere

@@ -110,7 +110,7 @@ def problems(folder: Path, seed: int, numbers: range, *, through: int) -> list[s
 
 
 @pytest.mark.parametrize(
-    "part", [0, 1, *(pytest.param(part, marks=pytest.mark.long) for part in (2, 3))]
+    "part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in (1, 2, 3))]
 )
 def test_two_thousand_broken_inputs_lose_no_good_row(tmp_path: Path, part: int) -> None:
     assert problems(tmp_path, 0, range(part, CASES, 4), through=7) == []
@@ -118,9 +118,8 @@ def test_two_thousand_broken_inputs_lose_no_good_row(tmp_path: Path, part: int) 
 
 @pytest.mark.long
 @pytest.mark.torture
-@pytest.mark.parametrize("seed", [1, 2])
-def test_two_thousand_others_lose_none_on_their_way_to_a_dataset(tmp_path: Path, seed: int) -> None:
-    assert problems(tmp_path, seed, range(CASES), through=1) == []
+def test_two_thousand_others_lose_none_on_their_way_to_a_dataset(tmp_path: Path) -> None:
+    assert problems(tmp_path, 1, range(CASES), through=1) == []
 
 
 def test_the_corpus_is_the_same_every_time_and_has_everything_in_it() -> None:

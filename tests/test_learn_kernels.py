@@ -5,7 +5,6 @@ Where there is no GPU they run in Triton's interpreter; where there is one, comp
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import fields, replace
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_devices import GPU, on_every_device
 from random_steps import (
     DEEPEST,
     PAGE,
@@ -33,26 +33,13 @@ from trbatch.config import SamplingParams
 from trbatch.engine import drafting, reference, spans, verify
 from trbatch.engine.device_state import FULL, GOES_ON, MOST_TURNS, STOPPED, Accepted, Slots
 from trbatch.engine.drafting import Draft
+from trbatch.engine.kernels.accept import accept
+from trbatch.engine.kernels.learn import learn
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.sequence import Figures, Request, Sequence
 from trbatch.engine.text import StopChecker
 
-GPU = torch.cuda.is_available()
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("neither a GPU that torch can use nor TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton", reason="triton is not installed")
-
-from trbatch.engine.kernels.accept import accept  # noqa: E402
-from trbatch.engine.kernels.learn import learn  # noqa: E402
-
-interpreted = pytest.param(
-    "cpu", marks=pytest.mark.skipif(GPU, reason="on a machine with a GPU they are compiled")
-)
-compiled = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU here")]
-)
-on_every_device = pytest.mark.parametrize("device", [interpreted, compiled])
 sizes = pytest.mark.parametrize("size", [1, 4, 9, 33, 81])  # T
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trbatch.engine.kv_cache import KVCache, PagePool
+from trbatch.engine.kv_cache import KVCache, PagePool, Room
 
 PAGES = 20
 in_both_orders = pytest.mark.parametrize("adjacent", [True, False])
@@ -122,3 +122,19 @@ def test_slots_follow_the_pages_of_a_room() -> None:
     assert room.put(0, [7]) == [2]
     assert room.first is None and room.slots[:5].tolist() == [28, 29, 30, 31, 12]
     assert room.cut(1) == [3, 4] and room.first == 28 and room.capacity == 4
+
+
+def test_a_room_says_which_of_its_pages_are_new() -> None:
+    changes: dict[int, Room] = {}
+    room = Room([4, 5, 6], 4, torch.device("cpu"))
+    room.put(3, [7])
+    room.note(changes, 9)
+    assert not changes and room.news() == [], "these are known"
+    room.put(1, [2])
+    room.put(4, [8])
+    assert changes == {9: room} and room.news() == [(1, 2), (2, 6), (3, 7), (4, 8)]
+    changes.clear()
+    assert room.cut(2) == [6, 7, 8]
+    assert changes == {9: room} and room.news() == [], "nothing is new where pages are gone"
+    room.put(2, [3])
+    assert room.news() == [(2, 3)]

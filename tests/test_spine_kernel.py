@@ -5,26 +5,15 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_devices import on_every_device
 
 from trbatch.engine import reference
 from trbatch.engine.device_state import Slots
-
-pytest.importorskip("triton")
-
 from trbatch.engine.kernels.spine import look_ahead
 
-interpreted = pytest.param(
-    "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here")
-)
-compiled = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
-                                                       reason="no GPU here")]
-)  # fmt: skip
-on_every_device = pytest.mark.parametrize("device", [interpreted, compiled])
 LONGEST, DEPTH = 700, 13
 
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from trbatch.engine import sizing
 from trbatch.engine.costs import CostTable
 from trbatch.engine.curve import STEP_SIZES
 from trbatch.engine.engine import Engine
@@ -22,6 +23,13 @@ PAGE, MOST, LONG = 4, 32, 100
 COSTS = CostTable(
     {(batch, size): 1.0 for batch in (1, 8) for size in (1, MOST, 64)}, context=1, per_context=0.0
 )
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, wherever the models run: where eight rows may have the largest trees at once,
+    nobody is let in before there is room for these, and nobody has to give way."""
+    monkeypatch.setattr(sizing, "most_tokens", lambda loaded: 2 * MOST)
 
 
 def engine(pages: int, **settings: Any) -> Engine:
@@ -101,10 +109,13 @@ def requests(seed: int, *, hosts: int = 0) -> list[Request]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("hosts", [0, 3, 8])
 @pytest.mark.parametrize(
-    ("pages", "sharing"), [(120, True), (144, False), (200, True), (208, False)]
-)
+    ("pages", "sharing", "hosts"),
+    [
+        (120, True, 0), (120, True, 3), (144, False, 0), (144, False, 3),
+        (200, True, 0), (200, True, 8), (208, False, 3), (208, False, 8),
+    ],
+)  # fmt: skip
 def test_each_step_has_all_pages_that_it_writes_to_for_itself(
     pages: int, sharing: bool, hosts: int
 ) -> None:

@@ -35,9 +35,6 @@ class Counting(EchoEngine):
         self.steps[step_kind(len(done), 3.2)] += 1
         return done
 
-    def stats(self) -> dict[str, Any]:
-        return {"steps": dict(self.steps)}
-
 
 def test_a_worker_writes_its_steps_and_when_it_worked(home: Path, tmp_path: Path) -> None:
     job = submit(tmp_path, rows=22)
@@ -98,7 +95,7 @@ def test_the_engine_tells_which_trees_it_chose_for_which_batch() -> None:
         engine.add(request(number, [5, 6, 7, 8 + number], max_tokens=6))
     while engine.unfinished:
         engine.step()
-    steps = engine.stats()["steps"]
+    steps = engine.steps
     assert {batch for batch, _ in steps} <= {1, 2, 4}
     assert all(1 <= size <= 4 for _, size in steps)
     assert sum(steps.values()) == sum(engine.stats()["tree_sizes"].values())

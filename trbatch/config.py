@@ -7,7 +7,6 @@ command line reads it from here. An unknown key is an error that names the neare
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ from trbatch.masking import mask_text
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_TREE_SIZE = 81
 GREEDY_BELOW = 1e-5  # a temperature below it divides float32 logits to infinity
+HOTTEST = 1e6  # temperature, where all tokens are alike long since
 MAX_SAMPLES = 1024  # of a row
 MAX_LOGPROBS = 100  # alternatives at each place
 PRIORITIES = ("high", "normal", "low")  # in the order in which workers take chunks
@@ -113,7 +113,7 @@ class SamplingParams(_Config):
         object.__setattr__(self, "logit_bias", bias_of(self.logit_bias))
         object.__setattr__(self, "stop_token_ids", tuple(map(whole, self.stop_token_ids)))
         check_integer("max_tokens", self.max_tokens, 1, INT32)
-        check_number("temperature", self.temperature, 0.0, math.inf)
+        check_number("temperature", self.temperature, 0.0, HOTTEST)
         check_number("top_p", self.top_p, 0.0, 1.0, open_below=True)
         check_integer("top_k", self.top_k, -1, INT32)
         check_number("min_p", self.min_p, 0.0, 1.0)

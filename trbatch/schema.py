@@ -45,7 +45,11 @@ _COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("worker", pa.string(), "the worker that decoded the row"),
     ("finished_at", pa.float64(), "when the row was done, Unix time in seconds"),
     ("queued_s", pa.float64(), "seconds in the engine before the first prefill step"),
-    ("prefill_s", pa.float64(), "seconds of prefill"),
+    (
+        "prefill_s",
+        pa.float64(),
+        "seconds of prefill, and of what the worker did then for rows that came and went",
+    ),
     ("decode_s", pa.float64(), "seconds of the decode steps that the row took part in"),
     ("tokens_per_s", pa.float64(), "(completion_tokens - 1) / decode_s"),
     ("baseline_tokens_per_s", pa.float64(), "the same for plain decoding, by its measured cost"),

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from statistics import median
 
 from trbatch.engine.costs import TIMED_SIZES, CostTable
 from trbatch.engine.curve import STEP_SIZES, Curve
@@ -36,6 +37,9 @@ _KIND_STEP = 0.015  # the same in what is particular to its kind of step
 _WORTH_A_CHANGE = 1.03  # gain for which the size of a step is changed: each has its own graph
 _PATIENCE = 64  # steps without a typical one, from which on the others teach as well
 _SURPRISE = math.log(1.5)  # a step that something else disturbed counts as this much at most
+# Where others of its kind are around a step, the median of the kind's last such steps is what it
+# takes: what a disturbed one took longer is its delay, which a plain one would have had as well.
+_RECENT = 63
 
 
 class Budget:
@@ -56,6 +60,8 @@ class Budget:
         self._pace: float | None = None
         self._particular: dict[tuple[int, int], float] = {}
         self._made: dict[tuple[int, int], int] = {}  # steps of each kind
+        # Of each kind what its last typical steps took, over the pace of that time.
+        self._recent: dict[tuple[int, int], deque[float]] = {}
         self._gain = 1.0  # expected of the last drafts over plain decoding, smoothed
         self._steps = self._misses = self._pause = 0
         self._untypical = 0  # steps since the last typical one
@@ -173,16 +179,20 @@ class Budget:
         seconds: float,
         *,
         typical: bool | None = None,
+        lent: bool = False,
     ) -> None:
         """Learn from a step that was made: its tokens in all and its time.
 
         Args:
             typical: whether its time is known to have nothing else in it, or known to have; None:
                 it may have.
+            lent: whether a shape for more rows made it, so that it took longer than its kind does.
         """
         size = tokens / batch
         self.usual_size += _SIZE_STEP * (size - self.usual_size)
         self.steps[step_kind(batch, size)] += 1
+        if lent:
+            return
         kind = _kind(batch, size)
         self._untypical = self._untypical + 1 if typical is False else 0
         if 0 < self._untypical < _PATIENCE:
@@ -191,15 +201,29 @@ class Budget:
         if self._pace is None:
             self._pace = found
         particular, made = self._particular.get(kind, 0.0), self._made.get(kind, 0)
-        surprise, first = min(_SURPRISE, found - self._pace - particular), _FIRST_STEP
-        if typical and surprise < 0:
-            first = 1.0  # whatever goes on beside it, no step is quicker than it can be
-        else:
-            surprise = max(-_SURPRISE, surprise)
-        # A kind that is hardly known says more about itself than about the machine.
         self._made[kind] = made + 1
+        if typical:
+            self._learn_typical(kind, found - self._pace)
+            return
+        surprise = max(-_SURPRISE, min(_SURPRISE, found - self._pace - particular))
+        # A kind that is hardly known says more about itself than about the machine.
         self._pace += _PACE_STEP * made / (made + 3) * surprise
-        self._particular[kind] = particular + max(_KIND_STEP, first / (made + 1)) * surprise
+        self._particular[kind] = particular + max(_KIND_STEP, _FIRST_STEP / (made + 1)) * surprise
+
+    def _learn_typical(self, kind: tuple[int, int], found: float) -> None:
+        """found: logarithm of what it took over what the table and the pace say."""
+        recent = self._recent.setdefault(kind, deque(maxlen=_RECENT))
+        known = len(recent) == _RECENT
+        recent.append(found)
+        middle = median(recent)
+        if not known:
+            self._particular[kind] = middle
+            return
+        # What a well known kind takes longer now, all kinds do: also those that are not made.
+        moved = middle - self._particular[kind]
+        assert self._pace is not None, "it was set by the first step"
+        self._pace += moved
+        self._recent[kind] = deque((one - moved for one in recent), maxlen=_RECENT)
 
     def step_seconds(self, batch: int, size: float, context: float) -> float:
         """What a step of `size` tokens a sequence takes here."""

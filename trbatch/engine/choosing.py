@@ -13,13 +13,14 @@ from torch import Tensor
 
 from trbatch.config import SamplingParams
 from trbatch.engine.logprobs import record
-from trbatch.engine.sampling import Choice, choose, uniform
+from trbatch.engine.noise import place_key
+from trbatch.engine.sampling import Choice, choose
 from trbatch.engine.sequence import Sequence
 from trbatch.errors import RowError
 
 logger = logging.getLogger(__name__)
 
-_ANY = Choice(SamplingParams(), 0.0)  # a token for a sequence that has failed: it goes nowhere
+_ANY = Choice(SamplingParams(), 0)  # a token for a sequence that has failed: it goes nowhere
 _OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)  # nothing would work after it
 
 
@@ -86,10 +87,10 @@ def _choice(sequence: Sequence, depth: int) -> Choice:
     if sequence.error is not None:
         return _ANY
     if request.sampling.greedy:
-        return Choice(request.sampling, 0.0)
+        return Choice(request.sampling, 0)
     # The place in the output that this token is for: the same in whatever tree.
     position = sequence.generated + depth
-    return Choice(request.sampling, uniform(request.seed, request.sample_index, position))
+    return Choice(request.sampling, place_key(request.seed, request.sample_index, position))
 
 
 def _choose_alone(sequence: Sequence, logits: Tensor, choice: Choice) -> Tensor:

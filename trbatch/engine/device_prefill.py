@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,7 +108,7 @@ class DevicePrefiller:
         began = time.perf_counter()
         self._waited = 0
         pieces = pieces_of(sequences, most, self._prefixes)[: self._pieces]
-        self._stepper.set_pages([sequence for sequence, _ in pieces])
+        self._stepper.set_pages()
         if self._learning:
             self._prefixes.count_kept(pieces)
             self._recall([sequence for sequence, _ in pieces], most)
@@ -146,22 +148,25 @@ class DevicePrefiller:
 
     def _filled(self, parts: list[_Part]) -> _Shape:
         """The shape for these parts of prompts, told of them: where each begins, its tokens."""
-        ends = torch.tensor([count for *_, count in parts]).cumsum(0).tolist()
-        total = ends[-1]
+        first, slots, counts = np.array([(at, s.slot, count) for s, at, count in parts]).T
+        ends = counts.cumsum()
+        total = int(ends[-1])
         shape = self._shape(max(_SHORTEST, 1 << (total - 1).bit_length()))
+        text = array("i")
+        for sequence, at, count in parts:
+            text += array("i", sequence.tokens[at : at + count])
+        starts = np.full(self._pieces + 1, total)
+        starts[0], starts[1 : len(parts) + 1] = 0, ends
         columns = (
-            [token for s, first, count in parts for token in s.tokens[first : first + count]],
-            [at for _, first, count in parts for at in range(first, first + count)],
-            [0, *ends, *[total] * (self._pieces - len(parts))],
-            [first for _, first, _ in parts], [sequence.slot for sequence, *_ in parts],
-            [end - 1 for end in ends],
+            np.frombuffer(text, np.int32),
+            np.arange(total) + np.repeat(first + counts - ends, counts),
+            starts, first, slots, ends - 1,
         )  # fmt: skip
-        padded = [
-            number
-            for column, size in zip(columns, shape.sizes, strict=True)
-            for number in [*column, *[0] * (size - len(column))]
-        ]
-        send(padded, shape.numbers)
+        numbers, begin = np.zeros(len(shape.numbers), np.int32), 0
+        for column, size in zip(columns, shape.sizes, strict=True):
+            numbers[begin : begin + len(column)] = column
+            begin += size
+        send(numbers, shape.numbers)
         return shape
 
     def _shape(self, tokens: int) -> _Shape:

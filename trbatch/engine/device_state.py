@@ -26,7 +26,7 @@ _ALIGNED = 16  # slots
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """How a sequence samples. `begin`: tokens of its prompt; see `sampling.uniform`."""
+    """How a sequence samples. `begin`: tokens of its prompt; see `noise.place_key`."""
 
     begin: int = 0
     temperature: float = 0.0
@@ -96,24 +96,39 @@ class Slots:
     ) -> None:
         """Give a slot to a sequence: it runs from the step on that is launched next. Never waits.
 
+        The slow and plain way, one sequence and one copy after the other; see `kernels.admit`.
+
         Args:
             tokens: committed ones, the next root last.
             noise: None takes the likeliest tokens.
         """
         noise = noise or Noise()
-        assert left > 0, "a sequence that may say nothing more has ended"
-        assert 0 <= turn < MOST_TURNS, f"turn {turn}"
+        self.check(tokens, left=left, stops=stops, pages=pages, turn=turn)
         newest = [*tokens[: -ORDERS - 1 : -1], *[-1] * ORDERS][:ORDERS]
         whole = (len(tokens), left, 0, -1, 0, task, noise.begin, noise.top_k, noise.sample)
         send(whole, self.whole[:, slot])
         send((noise.temperature, noise.min_p, noise.top_p), self.real[:, slot])
         send((turn, noise.seed), self.wide[:, slot])
         for table, values in ((self.last, newest), (self.stops, stops), (self.pages, pages)):
-            width = table.shape[1]
-            assert len(values) <= width, f"{len(values)} values, room for {width}"
-            send([*values, *[-1] * (width - len(values))], table[slot])
+            send([*values, *[-1] * (table.shape[1] - len(values))], table[slot])
         send(tokens, self.texts[slot, : len(tokens)])
         self.active[slot].fill_(True)
+
+    def check(
+        self,
+        tokens: Sequence[int],
+        *,
+        left: int,
+        stops: Sequence[int],
+        pages: Sequence[int],
+        turn: int,
+    ) -> None:
+        """Whether a slot can hold such a sequence; see `put`."""
+        assert left > 0, "a sequence that may say nothing more has ended"
+        assert 0 <= turn < MOST_TURNS, f"turn {turn}"
+        for table, values in ((self.texts, tokens), (self.stops, stops), (self.pages, pages)):
+            width = table.shape[1]
+            assert len(values) <= width, f"{len(values)} values, room for {width}"
 
     @property
     def lengths(self) -> Tensor:

@@ -9,7 +9,6 @@ is made of comes from an `Operations`: kernels (`step_kernels`), or their slow t
 from __future__ import annotations
 
 import importlib.util
-from bisect import bisect_left
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from functools import partial
@@ -19,21 +18,24 @@ import torch
 from torch import Tensor
 
 from trbatch.config import EngineConfig
+from trbatch.engine.admission import Newcomer, pack
 from trbatch.engine.calibration import PLACES, Calibration
-from trbatch.engine.captured import Graphs, Replay
+from trbatch.engine.captured import Graphs
 from trbatch.engine.device_state import MOST_TURNS, REPORT_NUMBERS, Accepted, Noise, Slots
+from trbatch.engine.kv_cache import Room
 from trbatch.engine.lagged import Outcome, Reading
 from trbatch.engine.matrix import Matrix
 from trbatch.engine.model import CausalModel, LoadedModel
 from trbatch.engine.sampling import Kind
 from trbatch.engine.sequence import Sequence
-from trbatch.engine.transfer import Clock, OnItsWay, send, to_device
+from trbatch.engine.step_shapes import Key, Shape, StepShapes, bucket_of
+from trbatch.engine.transfer import Clock, OnItsWay, to_device
 from trbatch.engine.tree import Tree
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # rows
 MOST_STOPS = 8  # ids that end a text, on the device
 _SAMPLES = 1024  # of a row that have turns of their own, whatever else runs
 _ABSORB_EVERY = 4  # steps between two looks at what was counted of candidates
+_UNWRITTEN = "who was admitted is not on the device yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,15 @@ class Operations(Protocol):
 
     captures: bool  # whether steps can be captured as graphs
 
+    def admit(self, state: State, packed: Tensor, count: int) -> None:
+        """Give slots to sequences, and forget the own rows of who had them. See `admission`.
+
+        Args:
+            packed: [N] int32 all that is to be known of them.
+            count: how many they are.
+        """
+        ...
+
     def step(self, state: State, batch: Batch, size: int, *, sampling: Kind) -> Accepted:
         """One step of `size` tokens a row, the root included.
 
@@ -106,26 +117,13 @@ class Operations(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Shape:
-    """A step of one shape, and its inputs."""
-
-    inputs: Tensor  # [2, B]
-    replay: Replay[Accepted]
-
-    def fill(self, rows: ListLike[int], reads: ListLike[int]) -> None:
-        """Say whose step it is, padding behind. See `Batch`."""
-        padding = self.inputs.shape[1] - len(rows)
-        numbers = [[*rows, *[-1] * padding], [*reads, *[0] * padding]]
-        send(numbers, self.inputs)
-
-
 @dataclass(frozen=True, slots=True)
 class _Handle:
     report: OnItsWay
     clock: Clock
     members: int
     drafted: int
+    lent: bool = False
 
 
 class DeviceStep:
@@ -171,8 +169,15 @@ class DeviceStep:
         self.device, self.most, self.capacity = device, most, capacity
         self.graphs = Graphs(device, wanted=capture and operations.captures)
         self._steps = 0
-        self._shapes: dict[tuple[int, int, Kind], Shape] = {}
+        self.shapes = StepShapes(
+            self._make_shape, lending=self.graphs.wanted, least=2 if most > 1 else 1
+        )
         self._turns: dict[int, int] = {}  # slot -> turn
+        self._taken: set[int] = set()  # all of these
+        # Who was admitted and is not on the device yet, by slot: nothing may be started until
+        # `write_admitted`.
+        self._noted: dict[int, Sequence] = {}
+        self._moved: dict[int, Room] = {}  # whose pages may be others than the device knows
         self._kinds = [Kind.GREEDY] * capacity  # of each slot
         self._reads: set[int] = set()  # tasks of which something may have been counted
 
@@ -192,45 +197,73 @@ class DeviceStep:
         return not hosts and len(sequence.stop.stop_ids) <= MOST_STOPS
 
     def admit(self, sequence: Sequence) -> None:
-        """Take a sequence that has a slot and pages."""
-        request, stops = sequence.request, sorted(sequence.stop.stop_ids)
-        self._kinds[sequence.slot] = Kind.of(request.sampling)
-        self.state.slots.put(
+        """Note a sequence that has a slot and pages; `write_admitted` takes it in.
+
+        All steps of who had the slot have been read, so the device is through with them, too.
+        """
+        assert sequence.slot not in self._noted, f"slot {sequence.slot} is given away twice"
+        self._noted[sequence.slot] = sequence
+        self._kinds[sequence.slot] = Kind.of(sequence.request.sampling)
+
+    @torch.inference_mode()
+    def write_admitted(self) -> None:
+        """Write all that were noted into their slots, on the pages that they have by now.
+
+        If memory does not suffice they are still noted.
+        """
+        if self._noted:
+            self.write([self._newcomer(sequence) for sequence in self._noted.values()])
+            for slot, sequence in self._noted.items():
+                sequence.room.note(self._moved, slot)
+            self._noted.clear()
+
+    def write(self, newcomers: ListLike[Newcomer]) -> None:
+        """Give slots to sequences: they run from the step on that is started next. Never waits."""
+        packed = to_device(pack(newcomers, self.state.slots), self.device, torch.int32)
+        self.operations.admit(self.state, packed, len(newcomers))
+
+    def _newcomer(self, sequence: Sequence) -> Newcomer:
+        return Newcomer(
             sequence.slot, sequence.tokens, left=sequence.max_tokens - sequence.generated,
-            stops=stops[:MOST_STOPS], pages=[page for _, page in sequence.room.news()],
+            stops=sorted(sequence.stop.stop_ids)[:MOST_STOPS], pages=sequence.room.pages,
             task=sequence.task, turn=self._turn_of(sequence), noise=_noise_of(sequence),
         )  # fmt: skip
 
     def release(self, slot: int) -> None:
         """Nobody has this slot any more; all steps of who had it have been read."""
-        self._turns.pop(slot, None)
+        self._forget_turn(slot)
+        self._noted.pop(slot, None)
+        self._moved.pop(slot, None)
 
-    def set_pages(self, sequences: ListLike[Sequence]) -> None:
-        """What is started from now on finds these sequences on the pages they have now."""
-        table = self.state.slots.pages
-        numbers = [
-            (sequence.slot, place, page)
-            for sequence in sequences
-            if sequence.room.has_news
-            for place, page in sequence.room.news()
-        ]
-        if numbers:
-            slots, places, pages = to_device(numbers, self.device, torch.int64).unbind(1)
-            table.index_put_((slots, places), pages.to(table.dtype))
+    def set_pages(self) -> None:
+        """What is started from now on finds all sequences on the pages that they have now."""
+        assert not self._noted, _UNWRITTEN
+        table, where, what = self.state.slots.pages, list[int](), list[int]()
+        for slot, room in self._moved.items():
+            for place, page in room.news():
+                where.append(slot * table.shape[1] + place)
+                what.append(page)
+        self._moved.clear()
+        if where:
+            places, pages = to_device([where, what], self.device, torch.int64)
+            table.view(-1).index_copy_(0, places, pages.to(table.dtype))
 
     def is_ready(self, members: ListLike[Sequence], size: int) -> bool:
         """Whether a step of this shape was captured."""
-        return not self.graphs.wanted or self._key(members, size) in self._shapes
+        if not self.graphs.wanted:
+            return True
+        return self.shapes.key_for(self._key(members, size)) in self.shapes.made
 
     def prepare(self, members: ListLike[Sequence], size: int) -> None:
         """Capture a step of this shape."""
-        self.shape(*self._key(members, size))
+        self.shapes.get(self.shapes.key_for(self._key(members, size)))
         self.wait()
 
     @torch.inference_mode()
     def launch(self, members: ListLike[Sequence], size: int) -> _Handle:
         """Start a step of `size` tokens a sequence."""
-        shape = self.shape(*self._key(members, size))
+        assert not self._noted, _UNWRITTEN
+        shape, lent = self.shapes.take(self._key(members, size))
         shape.fill([s.slot for s in members], [s.reads for s in members])
         clock = Clock(self.device)
         accepted = shape.replay.run()
@@ -238,7 +271,7 @@ class DeviceStep:
         clock.stop()
         if size > 1:
             self._count({sequence.reads for sequence in members})
-        return _Handle(report, clock, len(members), size - 1)
+        return _Handle(report, clock, len(members), size - 1, lent)
 
     @torch.inference_mode()
     def first(self, members: ListLike[Sequence], logits: Tensor) -> _Handle:
@@ -247,6 +280,7 @@ class DeviceStep:
         Args:
             logits: [B, V] at the prompts' ends.
         """
+        assert not self._noted, _UNWRITTEN
         rows = to_device([sequence.slot for sequence in members], self.device, torch.int64)
         clock, report = Clock(self.device), rows
         if members:
@@ -260,8 +294,17 @@ class DeviceStep:
     def read(self, handle: _Handle) -> Reading:
         """Wait for a step and get what it gave each of its members."""
         rows = handle.report.wait()[: handle.members]
-        outcomes = [_outcome(row, handle.drafted) for row in rows]
-        return Reading(outcomes, handle.clock.seconds)
+        # What `Accepted.report` says, row by row. There may be hundreds in each step.
+        drafted, tokens_at = handle.drafted, REPORT_NUMBERS
+        ranks_at = (len(rows[0]) + REPORT_NUMBERS) // 2 if rows else 0
+        outcomes = [
+            Outcome(
+                row[tokens_at : tokens_at + row[0]], drafted, row[2],
+                row[ranks_at : ranks_at + row[0]],
+            )
+            for row in rows
+        ]  # fmt: skip
+        return Reading(outcomes, handle.clock.seconds, handle.lent)
 
     def _turn_of(self, sequence: Sequence) -> int:
         """Who it is among others: by row of the input and sample, and no two of them equal.
@@ -270,31 +313,31 @@ class DeviceStep:
         there are slots; rows so far apart that numbers do not suffice for them begin anew at 0.
         """
         order, sample = sequence.turn
-        self._turns.pop(sequence.slot, None)
+        self._forget_turn(sequence.slot)
         rows = MOST_TURNS // (_SAMPLES * self.capacity)
         begin = ((order % rows) * _SAMPLES + sample % _SAMPLES) * self.capacity
-        taken = set(self._turns.values())
-        turn = next(t for t in range(begin, begin + self.capacity) if t not in taken)
+        turn = next(t for t in range(begin, begin + self.capacity) if t not in self._taken)
         self._turns[sequence.slot] = turn
+        self._taken.add(turn)
         return turn
 
-    def _key(self, members: ListLike[Sequence], size: int) -> tuple[int, int, Kind]:
-        return bucket_of(len(members), self.capacity), size, self._kind(members)
+    def _forget_turn(self, slot: int) -> None:
+        if slot in self._turns:
+            self._taken.remove(self._turns.pop(slot))
+
+    def _key(self, members: ListLike[Sequence], size: int) -> Key:
+        return Key(bucket_of(len(members), self.capacity), size, self._kind(members))
 
     def _kind(self, members: ListLike[Sequence]) -> Kind:
         return max(self._kinds[sequence.slot] for sequence in members)
 
-    def shape(self, bucket: int, size: int, sampling: Kind = Kind.GREEDY) -> Shape:
-        """A step of this shape, captured if it was not yet."""
-        key = bucket, size, sampling
-        if key not in self._shapes:
-            inputs = torch.zeros(2, bucket, dtype=torch.int64, device=self.device)
-            inputs[0] = -1  # a step of padding rows alone changes nothing
-            batch = Batch(inputs[0], inputs[1])
-            work = partial(self.operations.step, self.state, batch, size, sampling=sampling)
-            replay = self.graphs.record(work, what=f"a step of {bucket} x {size} tokens")
-            self._shapes[key] = Shape(inputs, replay)
-        return self._shapes[key]
+    def _make_shape(self, key: Key) -> Shape:
+        inputs = torch.zeros(2, key.rows, dtype=torch.int64, device=self.device)
+        inputs[0] = -1  # a step of padding rows alone changes nothing
+        batch = Batch(inputs[0], inputs[1])
+        work = partial(self.operations.step, self.state, batch, key.size, sampling=key.kind)
+        replay = self.graphs.record(work, what=f"a step of {key.rows} x {key.size} tokens")
+        return Shape(inputs, replay)
 
     def wait(self) -> None:
         """Until the device is through with all that was started."""
@@ -314,27 +357,14 @@ class DeviceStep:
             self.absorb()
 
 
-def _noise_of(sequence: Sequence) -> Noise | None:
+def _noise_of(sequence: Sequence) -> Noise:
     request, params = sequence.request, sequence.request.sampling
     if Kind.of(params) is Kind.GREEDY:
-        return None
+        return Noise()
     return Noise(
         sequence.prompt_length, params.temperature, params.min_p, request.seed,
         request.sample_index, params.top_k, params.top_p,
     )  # fmt: skip
-
-
-def _outcome(report: list[int], drafted: int) -> Outcome:
-    """What one row of `Accepted.report` says."""
-    count, ranks = report[0], (len(report) + REPORT_NUMBERS) // 2
-    tokens = report[REPORT_NUMBERS : REPORT_NUMBERS + count]
-    return Outcome(tokens, drafted, report[2], report[ranks : ranks + count])
-
-
-def bucket_of(rows: int, capacity: int) -> int:
-    """Rows that a step of `rows` sequences is padded to."""
-    at = bisect_left(BUCKETS, rows)
-    return min(BUCKETS[at] if at < len(BUCKETS) else rows, max(capacity, rows))
 
 
 def operations_for(

@@ -22,6 +22,7 @@ from trbatch.config import EngineConfig
 from trbatch.engine import sizing
 from trbatch.engine.bigrams import rows_of
 from trbatch.engine.budget import Budget
+from trbatch.engine.busy import BusyTime
 from trbatch.engine.calibration import Calibration
 from trbatch.engine.costs import TIMED_SIZES, CostTable
 from trbatch.engine.curve import STEP_SIZES
@@ -45,6 +46,7 @@ from trbatch.engine.tasks import Task, Tasks
 from trbatch.engine.tree import Tree, fixed_tree
 from trbatch.errors import RowError
 from trbatch.flight import declared
+from trbatch.trace import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +128,8 @@ class Engine:
         self._grammars = Grammars(loaded)
         self._intake = Intake(loaded, self._grammars, longest=self.max_model_len)
         self._finished: list[Completion] = []
-        self._busy_s, self._forwards, self._tokens = 0.0, 0, 0
-        self._left_at = 0.0  # the clock at the end of the last step
+        self._busy, self._forwards, self._tokens = BusyTime(), 0, 0
+        self._turnover = False  # whether rows came or went since the last step
         recycling = self._most > 1
         self._prefixes = Prefixes(
             self._cache, sharing=config.prefix_sharing,
@@ -218,12 +220,14 @@ class Engine:
 
     def add_all(self, requests: ListLike[Request]) -> None:
         """Queue requests; quicker than one by one. If this raises, none of them was taken."""
-        for one in self._intake.prepare(requests):
-            if isinstance(one, Sequence):
-                one.lagged = self._stepper is not None and self._stepper.knows_all(one)
-                self._scheduler.add(one)
-            else:
-                self._finished.append(one)
+        self._turnover = True
+        with self._busy.working(device_until=self._device_until()):
+            for one in self._intake.prepare(requests):
+                if isinstance(one, Sequence):
+                    one.lagged = self._stepper is not None and self._stepper.knows_all(one)
+                    self._scheduler.add(one)
+                else:
+                    self._finished.append(one)
 
     def abort(self, keys: Iterable[Hashable]) -> None:
         """Drop requests; they are not returned."""
@@ -236,12 +240,15 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Prefill a piece of the prompts that wait, then decode once. Returns who finished."""
-        start = time.perf_counter()
-        self._busy_s += self._busy_meanwhile(start)
+        with self._busy.working(device_until=self._device_until()):
+            return self._step()
+
+    def _step(self) -> list[Completion]:
         too_much, in_prompts = "", True
         try:
             self._admit()
             if prefilling := self._scheduler.prefilling():
+                self._turnover = True
                 self._prefill(prefilling)
             in_prompts = False
             self._decode()
@@ -251,15 +258,13 @@ class Engine:
             self._run_less(too_much, in_prompts=in_prompts)
         self._retire_ended()
         finished, self._finished = self._finished, []
-        self._left_at = time.perf_counter()
-        self._busy_s += self._left_at - start
         return finished
 
-    def _busy_meanwhile(self, now: float) -> float:
-        """For how long, since the last step, the device went on with what is under way, nearly."""
+    def _device_until(self) -> float:
+        """The clock when the device is through with what is under way, nearly; 0: nothing is."""
         if self._stepper is None or not self._lagged.under_way:
             return 0.0
-        return max(0.0, min(now, self._lagged.done_at) - self._left_at)
+        return self._lagged.done_at
 
     def _admit(self) -> None:
         while (waits := self._scheduler.next()) is not None:
@@ -267,6 +272,8 @@ class Engine:
                 break
             self._scheduler.admit(waits)
             self._begin(waits, task)
+        if self._stepper is not None:
+            self._stepper.write_admitted()
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         """Run a piece of the prompts: those that decode wait for it, so it is not all at once."""
@@ -284,6 +291,9 @@ class Engine:
 
     def _decode(self) -> None:
         """One step of those on the device, one of the others."""
+        if self._stepper is not None:
+            self._lagged.begin_step(others=self._turnover)
+            self._turnover = False
         late, now = self._decoding()
         size = self._lagged.next_size(late) if late else 0
         if self._make_room(size):
@@ -321,7 +331,7 @@ class Engine:
                 changed = True
                 self._free_some()
         if self._stepper is not None:
-            self._stepper.set_pages(self._scheduler.running)
+            self._stepper.set_pages()
         return changed
 
     def _free_some(self) -> None:
@@ -390,19 +400,23 @@ class Engine:
         self._tasks.forget(counts=False)
         self._prefixes.clear()
 
+    @property
+    def steps(self) -> Steps:
+        """How many steps it has made, by their kind."""
+        return self.budget.steps
+
     def stats(self) -> dict[str, Any]:
         """What the engine did since it was made (counts, seconds), and on what (texts)."""
         return {
             "tokens": self._tokens,
             "forwards": self._forwards,
-            "busy_s": self._busy_s,
+            "busy_s": self._busy.seconds,
             "prefix_hit_tokens": self._prefixes.hit_tokens,
             "preemptions": self._scheduler.preemptions,
             "grammar_masks": self._grammars.masks,
             "grammar_mask_s": self._grammars.seconds,
             "grammar_compile_s": self._grammars.compile_seconds,
             "tree_sizes": dict(sorted(self.budget.chosen.items())),
-            "steps": dict(self.budget.steps),
             "kv_pages": self._cache.pool.pages,
             "kv_pages_used": self._cache.pool.pages - self._cache.pool.free,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
@@ -418,8 +432,9 @@ class Engine:
         sequence.task = task.index
         alone = self._alone > 0 and sequence.request.seed % self._alone == self._alone - 1
         sequence.reads = _NOBODY if alone else sequence.task
-        self._matrix.clear_slot(sequence.slot)
-        if self._stepper is not None:
+        if self._stepper is None:
+            self._matrix.clear_slot(sequence.slot)
+        else:
             self._stepper.admit(sequence)
 
     def _retire_ended(self) -> int:
@@ -434,6 +449,7 @@ class Engine:
             self._stepper.release(slot)
 
     def _retire(self, sequence: Sequence) -> None:
+        self._turnover = True
         self._release(sequence.slot)
         self._scheduler.retire(sequence)
         alone = sequence.reads != sequence.task

@@ -166,13 +166,15 @@ class PagePool:
 class Room:
     """The pages of one sequence, seen as slots."""
 
-    __slots__ = ("_device", "_first", "_page_size", "_slots", "_told", "pages")
+    __slots__ = ("_changes", "_device", "_first", "_name", "_page_size", "_slots", "_told", "pages")
 
     def __init__(self, pages: Sequence[int], page_size: int, device: torch.device) -> None:
         self._page_size, self._device = page_size, device
         self._slots: Tensor | None = None
         self._first: int | None = None
         self._told = 0  # pages that `news` need not name
+        self._changes: dict[int, Room] | None = None  # see `note`
+        self._name = -1
         self.pages: list[int] = []
         self.put(0, pages)
 
@@ -214,18 +216,22 @@ class Room:
         self._changed(count)
         return rest
 
-    @property
-    def has_news(self) -> bool:
-        """Whether `news` would name any."""
-        return self._told != len(self.pages)
+    def note(self, changes: dict[int, Room], name: int) -> None:
+        """All its pages are known; from now on it is among `changes`, by its name, if any is new.
+
+        So nobody has to ask all rooms.
+        """
+        self._changes, self._name, self._told = changes, name, len(self.pages)
 
     def news(self) -> list[tuple[int, int]]:
-        """(place, page) of each of its pages that may be another than when this was asked last."""
+        """(place, page) of each page that may be another than when this or `note` came last."""
         begin, self._told = self._told, len(self.pages)
-        return list(enumerate(self.pages))[begin:]
+        return list(enumerate(self.pages[begin:], begin))
 
     def _changed(self, begin: int) -> None:
         self._told = min(self._told, begin)
+        if self._changes is not None:
+            self._changes[self._name] = self
         self._slots = None
         first = self.pages[0] if self.pages else 0
         adjacent = self.pages == list(range(first, first + len(self.pages)))

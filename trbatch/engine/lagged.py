@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from trbatch.engine.budget import Budget
+from trbatch.engine.charging import Charges
 from trbatch.engine.device_state import NO_RANK
 from trbatch.engine.paths import PathCounts
 from trbatch.engine.sequence import Sequence
 
-_PATHS_OF = 8  # one row in so many is looked at for paths of ranks: the host is busy enough
+_PATHS_OF = 32  # one row in so many is looked at for paths of ranks: the host is busy enough
 
 
 class Outcome(NamedTuple):
@@ -44,10 +45,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a step gave its members, and for how many seconds the device was busy with it."""
+    """What a step gave its members, and for how many seconds the device was busy with it.
+
+    `lent`: whether a shape for more rows made it.
+    """
 
     outcomes: list[Outcome]
     seconds: float
+    lent: bool = False
 
 
 class Stepper(Protocol):
@@ -105,11 +110,10 @@ class LaggedDecoder:
         self._stepper, self._budget, self._size, self._paths = stepper, budget, size, paths
         self._pending: deque[_Ticket] = deque()
         self._after_prompts = False  # whether the newest is one of prompts
-        self._read_at = 0.0
+        self._charges = Charges()
         self._before = 0  # size of the step that was read last
         self._starting = 0, 0  # sequences of the step that is being started, tokens of each
         self._given = 0  # tokens that were read and nobody was told of
-        self._owed = 0.0  # seconds of prompts that passed before a step was read
         self._device_s = 0.0  # that the device was busy with what was read last
         self.done_at = 0.0  # the clock when it is through with what is under way, if as quickly
 
@@ -130,12 +134,23 @@ class LaggedDecoder:
             began: the clock before it was started.
         """
         self._push(_Ticket(list(members), handle, pieces=list(pieces)), began)
+        self._charges.aside(time.perf_counter())
         self._after_prompts = True
 
     @property
     def under_way(self) -> bool:
         """Whether anything was started and is not read yet."""
         return bool(self._pending)
+
+    def begin_step(self, *, others: bool = True) -> None:
+        """The host turns to the next step.
+
+        Args:
+            others: whether it did something for rows that come and go since the last one.
+        """
+        if self._pending:
+            charge = self._charges.aside if others else self._charges.work
+            charge(time.perf_counter())
 
     def next_size(self, members: ListLike[Sequence]) -> int:
         """How many tokens a sequence gets in the next step of these, the root included."""
@@ -171,11 +186,14 @@ class LaggedDecoder:
         left = 1 if members or self._after_prompts else 0
         self._after_prompts = False
         self._settle_to(left)
+        if self._pending:
+            self._charges.work(time.perf_counter())
         given, self._given = self._given, 0
         return given
 
     def drain(self) -> int:
         """Read all that is under way. Returns how many tokens it gave."""
+        self.begin_step()  # whoever wants it has done something else
         self._after_prompts = False
         return self.run([])
 
@@ -200,7 +218,7 @@ class LaggedDecoder:
     def _push(self, ticket: _Ticket, began: float) -> None:
         """Note what was started; `began`: the clock before."""
         if not self._pending:
-            self._read_at = began
+            self._charges.begin(began)
         self.done_at = max(time.perf_counter(), self.done_at) + self._device_s
         self._pending.append(ticket)
         for sequence in ticket.members:
@@ -209,76 +227,64 @@ class LaggedDecoder:
 
     def _settle(self, ticket: _Ticket) -> None:
         """Wait for what was started and write it down."""
+        if not ticket.size:
+            self._charges.work(time.perf_counter())  # it wrote down the step before
         reading = self._stepper.read(ticket.handle)
         now = time.perf_counter()
         self._device_s = reading.seconds
         self.done_at = now + len(self._pending) * reading.seconds
-        seconds, self._read_at = now - self._read_at, now
-        if not ticket.size:
-            seconds, self._owed = seconds + self._owed, 0.0
-        elif any(not later.size for later in self._pending):
-            # The host was busy with prompts meanwhile. Else what passed between two readings is
-            # what a step takes, also where the device had to wait for the host.
-            usual = self._budget.step_seconds(len(ticket.members), ticket.size, ticket.context)
-            passed, seconds = seconds, min(seconds, max(reading.seconds, usual))
-            self._owed += passed - seconds
-        kept = []
+        if ticket.size:
+            self._settle_step(ticket, reading, self._charges.step(now, reading.seconds))
+        else:
+            self._settle_prompts(ticket, reading, self._charges.prompts(now))
+
+    def _settle_prompts(self, ticket: _Ticket, reading: Reading, seconds: float) -> None:
         for sequence, outcome in zip(ticket.members, reading.outcomes, strict=True):
             sequence.in_flight -= 1
-            sequence.ahead -= ticket.gives
-            kept.append(_taken(sequence, outcome))
-            self._given += len(kept[-1].tokens)
-            if self._paths and sequence.request.seed % _PATHS_OF == 0:
-                paths = self._paths[sequence.reads]
-                for rank in kept[-1].ranks:
-                    if rank != NO_RANK:
-                        paths.count(sequence.ranks, None if rank < 0 else rank)
-        if ticket.size:
-            # In the time between two readings the host has read the step before, and started the
-            # next one: where these are of another kind, it says little of this one.
-            around = {self._before, *(later.size for later in self._pending)}
-            self._account(ticket, kept, seconds, typical=around == {ticket.size})
-        self._before = ticket.size
+            sequence.ahead -= 1
+            if not sequence.ended:
+                self._given += sequence.take(outcome.tokens)
         total = sum(count for _, count in ticket.pieces)
         for sequence, count in ticket.pieces:
             sequence.figures.prefill_s += seconds * count / total
 
-    def _account(
-        self, ticket: _Ticket, outcomes: ListLike[Outcome], seconds: float, *, typical: bool
-    ) -> None:
-        """Write a step into its sequences' figures and the budget's."""
-        count, size = len(ticket.members), ticket.size
-        plain_s = self._budget.plain_seconds(count, ticket.context)
-        # What held this one up, rows that ended and came for instance, would have held up a plain
-        # one as well.
-        delay_s = seconds - self._budget.step_seconds(count, size, ticket.context)
-        alive = 0
-        for sequence, outcome in zip(ticket.members, outcomes, strict=True):
-            if outcome.tokens:
-                alive += 1
-                sequence.figures.count_forward(
-                    tokens=len(outcome.tokens), accepted=outcome.accepted, drafted=outcome.drafted,
-                    seconds=seconds, plain_s=plain_s, delay_s=delay_s,
-                )  # fmt: skip
-        self._budget.count(size * count, count, ticket.context, seconds, typical=typical)
+    def _settle_step(self, ticket: _Ticket, reading: Reading, seconds: float) -> None:
+        """Write a step into its sequences, their figures and the budget's."""
+        count, size, context = len(ticket.members), ticket.size, ticket.context
+        plain_s = self._budget.plain_seconds(count, context)
+        # What held this one up would have held up a plain one as well.
+        delay_s = seconds - self._budget.step_seconds(count, size, context)
+        alive = given = 0
+        for sequence, outcome in zip(ticket.members, reading.outcomes, strict=True):
+            sequence.in_flight -= 1
+            sequence.ahead -= size
+            # What a slot gave after its text's end is thrown away.
+            if sequence.ended or not (taken := sequence.take(outcome.tokens)):
+                continue
+            alive += 1
+            given += taken
+            sequence.figures.count_forward(
+                taken, min(taken, outcome.accepted), outcome.drafted, seconds, plain_s, delay_s
+            )
+            if self._paths and sequence.request.seed % _PATHS_OF == 0:
+                self._count_paths(sequence, outcome.ranks[:taken])
+        # In the time between two readings the host has written down the step before, and started
+        # the next one: where these are of another kind, it says little of this one.
+        around = {self._before, *(later.size for later in self._pending if later.size)}
+        self._before = size
+        self._budget.count(
+            size * count, count, context, seconds, typical=around == {size}, lent=reading.lent
+        )
         if alive:
-            given = sum(len(outcome.tokens) for outcome in outcomes)
             self._budget.count_tokens(size, given, alive)
+        self._given += given
 
-
-_NOTHING = Outcome([], 0, 0)
+    def _count_paths(self, sequence: Sequence, ranks: ListLike[int]) -> None:
+        paths = self._paths[sequence.reads]
+        for rank in ranks:
+            if rank != NO_RANK:
+                paths.count(sequence.ranks, None if rank < 0 else rank)
 
 
 def _context(members: ListLike[Sequence]) -> float:
     return sum(len(sequence.tokens) for sequence in members) / len(members)
-
-
-def _taken(sequence: Sequence, outcome: Outcome) -> Outcome:
-    """Append an outcome's tokens to its text; what comes after its end is thrown away."""
-    if sequence.ended:
-        return _NOTHING
-    count = sequence.take(outcome.tokens)
-    if count == len(outcome.tokens):
-        return outcome
-    accepted = min(count, outcome.accepted)
-    return Outcome(outcome.tokens[:count], outcome.drafted, accepted, outcome.ranks[:count])

@@ -1,8 +1,9 @@
 """Choosing one token from logits, with noise that belongs to the row and not to the batch.
 
-The noise of a token is one uniform number from a counter-based generator keyed by (row seed,
-sample, position). The same row therefore gives the same tokens whatever the batch, the tree or the
-worker (up to floating-point ties), and verification can choose the model's own token at any node.
+The token is the one with the highest sum of its logit over the temperature and its Gumbel noise
+(`engine.noise`), which depends on (row seed, sample, position, token) alone. The same row therefore
+gives the same tokens whatever the batch, the tree or the worker (up to two sums that are closer
+than rounding), and verification can choose the model's own token at any node.
 """
 
 from __future__ import annotations
@@ -16,25 +17,7 @@ from torch import Tensor
 
 from trbatch.config import SamplingParams
 from trbatch.engine.likeliest import argmax, blocks_of
-
-_MASK = (1 << 64) - 1
-
-
-def uniform(seed: int, sample: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments.
-
-    SplitMix64's finaliser (Steele, Lea and Flood, 2014) over each argument in turn; 53 bits.
-    """
-    state = 0
-    for part in (seed, sample, position):
-        state = _mix((state + part + 0x9E3779B97F4A7C15) & _MASK)
-    return (state >> 11) * 2.0**-53
-
-
-def _mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+from trbatch.engine.noise import gumbel
 
 
 class Kind(IntEnum):
@@ -54,10 +37,10 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How the next token of one place is chosen: a row's settings and its noise."""
+    """How the next token of one place is chosen: a row's settings and the key of its noise."""
 
     params: SamplingParams
-    noise: float
+    key: int  # `noise.place_key`; of greedy rows any
 
 
 def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
@@ -88,8 +71,11 @@ def _greedy(logits: Tensor, _: Sequence[Choice]) -> Tensor:
 
 def _sample(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Temperature and min-p: no sorting."""
-    probabilities = torch.softmax(logits / _column(choices, "temperature", logits), -1)
-    return _invert(_min_p(probabilities, choices), choices)
+    # The likeliest comes to 0: sums of noise and of what has a chance are rounded little.
+    weights = logits - logits.amax(-1, keepdim=True)
+    weights = _min_p(weights.div_(_column(choices, "temperature", logits)), choices)
+    keys = [choice.key for choice in choices]
+    return argmax(blocks_of(weights.add_(gumbel(keys, logits.shape[1], logits.device))))
 
 
 def _sample_filtered(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
@@ -120,20 +106,11 @@ def kept(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     return logits >= torch.maximum(least, ordered.gather(1, last))
 
 
-def _min_p(probabilities: Tensor, choices: Sequence[Choice]) -> Tensor:
-    floor = _column(choices, "min_p", probabilities) * probabilities.amax(-1, keepdim=True)
-    return probabilities.masked_fill(probabilities < floor, 0.0)
-
-
-def _invert(probabilities: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """Inverse transform sampling of unnormalised probabilities [n, V], in float64."""
-    cumulative = probabilities.double().cumsum(-1)
-    noise = torch.tensor([c.noise for c in choices], dtype=torch.float64, device=cumulative.device)
-    target = noise[:, None] * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    # Rounding can push the target to the very top: then the last token that has any probability.
-    last = (probabilities > 0).long().cumsum(-1).argmax(-1)
-    return torch.minimum(found, last)
+def _min_p(weights: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Logarithms of weights [n, V], the likeliest 0, without those that min-p leaves out."""
+    if not any(choice.params.min_p > 0 for choice in choices):
+        return weights
+    return weights.masked_fill_(weights.exp() < _column(choices, "min_p", weights), -torch.inf)
 
 
 def _column(choices: Sequence[Choice], name: str, like: Tensor) -> Tensor:

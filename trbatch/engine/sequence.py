@@ -162,7 +162,6 @@ class Figures:
 
     def count_forward(
         self,
-        *,
         tokens: int,
         accepted: int,
         drafted: int,

@@ -12,6 +12,7 @@ from trbatch.engine.device_step import Batch, Prompts, State
 from trbatch.engine.gpu_attention import PagedPlan
 from trbatch.engine.kernels import likeliest
 from trbatch.engine.kernels.accept import accept
+from trbatch.engine.kernels.admit import admit
 from trbatch.engine.kernels.attention import Layout
 from trbatch.engine.kernels.cache import move_paths
 from trbatch.engine.kernels.calibrate import calibrate
@@ -27,6 +28,10 @@ class KernelOperations:
     """Steps by Triton's kernels and the network as it is. See `device_step.Operations`."""
 
     captures = True
+
+    def admit(self, state: State, packed: Tensor, count: int) -> None:
+        """See `device_step.Operations.admit`."""
+        admit(state.slots, state.matrix, packed, count)
 
     def step(self, state: State, batch: Batch, size: int, *, sampling: Kind) -> Accepted:
         """One step: a plain one has no kernels for drafts at all."""

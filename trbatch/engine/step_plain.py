@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trbatch.config import SamplingParams
 from trbatch.engine import best_first, drafting, reference
+from trbatch.engine.admission import unpack
 from trbatch.engine.ahead import Ahead
 from trbatch.engine.attention import Span
 from trbatch.engine.best_first import MAX_DEPTH, WIDEST
@@ -20,7 +21,8 @@ from trbatch.engine.drafting import Draft
 from trbatch.engine.kv_cache import Room
 from trbatch.engine.likeliest import argmax, blocks_of, topk
 from trbatch.engine.matrix import EMPTY
-from trbatch.engine.sampling import Choice, Kind, choose, uniform
+from trbatch.engine.noise import place_key
+from trbatch.engine.sampling import Choice, Kind, choose
 from trbatch.engine.verify import NOT_CHOSEN, Verdict
 
 _Piece = tuple[int, int, int, int]  # slot, tokens before it, begin and end among those of all
@@ -40,6 +42,15 @@ class PlainOperations:
     """See `device_step.Operations`."""
 
     captures = False
+
+    def admit(self, state: State, packed: Tensor, count: int) -> None:
+        """See `device_step.Operations.admit`."""
+        for one in unpack(packed, count):
+            state.slots.put(
+                one.slot, one.tokens, left=one.left, stops=one.stops, pages=one.pages,
+                task=one.task, turn=one.turn, noise=one.noise,
+            )  # fmt: skip
+            state.matrix.clear_slot(one.slot)
 
     def step(self, state: State, batch: Batch, size: int, *, sampling: Kind) -> Accepted:
         """One step. A plain one neither counts nor learns, like the kernels'."""
@@ -188,7 +199,7 @@ def _sampled(state: State, running: _Running, drafted: Draft, logits: Tensor) ->
         begin = int(slots.lengths[slot]) - int(slots.begins[slot])
         seed, sample = int(slots.seeds[slot]), int(slots.samples[slot])
         for depth in drafted.depths[row, : drafted.sizes[row]].tolist():
-            choices.append(Choice(params, uniform(seed, sample, begin + depth)))
+            choices.append(Choice(params, place_key(seed, sample, begin + depth)))
     return choose(logits, choices)
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from trbatch.engine.device_step import DeviceStep, Shape, bucket_of
+from trbatch.engine.admission import Newcomer
+from trbatch.engine.device_step import DeviceStep
+from trbatch.engine.sampling import Kind
+from trbatch.engine.step_shapes import Key, Shape, bucket_of
 from trbatch.engine.transfer import OnItsWay
 
 
@@ -54,7 +57,7 @@ class DeviceTimer:
         stepper = self._stepper
         with torch.inference_mode():
             bucket = bucket_of(batch, stepper.capacity)
-            shape = stepper.shape(bucket, size)
+            shape = stepper.shapes.get(Key(bucket, size, Kind.GREEDY))
             rooms = self._take_slots(self._rows(batch), size * times, context)
             shape.fill(range(len(rooms)), [self._task] * len(rooms))
             try:
@@ -63,18 +66,20 @@ class DeviceTimer:
                 self._give_back(rooms)
 
     def _take_slots(self, count: int, more: int, context: int) -> list[Any]:
-        cache, slots = self._stepper.state.model.cache, self._stepper.state.slots
+        cache = self._stepper.state.model.cache
         assert cache is not None
         # Random words, of which each text repeats its own: drafts have something to find.
         vocab = self._stepper.state.matrix.vocab_size
         words = torch.randint(vocab, (32,), generator=torch.Generator().manual_seed(0)).tolist()
-        rooms = []
+        rooms, newcomers = [], []
         for slot in range(count):
             text = [words[(slot + i * i) % len(words)] for i in range(context + 1)]
             room = cache.take_room(context + 1 + more)
-            slots.put(slot, text, left=1 << 20, stops=[], pages=room.pages, task=self._task,
-                      turn=slot)  # fmt: skip
+            newcomers.append(
+                Newcomer(slot, text, 1 << 20, [], room.pages, task=self._task, turn=slot)
+            )
             rooms.append(room)
+        self._stepper.write(newcomers)
         return rooms
 
     def _give_back(self, rooms: list[Any]) -> None:

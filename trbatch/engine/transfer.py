@@ -6,23 +6,36 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Numbers = Sequence[Any] | npt.NDArray[Any]
 
-def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+
+def to_device(values: Numbers, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A tensor of these numbers. torch keeps pinned memory until the copies from it are done."""
-    numbers = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return numbers.to(device, non_blocking=True)
+    return _on_host(values, device, dtype).to(device, non_blocking=True)
 
 
-def send(values: Sequence[Any], target: Tensor) -> None:
+def send(values: Numbers, target: Tensor) -> None:
     """Write these numbers into a tensor of the device, in one copy where its places are neighbours.
 
     An assignment to a place of it would wait for the device.
     """
-    pinned = target.device.type == "cuda"
-    target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=pinned), non_blocking=True)
+    target.copy_(_on_host(values, target.device, target.dtype), non_blocking=True)
+
+
+def _on_host(values: Numbers, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """These numbers where the device can fetch them from while the host goes on."""
+    pinned = device.type == "cuda"
+    if not isinstance(values, np.ndarray):
+        return torch.tensor(values, dtype=dtype, pin_memory=pinned)
+    # torch pins nothing that it makes of an array.
+    numbers = torch.empty(values.shape, dtype=dtype, pin_memory=pinned)
+    numbers.numpy()[...] = values
+    return numbers
 
 
 class Clock:
@@ -39,9 +52,11 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Once the device is through with it."""
+        """Waits until the device is through with it."""
         if isinstance(self._start, float):
             return float(self._stop - self._start)
+        # What was started may be known to be through, and not yet the event behind it.
+        self._stop.synchronize()
         return float(self._start.elapsed_time(self._stop)) / 1e3
 
 

@@ -53,6 +53,9 @@ class Instant:
         self._logits = torch.zeros(64, vocab_size)
         self.seconds = 0.0  # that were spent here
 
+    def admit(self, state: State, packed: Tensor, count: int) -> None:
+        """Nobody looks at the slots."""
+
     def step(self, state: State, batch: Batch, size: int, *, sampling: Kind) -> Accepted:
         """A report that was made before."""
         return self._one_of(len(batch.rows), size)

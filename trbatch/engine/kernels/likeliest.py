@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = tl.constexpr(128)  # tokens
-_LOWEST = tl.constexpr(-(1 << 63))
+LOWEST = tl.constexpr(-(1 << 63))  # below all that are packed
 _LAST = tl.constexpr((1 << 31) - 1)  # x ^ _LAST counts from the end
 
 
@@ -30,7 +30,7 @@ class Launch(NamedTuple):
 
 
 @triton.jit
-def _packed(logit: tl.tensor, index: tl.tensor) -> tl.tensor:
+def packed(logit: tl.tensor, index: tl.tensor) -> tl.tensor:
     """Numbers that rise with the logit and, of equal logits, fall with the index."""
     logit = tl.where(logit == 0, 0.0, logit.to(tl.float32))  # -0 is equal to 0
     bits = logit.to(tl.int32, bitcast=True)
@@ -40,15 +40,21 @@ def _packed(logit: tl.tensor, index: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _highest(packed: tl.tensor, K: tl.constexpr) -> tl.tensor:
+def index_of(packed: tl.tensor) -> tl.tensor:
+    """The index in a packed number; of `LOWEST` the last there can be."""
+    return (packed & _LAST) ^ _LAST
+
+
+@triton.jit
+def _highest(numbers: tl.tensor, K: tl.constexpr) -> tl.tensor:
     """[K] the indices of the highest numbers, falling; of a missing one the last index."""
     rank = tl.arange(0, K)
-    best = tl.full([K], _LOWEST, dtype=tl.int64)
+    best = tl.full([K], LOWEST, dtype=tl.int64)
     for nth in tl.static_range(K):
-        top = tl.max(packed)
+        top = tl.max(numbers)
         best = tl.where(rank == nth, top, best)
-        packed = tl.where(packed == top, _LOWEST, packed)
-    return (best & _LAST) ^ _LAST
+        numbers = tl.where(numbers == top, LOWEST, numbers)
+    return index_of(best)
 
 
 @triton.jit
@@ -78,12 +84,12 @@ def _choose(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, COUNT)
     highest = tl.load(maxima + row * count + at, mask=at < count, other=0.0)
-    block = _highest(tl.where(at < count, _packed(highest, at), _LOWEST), K)
+    block = _highest(tl.where(at < count, packed(highest, at), LOWEST), K)
     there = block < count
     token = tl.where(there, block, 0)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     there = there[:, None] & (token < vocab)
     logit = tl.load(logits + row * stride + token, mask=there, other=0.0)
-    best = _highest(tl.where(there, _packed(logit, token), _LOWEST), K)
+    best = _highest(tl.where(there, packed(logit, token), LOWEST), K)
     rank = tl.arange(0, K)
     tl.store(out + row * wanted + rank, best, mask=rank < wanted)
 

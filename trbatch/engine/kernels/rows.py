@@ -189,8 +189,9 @@ def candidates(
     cell = base + rank * _STEPS + step.to(tl.int32)
     other_cell = base + (rank + _RANKS * _STEPS)
     other = tl.where(tl.max(same.to(tl.int32), 1) > 0, -1, second)
-    disagrees = _likeliest(first, K) != expected
-    kind = (matched >= _LONG).to(tl.int32) * 2 + disagrees.to(tl.int32)
+    # Not by `_likeliest`: where a matrix has few orders, Triton 3.6 fails to compile that.
+    agrees = tl.max(((rank == 0) & (first == expected)).to(tl.int32), 1, keep_dims=True)
+    kind = (matched >= _LONG).to(tl.int32) * 2 + (1 - agrees)
     spine = kind * _SPINE_CELLS + _ROW_CELLS
     there = expected >= 0
     cell = tl.where(there, spine + (rank + 1), cell)

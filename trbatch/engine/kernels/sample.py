@@ -1,9 +1,10 @@
 """Choosing tokens of rows that sample, with noise that belongs to the row.
 
-The noise of a token is one number made of the row's seed, its sample and the token's place in the
-output, so a node of a tree gets what the token would get in plain decoding. A first kernel adds up
-what each part of the vocabulary weighs, a second looks into the one part where the noise falls.
-What top-k and top-p leave out (`kernels.floors`), and min-p, weighs nothing. The slow twin is
+The token with the highest sum of its logit over the temperature and its noise is taken. The noise
+(`kernels.noise`) is made of the row's seed, its sample, the token's place in the output and the
+token, so a node of a tree gets what it would get in plain decoding. Logits are read once: a first
+kernel finds the highest sum of each part of the vocabulary, a second the highest of these. What
+top-k and top-p leave out (`kernels.floors`), and min-p, does not take part. The slow twin is
 `sampling.choose`.
 """
 
@@ -16,112 +17,64 @@ from torch import Tensor
 
 from trbatch.engine.device_state import Slots
 from trbatch.engine.kernels.floors import bits_of, floors, key_of
+from trbatch.engine.kernels.likeliest import LOWEST, index_of, packed
+from trbatch.engine.kernels.noise import gumbel, place_key
 
 _PART = 2048  # tokens of the vocabulary in one program
-_STEP = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
-_FIRST = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
-_SECOND = tl.constexpr(0x94D049BB133111EB - (1 << 64))
 
 
 @triton.jit
-def _shifted(x: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """x >> BITS, zeros coming in."""
-    return (x >> BITS) & ((1 << (64 - BITS)) - 1)
-
-
-@triton.jit
-def _mix(state: tl.tensor, part: tl.tensor) -> tl.tensor:
-    """One more argument into the state: see `sampling.uniform`."""
-    z = state + part + _STEP
-    z = (z ^ _shifted(z, 30)) * _FIRST
-    z = (z ^ _shifted(z, 27)) * _SECOND
-    return z ^ _shifted(z, 31)
-
-
-@triton.jit
-def _weights(
-    logits: tl.tensor, token: tl.tensor, vocab: tl.tensor, highest: tl.tensor,
-    temperature: tl.tensor, min_p: tl.tensor, least: tl.tensor, BITS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Float64 weights of some tokens of a row, the likeliest of all weighs 1.
-
-    least: points to the least key that is left in; BITS: of a key, 0 where all are.
-    """
-    there = token < vocab
-    logit = tl.load(logits + token, mask=there, other=float("-inf")).to(tl.float32)
-    weight = tl.exp(logit / temperature - highest / temperature)
-    if BITS:
-        there &= key_of(logit, BITS) >= tl.load(least)
-    return tl.where(there & (weight >= min_p), weight, 0.0).to(tl.float64)
-
-
-@triton.jit
-def _settings(
-    rows: tl.tensor, temperatures: tl.tensor, min_ps: tl.tensor, node: tl.tensor, size: tl.tensor
-) -> tl.tensor:
-    """Of a node: its slot, its temperature (0: it takes the likeliest) and its min-p."""
+def _slot(rows: tl.tensor, temperatures: tl.tensor, node: tl.tensor, size: tl.tensor) -> tl.tensor:
+    """Of a node: its slot, and its temperature (0: it takes the likeliest)."""
     slot = tl.load(rows + node // size).to(tl.int64)
-    temperature = tl.load(temperatures + slot, mask=slot >= 0, other=0.0)
-    min_p = tl.load(min_ps + slot, mask=slot >= 0, other=0.0)
-    return slot, temperature, min_p
+    return slot, tl.load(temperatures + slot, mask=slot >= 0, other=0.0)
 
 
 @triton.jit(do_not_specialize=["size"])
-def _weigh(
-    logits: tl.tensor, likeliest: tl.tensor, rows: tl.tensor, temperatures: tl.tensor,
-    min_ps: tl.tensor, least: tl.tensor, sums: tl.tensor, stride: tl.tensor, size: tl.tensor,
-    vocab: tl.tensor, parts: tl.tensor, BITS: tl.constexpr, PART: tl.constexpr,
-) -> None:  # fmt: skip
-    """sums [N, parts] float64: what each part of the vocabulary weighs."""
-    node, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, temperature, min_p = _settings(rows, temperatures, min_ps, node, size)
-    if temperature > 0:
-        highest = tl.load(logits + node * stride + tl.load(likeliest + node)).to(tl.float32)
-        token = part * PART + tl.arange(0, PART)
-        weight = _weights(
-            logits + node * stride, token, vocab, highest, temperature, min_p, least + node, BITS
-        )
-        tl.store(sums + node * parts + part, tl.sum(weight, 0))
-
-
-@triton.jit(do_not_specialize=["size"])
-def _draw(
+def _race(
     logits: tl.tensor, likeliest: tl.tensor, depths: tl.tensor, rows: tl.tensor,
     temperatures: tl.tensor, min_ps: tl.tensor, seeds: tl.tensor, samples: tl.tensor,
-    begins: tl.tensor, lengths: tl.tensor, least: tl.tensor, sums: tl.tensor, chosen: tl.tensor,
-    stride: tl.tensor, size: tl.tensor, vocab: tl.tensor, parts: tl.tensor,
-    BITS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    begins: tl.tensor, lengths: tl.tensor, least: tl.tensor, best: tl.tensor, stride: tl.tensor,
+    size: tl.tensor, vocab: tl.tensor, parts: tl.tensor, BITS: tl.constexpr, PART: tl.constexpr,
 ) -> None:  # fmt: skip
-    """chosen [N]: the token at which the noise falls."""
-    node = tl.program_id(0).to(tl.int64)
-    slot, temperature, min_p = _settings(rows, temperatures, min_ps, node, size)
-    top = tl.load(likeliest + node)
+    """best [N, parts] int64: of each part of the vocabulary the highest sum, with its token.
+
+    least: [N] the least keys that are left in; BITS: of a key, 0 where all are.
+    """
+    node, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot, temperature = _slot(rows, temperatures, node, size)
     if temperature > 0:
         place = tl.load(lengths + slot) - tl.load(begins + slot) + tl.load(depths + node)
-        state = _mix(tl.load(seeds + slot) * 0, tl.load(seeds + slot))
-        state = _mix(state, tl.load(samples + slot).to(tl.int64))
-        state = _mix(state, place.to(tl.int64))
-        noise = _shifted(state, 11).to(tl.float64) * (1.0 / (1 << 53))
-        at = tl.arange(0, PARTS)
-        weighs = tl.load(sums + node * parts + at, mask=at < parts, other=0.0)
-        behind = tl.cumsum(weighs, 0)
-        target = noise * tl.sum(weighs, 0)
-        # The first part whose end lies beyond the target; rounding may leave none.
-        part = tl.min(tl.where((behind > target) & (at < parts), at, PARTS), 0)
-        last = tl.max(tl.where(weighs > 0, at, 0), 0)
-        part = tl.minimum(part, last)
-        before = tl.sum(tl.where(at < part, weighs, 0.0), 0)
-        highest = tl.load(logits + node * stride + top).to(tl.float32)
+        key = place_key(tl.load(seeds + slot), tl.load(samples + slot), place)
+        logits += node * stride
+        highest = tl.load(logits + tl.load(likeliest + node)).to(tl.float32)
         token = part * PART + tl.arange(0, PART)
-        weight = _weights(
-            logits + node * stride, token, vocab, highest, temperature, min_p, least + node, BITS
+        there = token < vocab
+        logit = tl.load(logits + token, mask=there, other=float("-inf")).to(tl.float32)
+        weight = (logit - highest) / temperature
+        # Not `>=`: of logits that are no numbers some token has to come out.
+        there &= ~(tl.exp(weight) < tl.load(min_ps + slot))
+        if BITS:
+            there &= key_of(logit, BITS) >= tl.load(least + node)
+        sums = packed(weight + gumbel(key, token), token)
+        tl.store(best + node * parts + part, tl.max(tl.where(there, sums, LOWEST), 0))
+
+
+@triton.jit(do_not_specialize=["size"])
+def _win(
+    likeliest: tl.tensor, rows: tl.tensor, temperatures: tl.tensor, best: tl.tensor,
+    chosen: tl.tensor, size: tl.tensor, parts: tl.tensor, PARTS: tl.constexpr,
+) -> None:  # fmt: skip
+    """chosen [N]: the token of the highest of all parts' sums."""
+    node = tl.program_id(0).to(tl.int64)
+    _, temperature = _slot(rows, temperatures, node, size)
+    token = tl.load(likeliest + node)
+    if temperature > 0:
+        at = tl.arange(0, PARTS)
+        token = index_of(
+            tl.max(tl.load(best + node * parts + at, mask=at < parts, other=LOWEST), 0)
         )
-        reached = before + tl.cumsum(weight, 0)
-        first = tl.min(tl.where((reached > target) & (weight > 0), token, vocab), 0)
-        heavy = tl.max(tl.where(weight > 0, token, 0), 0)
-        tl.store(chosen + node, tl.minimum(first, heavy).to(tl.int64))
-    else:
-        tl.store(chosen + node, top)
+    tl.store(chosen + node, token)
 
 
 def sample(
@@ -147,20 +100,18 @@ def sample(
     """
     count, vocab = logits.shape
     parts = triton.cdiv(vocab, _PART)
-    sums = torch.empty(count, parts, dtype=torch.float64, device=logits.device)
+    best = torch.empty(count, parts, dtype=torch.int64, device=logits.device)
     chosen = torch.empty(count, dtype=torch.int64, device=logits.device)
     size, stride = count // len(rows), logits.stride(0)
-    whose = (rows, slots.temperatures, slots.min_ps)
     likeliest, depths = likeliest.contiguous(), depths.contiguous()
     least = floors(slots, rows, logits, likeliest) if filtering else chosen
-    bits = bits_of(logits) if filtering else 0
-    _weigh[count, parts](
-        logits, likeliest, *whose, least, sums, stride, size, vocab, parts,
-        BITS=bits, PART=_PART, num_warps=4,
+    _race[count, parts](
+        logits, likeliest, depths, rows, slots.temperatures, slots.min_ps, slots.seeds,
+        slots.samples, slots.begins, slots.lengths, least, best, stride, size, vocab, parts,
+        BITS=bits_of(logits) if filtering else 0, PART=_PART, num_warps=4,
     )  # fmt: skip
-    _draw[(count,)](
-        logits, likeliest, depths, *whose, slots.seeds, slots.samples, slots.begins,
-        slots.lengths, least, sums, chosen, stride, size, vocab, parts,
-        BITS=bits, PART=_PART, PARTS=triton.next_power_of_2(parts), num_warps=4,
+    _win[(count,)](
+        likeliest, rows, slots.temperatures, best, chosen, size, parts,
+        PARTS=triton.next_power_of_2(parts), num_warps=1,
     )  # fmt: skip
     return chosen
