@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 OUTSIDE = ("TRBATCH_REDIS_URL", "REDIS_URL", "TRBATCH_MODEL", "TRBATCH_STORE", "TRBATCH_SERVER")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make` looks for these marks in the files and imports no others."""
+    for item in items:
+        for mark in {"long", "alone", "torture"} & {mark.name for mark in item.iter_markers()}:
+            if f"pytest.mark.{mark}" not in _text_of(item.path):
+                raise pytest.UsageError(f"{item.nodeid}: spell pytest.mark.{mark} out in its file")
+
+
+@cache
+def _text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -139,9 +153,11 @@ def tiny_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def own_costs(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder that has the models and no step costs: they are timed when they are used."""
-    folder = tmp_path / "cache"
+    folder, kept = tmp_path / "cache", small_model.parent.parent
     folder.mkdir()
-    (folder / "models").symlink_to(small_model.parent)
+    for name in ("models", "bigrams"):  # which take minutes
+        (kept / name).mkdir(exist_ok=True)
+        (folder / name).symlink_to(kept / name)
     monkeypatch.setenv("TRBATCH_CACHE", str(folder))
     return folder
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from trbatch.config import WorkerConfig
@@ -28,6 +28,7 @@ class EchoEngine:
 
     capacity = 4
     copies = None  # it has no matrices
+    steps: Mapping[tuple[int, int], int] = {}  # nobody asks of what kind
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s

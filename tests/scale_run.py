@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class InstantEngine:
 
     capacity = 1024
     copies = None
+    steps: Mapping[tuple[int, int], int] = {}  # nobody asks of what kind
 
     def __init__(self) -> None:
         self.rows = 0

@@ -55,9 +55,13 @@ RECIPES = {
     "performance_acceptance": Recipe(
         "docs/performance.md",
         ("measure() {",),
-        instead={"--max-tokens 256": "--max-tokens 16", "measure 80 ": "measure 8 "},
+        instead={
+            "--max-tokens 256": "--max-tokens 16",
+            "--train-tokens 256": "--train-tokens 16",
+            "measure 80,16,8,4": "measure 8,4",
+        },
         before="python jobs/make_prompts.py 12 > test.jsonl\n"
-        "python jobs/make_prompts.py 20 | tail -8 > train.jsonl",
+        "python jobs/make_prompts.py 20 | tail -8 > rest.jsonl",
     ),
     "performance_speed": Recipe(
         "docs/performance.md",
@@ -75,7 +79,9 @@ RECIPES = {
                 "--batch 2 --tree-size 4 --limit 3 --max-tokens 8 --json parted.json"
             ),
             "--rows 2000 --max-tokens 128": "--rows 6 --max-tokens 8 --json jobs.json",
-            "--rows 1000 --batch 128 --size 1,8 --repeat 5": "--rows 9 --batch 4 --repeat 1",
+            "--rows 1000 --batch 128 --size 1,8 --repeat 5": (
+                '--rows 9 --batch 4 --repeat 1 --model "$TRBATCH_MODEL"'
+            ),
         },
         without_gpu={"--idle 32": "--idle 32 || [ $? -eq 2 ]"},  # it says that it needs one
         before=MANY,

@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,9 @@ def supervised(
     found = Supervised(url, log, *arguments, env=env)
     try:
         yield found
+    except BaseException as error:
+        error.add_note(f"what the worker said:\n{found.words[-5000:]}")
+        raise
     finally:
         found.stop()
 
@@ -87,14 +89,6 @@ def rows_of(job: JobFolder) -> list[dict[str, Any]]:
     """Every row of every segment, duplicates included."""
     files = sorted((Path(job.path) / "segments").glob("*.parquet"))
     return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-
-def wait_for(condition: Callable[[], Any], timeout: float = 30.0) -> Any:
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def alive(pid: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 from test_widen import GROUPED
 from tiny_files import WORDS
 
+from trbatch.config import EngineConfig
 from trbatch.engine import bench_curve, bench_method, bench_speed
 from trbatch.engine.bench_curve import curve
 from trbatch.engine.bench_floor import Floor, copy_bandwidth, kv_bytes, weight_bytes
@@ -47,8 +48,14 @@ def settings(model: str, prompts: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_the_curve_has_speeds_steps_floor_and_tail_of_each_batch(
-    model: str, tmp_path: Path
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def with_trees(*, speculate: bool, **others: Any) -> EngineConfig:
+        """Trees of five nodes, which the budget might not choose for so small a model."""
+        size = {"tree_size": 5} if speculate else {}
+        return EngineConfig(**{**others, "speculate": speculate, **size})
+
+    monkeypatch.setattr(bench_curve, "EngineConfig", with_trees)
     said: list[str] = []
     result = curve(**settings(model, prompts_file(tmp_path, 20)), progress=said.append)
     json.dumps(result)
@@ -65,7 +72,7 @@ def test_the_curve_has_speeds_steps_floor_and_tail_of_each_batch(
     for (batch, decoding), step in steps.items():
         assert step["slots"] == batch
         assert step["over_floor"] == pytest.approx(step["step_ms"] / step["floor_ms"], rel=0.05)
-        assert (set(step["steps_by_size"]) == {"1"}) == (decoding == "plain")
+        assert set(step["steps_by_size"]) == ({"1"} if decoding == "plain" else {"5"})
     assert steps[3, "plain"]["timed_steps"] >= 4
     # Of eight prompts one after the other, each gives its first token in its prefill.
     alone = steps[1, "plain"]

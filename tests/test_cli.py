@@ -19,6 +19,7 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 import pytest
+from child import Child
 from click.testing import CliRunner, Result
 from rich.console import Console
 from supervised import alive
@@ -345,7 +346,7 @@ def running(prompts: Path) -> Iterator[subprocess.Popen[str]]:
     )
     command = [sys.executable, "-c", start, "run", str(prompts), "--model", "org/echo"]
     slow = os.environ | {"ECHO_STEP_S": "1.0"}
-    with subprocess.Popen(command, env=slow, stderr=subprocess.PIPE, text=True) as process:
+    with Child(command, env=slow, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "is ready" in line:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 from echo_worker import EchoEngine
+from waiting import wait_for
 
 from trbatch import api, holds
 from trbatch.chunk_lease import Lease
@@ -22,7 +23,7 @@ from trbatch.progress import duration
 from trbatch.queue import JobQueue
 from trbatch.queue_control import leases
 from trbatch.queue_names import ModelKey
-from workers import submit, wait_for, work, working
+from workers import submit, work, working
 
 pytestmark = pytest.mark.usefixtures("home")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from child import Child
 
 from trbatch.deaths import MemoryWatch, is_stopped, judge
 
@@ -126,7 +126,7 @@ def test_this_machine_can_be_watched() -> None:
 
 
 def test_a_stopped_process_is_known_as_such() -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+    with Child([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         assert not is_stopped(process.pid)
         process.send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + 5

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 import pytest
-from worker_tools import MODEL, EchoEngine, wait_for
+from waiting import wait_for
+from worker_tools import MODEL, EchoEngine
 
 from trbatch.config import SamplingParams
 from trbatch.engine.sequence import Completion, Request
@@ -117,6 +118,29 @@ def test_few_requests_say_nothing_of_how_many_an_engine_takes_at_once(
     thread.add([request(number, "x" * (MOST_LENGTH // 2)) for number in range(100, 120)])
     finished(thread, 20)
     assert max(engine.together) == 2, "long ones are read a few at a time"
+
+
+def test_the_record_says_who_is_decoded_in_each_step_and_who_is_not_any_more(
+    started: Callable[..., EngineThread], flight: FlightRecord
+) -> None:
+    """The rows in the engine's hands are the suspects if the process dies."""
+    seen: list[tuple[list[int], list[int]]] = []  # in each step: said by the record, decoded
+
+    class Watched(EchoEngine):
+        def step(self) -> list[Completion]:
+            waiting = [one.order for one in self.waiting]
+            held = [one.order for one, _ in self.running.values()] + waiting
+            noted = [order for order, _ in flight.running()["lease"]]
+            seen.append((noted, held[: self.capacity]))
+            return super().step()
+
+    thread = started(lambda: Watched(capacity=3))
+    thread.add([request(number, "of " * (1 + number % 3)) for number in range(20)])
+    thread.abort([("lease", 18)])
+    finished(thread, 19)
+    assert all(noted == held for noted, held in seen), seen
+    assert {order for noted, _ in seen for order in noted} >= set(range(18)) | {19}
+    wait_for(lambda: not flight.running())  # who has ended is to blame for nothing
 
 
 class Panic(BaseException):

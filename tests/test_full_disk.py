@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from disks import FAILURES, Disk, small_disk
 from test_matrix_store import learned
+from waiting import wait_for
 from worker_tools import (
     Background,
     EchoEngine,
@@ -24,7 +25,6 @@ from worker_tools import (
     rows_of,
     submit,
     texts_of,
-    wait_for,
 )
 
 from trbatch import cli, matrices

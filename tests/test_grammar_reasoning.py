@@ -85,7 +85,7 @@ def test_the_form_is_the_answers_with_and_without_drafts(marks: str, opened: boo
         assert done.finish_reason == "stop", done.error_message
         assert done.reasoning == (THOUGHT * 2).strip()
         assert of_form(FORMS[i % 3], done.text), done.text
-    for settings in ({}, {"max_num_seqs": 1, "tree_size": 7}, {"max_num_seqs": 8}):
+    for settings in ({"max_num_seqs": 1, "tree_size": 7}, {"max_num_seqs": 8}):
         drafted = decode(model, rows, **settings)  # type: ignore[arg-type]
         assert [done.token_ids for _, done in sorted(drafted.items())] == [
             done.token_ids for _, done in sorted(plain.items())

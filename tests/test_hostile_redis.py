@@ -26,7 +26,8 @@ import redis
 from click.testing import CliRunner
 from rq import Queue
 from rq.serializers import JSONSerializer
-from worker_tools import Background, Loaded, expected, make_job, rows_of, texts_of, wait_for
+from waiting import wait_for
+from worker_tools import Background, Loaded, expected, make_job, rows_of, texts_of
 
 from trbatch import cli, server
 from trbatch.chunk_job import LARGEST, ChunkJob, inflated

@@ -61,8 +61,6 @@ def test_where_there_is_enough_launches_are_those_that_were_measured() -> None:
     [
         (86, "bfloat16", "256"),
         pytest.param(75, "float16", "64,128,256", marks=pytest.mark.long),
-        pytest.param(86, "bfloat16", "64,128", marks=pytest.mark.long),
-        pytest.param(86, "float32", "128,256", marks=pytest.mark.long),
         pytest.param(75, "float32", "128,256", marks=pytest.mark.long),
         pytest.param(89, "float16", "64,128,256", marks=pytest.mark.long),
         pytest.param(80, "bfloat16", "64,128,256", marks=pytest.mark.long),

@@ -9,6 +9,7 @@ from queue_tools import FakeFolder, beat, counts, queue, run_out, take, take_all
 from rq.command import send_stop_job_command
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
+from waiting import wait_for
 
 from trbatch import lease as lease_module
 from trbatch.chunk_job import RETRIES
@@ -147,11 +148,7 @@ def test_the_second_of_two_chunks_can_be_stopped(jobs: JobQueue, worker: LeaseWo
     jobs.enqueue(FakeFolder(), [0, 1])
     first, second = take(jobs, worker), take(jobs, worker)
     send_stop_job_command(jobs.connection, second.job.id, serializer=JSONSerializer)
-    deadline = time.monotonic() + 5
-    while not (asked := worker.stopped()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert asked == [second]
+    assert wait_for(worker.stopped, timeout=5) == [second]
     worker.stop_chunk(second)
     assert second.job.get_status() == JobStatus.STOPPED
     assert counts(jobs) == (0, 1, 1, 0)

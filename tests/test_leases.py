@@ -19,7 +19,7 @@ from trbatch import lease as lease_module
 from trbatch import recovery
 from trbatch.chunk_job import ChunkQueue
 from trbatch.chunk_lease import Lease
-from trbatch.flight import FlightRecord
+from trbatch.flight import FlightRecord, Holdings
 from trbatch.job import JobFolder
 from trbatch.lease import LeaseWorker
 from trbatch.queue import JobQueue
@@ -188,30 +188,33 @@ def test_slow_steps_are_allowed_to_engines_whose_steps_are_slow(
 
 
 def test_what_was_noted_last_is_read(flight: FlightRecord) -> None:
-    assert flight.holdings() == ("", {})
+    assert flight.holdings() == Holdings()
     assert flight.running() == {}
     reader = FlightRecord(os.dup(flight.fd))
     for number in range(5):
-        flight.note_holdings("w", {"e": (f"entry {number}", "queue")})
-        flight.note_running([(("e", 0), number, 0), (("e", 1), 7, 1), (("f", 0), 8, 0)])
-        assert reader.holdings() == ("w", {"e": (f"entry {number}", "queue")})
+        flight.note_holdings("w", ["queue"], {"e": (f"entry {number}", "queue")})
+        flight.note_running([("e", number, 0), ("e", 7, 1), ("f", 8, 0)])
+        found = Holdings("w", ("queue",), {"e": (f"entry {number}", "queue")})
+        assert reader.holdings() == found
         assert reader.running() == {"e": [(number, 0), (7, 1)], "f": [(8, 0)]}
     reader.close()
 
 
 def test_more_leases_than_a_note_has_room_for_are_noted_in_part(flight: FlightRecord) -> None:
     many = {f"{i:032x}": (f"a-job-of-an-ordinary-name-{i}", "queue" * 8) for i in range(30_000)}
-    flight.note_holdings("w", many)
-    worker, noted = flight.holdings()
-    assert worker == "w"
-    assert 3000 < len(noted) < 30_000 and noted.items() <= many.items()
-    flight.note_holdings("w", {"e": ("x" * 2_000_000, "queue")})
-    assert flight.holdings() == ("w", {})
+    flight.note_holdings("w", ["queue"], many)
+    found = flight.holdings()
+    assert found.worker == "w" and found.queues == ("queue",)
+    assert 3000 < len(found.leases) < 30_000 and found.leases.items() <= many.items()
+    flight.note_holdings("w", [], {"e": ("x" * 2_000_000, "queue")})
+    assert flight.holdings() == Holdings("w")
+    flight.note_holdings("w", ["q" * 1000] * 3000, {})
+    assert 500 < len(flight.holdings().queues) < 1100
 
 
 def test_a_note_that_a_death_cut_short_leaves_the_one_before(flight: FlightRecord) -> None:
-    flight.note_running([(("e", 0), 1, 0)])
-    flight.note_running([(("e", 0), 2, 0)])
+    flight.note_running([("e", 1, 0)])
+    flight.note_running([("e", 2, 0)])
     last = flight_module._place(1, 2)
     os.pwrite(flight.fd, b"\xff" * 8, last + 20)
     assert flight.running() == {"e": [(1, 0)]}
@@ -220,7 +223,7 @@ def test_a_note_that_a_death_cut_short_leaves_the_one_before(flight: FlightRecor
 def test_a_record_needs_no_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     record = FlightRecord.create()
-    record.note_running([(("e", 0), 1, 0)])
+    record.note_running([("e", 1, 0)])
     assert record.running() == {"e": [(1, 0)]}
     record.close()
 
@@ -238,12 +241,14 @@ def test_leases_are_noted_as_they_come_and_go(
     jobs: JobQueue, worker: LeaseWorker, flight: FlightRecord, tmp_path: Path
 ) -> None:
     first, second = taken(jobs, worker, tmp_path, 2)
-    name, held = flight.holdings()
-    assert name == "worker"
-    assert held == {lease.id: (lease.job.id, lease.queue.name) for lease in (first, second)}
+    queues = (first.queue.name,)
+    held = {lease.id: (lease.job.id, lease.queue.name) for lease in (first, second)}
+    assert flight.holdings() == Holdings("worker", queues, held)
     worker.finish(first, {})
     worker.hand_back(second)
-    assert flight.holdings() == ("worker", {})
+    assert flight.holdings() == Holdings("worker", queues)
+    worker.leave()
+    assert flight.holdings() == Holdings(), "nobody has to look after a worker that has left"
 
 
 # --- back into the queue ---

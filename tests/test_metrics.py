@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from test_sharing import LoadedTiny, prompts
-from worker_tools import EchoEngine, Loaded, config, make_job, rows_of, submit, wait_for
+from waiting import wait_for
+from worker_tools import EchoEngine, Loaded, config, make_job, rows_of, submit
 
 from trbatch import metrics as metrics_module
 from trbatch.cli import commands

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -15,9 +14,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from child import Child
 from click.testing import CliRunner, Result
 from echo_worker import EchoEngine
 from s3_server import S3Server
+from waiting import wait_for
 
 from trbatch import api, cli
 from trbatch.config import WorkerConfig
@@ -102,15 +103,12 @@ def test_what_a_killed_worker_published_is_not_decoded_again(
 ) -> None:
     job = submit(tmp_path, bucket, 40, chunk_size=40)
     command = [sys.executable, str(TESTS / "echo_worker.py"), "worker", "--model", "maker/echo"]
-    environment = os.environ | {"ECHO_STEP_S": "0.2", "TRBATCH_REDIS_URL": redis_url}
-    with subprocess.Popen(
+    environment = os.environ | {"ECHO_STEP_S": "0.8", "TRBATCH_REDIS_URL": redis_url}
+    with Child(
         [*command, "--publish-seconds", "0.2"], env=environment, stderr=subprocess.DEVNULL
     ) as worker:
-        deadline = time.monotonic() + 60
-        while JobFolder.open(job.path).progress().rows_ok < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        worker.send_signal(signal.SIGKILL)
+        wait_for(lambda: JobFolder.open(job.path).progress().rows_ok >= 8)
+        worker.kill()
     time.sleep(0.5)  # its children go with it
     kept = JobFolder.open(job.path).progress().rows_ok
     assert 8 <= kept < 40

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import MODEL, alive, rows_of, submit, supervised, wait_for
+from supervised import MODEL, alive, rows_of, submit, supervised
+from waiting import wait_for
 
 from trbatch import server
 from trbatch.errors import Unreachable

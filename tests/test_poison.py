@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import Supervised, rows_of, submit, supervised, wait_for
+from supervised import Supervised, rows_of, submit, supervised
+from waiting import wait_for
 
 from trbatch.job import JobFolder
 from trbatch.queue import JobQueue

@@ -8,7 +8,8 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from supervised import submit, supervised, wait_for
+from supervised import submit, supervised
+from waiting import wait_for
 
 from trbatch import cli, cli_configs, gpus, profiles
 from trbatch.config import EngineConfig, WorkerConfig

@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner
 from echo_worker import EchoEngine
 from pruning_tools import age, make_old, prune_one, segments
+from waiting import wait_for
 
 from trbatch import api, cli, job_status
 from trbatch.errors import InputError
 from trbatch.queue import JobQueue
 from trbatch.storage import LocalFolder
-from workers import submit, wait_for, work, working, write_rows
+from workers import submit, work, working, write_rows
 
 pytestmark = pytest.mark.usefixtures("home")
 

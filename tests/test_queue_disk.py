@@ -11,7 +11,8 @@ import redis
 from click.testing import CliRunner
 from disks import Disk, Mounted, small_disk
 from redis_server import redis_server
-from supervised import MODEL, rows_of, submit, supervised, wait_for
+from supervised import MODEL, rows_of, submit, supervised
+from waiting import wait_for
 
 from trbatch import cli
 from trbatch.errors import Unreachable

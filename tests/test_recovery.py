@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from supervised import MODEL, Supervised, rows_of, submit, supervised, wait_for
+from supervised import MODEL, Supervised, rows_of, submit, supervised
+from waiting import wait_for
 
 from trbatch import recovery
 from trbatch.chunk_job import ChunkQueue

@@ -16,7 +16,8 @@ import trustme
 from click.testing import CliRunner, Result
 from redis_server import Terminator, redis_server
 from test_sharing import LoadedTiny, prompts
-from worker_tools import Background, wait_for
+from waiting import wait_for
+from worker_tools import Background
 
 from trbatch import api, cli
 from trbatch.config import WorkerConfig

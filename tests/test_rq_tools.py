@@ -25,11 +25,12 @@ from typing import Any
 import pytest
 from echo_worker import EchoEngine
 from sh_blocks import found
+from waiting import wait_for
 
 from trbatch import api
 from trbatch.lease import LeaseWorker
 from trbatch.queue import JobQueue, ModelKey
-from workers import submit, wait_for, work, working
+from workers import submit, work, working
 
 pytestmark = pytest.mark.long
 

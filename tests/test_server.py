@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from child import Child
 from click.testing import CliRunner, Result
 
 from trbatch import cli, server, server_place, server_process
@@ -322,7 +323,7 @@ def test_a_number_that_another_process_has_by_now_is_nobody(home: Path) -> None:
     status = server.start()
     os.kill(status.pid, signal.SIGKILL)
     wait_until_gone(status.pid)
-    with subprocess.Popen(["sleep", "60"]) as other:
+    with Child(["sleep", "60"]) as other:
         (status.folder / "server.pid").write_text(f"{other.pid}\n")
         assert server.status().state == "not running"
         assert server.stop() is False

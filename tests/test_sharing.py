@@ -13,7 +13,8 @@ import tiny
 import torch
 from click.testing import CliRunner
 from matrix_tools import CPU
-from worker_tools import Background, config, submit, wait_for
+from waiting import wait_for
+from worker_tools import Background, config, submit
 
 from trbatch import matrix_stream, sharing
 from trbatch.cli import commands

@@ -122,7 +122,7 @@ def test_two_hundred_rows_of_a_job_validate_and_the_acceptance_is_told(
     ended = validated(rows)
     assert ended >= 180, f"only {ended} of 200 rows ended by themselves"
     with_it = acceptance([(row["completion_tokens"], row["num_spec_steps"]) for row in rows])
-    free = decode(real, requests(60, free=True, max_tokens=40), max_num_seqs=16)
+    free = decode(real, requests(30, free=True, max_tokens=40), max_num_seqs=16)
     without = acceptance([(one.completion_tokens, one.num_spec_steps) for one in free.values()])
     stats = engine.stats()
     mask_ms = 1e3 * stats["grammar_mask_s"] / stats["grammar_masks"]
@@ -139,7 +139,7 @@ def test_two_hundred_rows_of_a_job_validate_and_the_acceptance_is_told(
 
 @pytest.mark.long
 def test_batches_of_one_and_of_eight_and_plain_decoding_say_the_same(real: LoadedModel) -> None:
-    rows = requests(20, max_tokens=48)
+    rows = requests(10, max_tokens=48)
     eight = decode(real, rows, max_num_seqs=8)
     assert tokens(decode(real, rows, max_num_seqs=1)) == tokens(eight)
     assert tokens(decode(real, rows, max_num_seqs=8, speculate=False)) == tokens(eight)

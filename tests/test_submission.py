@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from job_tools import all_rows, changed, decode, prompts, write_lines
+from test_scale import lines_parsed_per_s
 
 from trbatch import chunk_files, submission
 from trbatch.config import JobSpec, SamplingParams
@@ -322,13 +323,16 @@ def test_what_an_interrupted_removal_has_left_takes_no_new_job_along(spec: JobSp
 
 @pytest.mark.long
 def test_submitting_200_000_short_prompts_is_quick(tmp_path: Path) -> None:
-    """Half of the 50,000 rows/s that test_scale demands: this one runs beside other tests."""
+    """Half of what test_scale demands, since this one runs beside other tests: 25,000 rows/s, or a
+    fourteenth of the rate of json.loads on a machine that is slow.
+    """
     path = tmp_path / "in.jsonl"
     path.write_bytes(
         b"".join(b'{"prompt": "Write a haiku about number %d."}\n' % i for i in range(200_000))
     )
+    parsed = lines_parsed_per_s(path)
     start = time.perf_counter()
     job = JobFolder.submit(JobSpec(input=str(path), out=str(tmp_path / "store"), model="m"))
     seconds = time.perf_counter() - start
     assert job.manifest.rows == 200_000
-    assert 200_000 / seconds > 25_000
+    assert 200_000 / seconds > min(25_000, parsed / 14)

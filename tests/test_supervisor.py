@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from supervised import MODEL, alive, rows_of, submit, supervised, wait_for
+from child import Child
+from supervised import MODEL, alive, rows_of, submit, supervised
+from waiting import wait_for
 
 from trbatch.errors import WorkerError
 from trbatch.job import JobFolder
@@ -97,7 +99,7 @@ def test_where_the_kernel_does_not_help_a_worker_looks_after_its_parent_itself(
         f"pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    with subprocess.Popen([sys.executable, "-c", parent]) as process:
+    with Child([sys.executable, "-c", parent]) as process:
         number = int(wait_for(lambda: pid.exists() and pid.read_text()))
         assert alive(number)
         process.kill()

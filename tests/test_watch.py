@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from echo_worker import EchoEngine
 from rich.console import Console
+from waiting import wait_for
 
 from trbatch import api, cli, watching
 from trbatch.engine.sequence import Completion
@@ -32,7 +33,7 @@ from trbatch.queue_control import ChunkLease
 from trbatch.segments import Footer
 from trbatch.team import Share, team_of
 from trbatch.watching import exit_code, jobs_in, screen, watch, words
-from workers import submit, wait_for, work, working
+from workers import submit, work, working
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 from worker_tools import (
     Background,
     EchoEngine,
@@ -21,7 +22,6 @@ from worker_tools import (
     rows_of,
     submit,
     texts_of,
-    wait_for,
 )
 
 from trbatch.errors import TrbatchError, Unreachable

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 from worker_tools import (
     MODEL,
     Background,
@@ -18,7 +19,6 @@ from worker_tools import (
     rows_of,
     submit,
     texts_of,
-    wait_for,
 )
 
 from trbatch.errors import ModelError, WorkerError

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+from child import Child
+from waiting import wait_for
 from worker_tools import (
     MODEL,
     Background,
@@ -23,7 +25,6 @@ from worker_tools import (
     start_process,
     submit,
     texts_of,
-    wait_for,
 )
 
 from trbatch.engine_events import Finished
@@ -133,6 +134,7 @@ def test_what_a_killed_worker_held_is_decoded_by_the_next(
     for member in jobs.connection.zrange(wip, 0, -1):
         jobs.connection.zadd(wip, {member: time.time() - 1})  # half a minute goes by
     worker = Background(jobs.url, Loaded())
+    # Killed while it cleans or takes a chunk, it leaves what stays for LOCK_S and STUCK_S.
     wait_for(lambda: jobs.counts(job).finished == 2)
     worker.stop()
     assert texts_of(job) == expected(24)
@@ -189,7 +191,7 @@ def test_a_third_ctrl_c_in_the_middle_of_a_step_tears_nothing_down(
         cli.main()
         """
     )
-    with subprocess.Popen(
+    with Child(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         wait_for(lambda: jobs.counts(job).started, timeout=30)

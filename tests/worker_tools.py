@@ -9,11 +9,12 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from child import Child
 
 from trbatch.config import JobSpec, WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
@@ -29,6 +30,7 @@ class EchoEngine:
     """Answers each prompt with itself in capitals, one forward per word, a batch at a time."""
 
     copies = None  # it has no matrices
+    steps: Mapping[tuple[int, int], int] = {}  # nobody asks of what kind
 
     def __init__(self, capacity: int = 4, step_s: float = 0.0) -> None:
         self._capacity = capacity
@@ -212,13 +214,6 @@ class Background:
         return self.code
 
 
-def wait_for(condition: Callable[[], Any], timeout: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 SCRIPT = textwrap.dedent(
     """
     import sys
@@ -231,6 +226,6 @@ SCRIPT = textwrap.dedent(
 )
 
 
-def start_process(jobs: JobQueue) -> subprocess.Popen[bytes]:
+def start_process(jobs: JobQueue) -> Child:
     code = SCRIPT.format(tests=str(Path(__file__).parent), url=jobs.url)
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    return Child([sys.executable, "-c", code], stderr=subprocess.PIPE)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,11 +59,3 @@ def working(engine: EchoEngine, **settings: Any) -> Iterator[BatchWorker]:
                 worker.stop.ask(signal.SIGTERM)
             thread.join(20)
             assert not thread.is_alive()
-
-
-def wait_for(condition: Callable[[], Any], timeout: float = 15.0) -> None:
-    """Wait until something is so."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)

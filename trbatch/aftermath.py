@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import redis
 from rq import worker_registration
@@ -48,12 +48,15 @@ def settle(jobs: JobQueue, flight: FlightRecord, cause: str, *, own: bool) -> Af
         own: whether it died of what it did, so that the rows in its engine are suspects; a worker
             that somebody killed leaves no suspects.
     """
-    worker, leases = flight.holdings()
+    held = flight.holdings()
+    taking = sum(
+        recovery.release(jobs.queue(name), held.worker, held.leases) for name in held.queues
+    )
     running = flight.running() if own else {}
-    done = settle_leases(jobs, leases, running, cause)
-    if worker:
-        _forget(jobs.connection, worker)
-    return done
+    done = settle_leases(jobs, held.leases, running, cause)
+    if held.worker:
+        _forget(jobs.connection, held.worker)
+    return replace(done, chunks=done.chunks + taking)
 
 
 class Settling:
@@ -74,7 +77,7 @@ class Settling:
         self._redis_url, self._flight, self._death = redis_url, flight, death
         self._begin = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="settling", daemon=True)
-        if flight.holdings()[1]:
+        if flight.holdings().worker:
             self._thread.start()
 
     @property
@@ -93,15 +96,17 @@ class Settling:
             with JobQueue.connect(self._redis_url) as jobs, reaching(jobs.url):
                 after = settle(jobs, self._flight, death.cause, own=death.own)
         except (TrbatchError, redis.RedisError) as error:
-            logger.warning("its chunks come back when their leases run out: %s", error)
+            if self._flight.holdings().leases:
+                logger.warning("its chunks come back when their leases run out: %s", error)
             return
         self.suspects = after.suspects
-        logger.warning("%s", after)
+        if after.chunks:
+            logger.warning("%s", after)
 
 
 def settle_broken(jobs: JobQueue, flight: FlightRecord, error: BaseException) -> None:
     """The same by the worker itself, whose engine raised. What it holds no more is left alone."""
-    _, leases = flight.holdings()
+    leases = flight.holdings().leases
     if not leases:
         return
     cause = f"{type(error).__name__}: {error}"[:200]

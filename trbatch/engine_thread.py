@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import islice
@@ -21,7 +21,7 @@ from trbatch.config import WorkerConfig
 from trbatch.engine.sequence import Completion, Request, TaskKey
 from trbatch.engine_events import Broken, Changes, Event, Finished, LoadFailed, Ready, Whole
 from trbatch.errors import TrbatchError
-from trbatch.flight import FlightRecord
+from trbatch.flight import FlightRecord, Running
 from trbatch.queue_names import ModelKey
 from trbatch.stopping import ENGINE_THREAD
 from trbatch.trace import Steps
@@ -97,6 +97,11 @@ class Engine(Protocol):
         """Write the matrices that changed."""
         ...
 
+    @property
+    def steps(self) -> Steps:
+        """How many steps it has made, by their kind."""
+        ...
+
     def stats(self) -> dict[str, Any]:
         """Figures since the start; what is a text is a fact for the dataset's metadata."""
         ...
@@ -143,8 +148,9 @@ class EngineThread:
         self._engine: Engine | None = None
         self._flight = flight or FlightRecord.create()
         self._incoming: deque[Request] = deque()  # not added yet
-        self._held: dict[Hashable, Request] = {}  # added and not answered, in this order
-        self._told: Counter[tuple[int, int]] = Counter()  # steps of the engine; see `trace.Steps`
+        self._held: dict[Hashable, Running] = {}  # added and not answered, in this order
+        self._noted = True  # whether the record says of these what it should
+        self._told: Steps = {}  # that the engine has made
         self._together = 1  # requests, as many as the engine takes in within `ADD_S`
         self._stopping = False
         self._saved_at = time.monotonic()
@@ -237,6 +243,7 @@ class EngineThread:
     def _obey(self) -> None:
         """Carry out every order; without work, wait for one."""
         if not self._busy():
+            self._note_running()
             self._flight.pulse.idle()
             order = self._orders.get()
             self._flight.pulse.awake()
@@ -248,6 +255,7 @@ class EngineThread:
     def _step(self) -> None:
         if self._stopping or self._engine is None or not self._busy():
             return
+        self._note_running()
         with self._flight.pulse.step():
             completions = self._engine.step()
         if completions:
@@ -262,9 +270,8 @@ class EngineThread:
     def _new_steps(self) -> Steps:
         """The engine's steps by their kind since the last call."""
         assert self._engine is not None, "only an engine finishes requests"
-        made = Counter(self._engine.stats().get("steps", {}))
-        told, self._told = self._told, made
-        return made - told
+        told, self._told = self._told, dict(self._engine.steps)
+        return {kind: new for kind, made in self._told.items() if (new := made - told.get(kind, 0))}
 
     def _busy(self) -> bool:
         return self._engine is not None and bool(self._incoming or self._engine.unfinished)
@@ -274,7 +281,8 @@ class EngineThread:
         self._engine = None
         self._incoming.clear()
         self._held.clear()
-        self._told.clear()
+        self._noted = False
+        self._told = {}
         self._together = 1
         gc.collect()  # the old weights must be gone before the new ones come
         begin = time.monotonic()
@@ -312,7 +320,6 @@ class EngineThread:
                 self._together = max(1, len(requests) // 2)
             elif passed < ADD_S / 2:
                 self._together = max(self._together, min(2 * len(requests), MOST_TOGETHER))
-        self._note_running()
 
     def _next_few(self) -> list[Request]:
         """As many of those that wait as the engine should take in at once."""
@@ -326,7 +333,9 @@ class EngineThread:
         return requests
 
     def _add_to(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self._note(requests)  # a tokenizer may fail as badly as an engine
+        running = {request.key: _running(request) for request in requests}
+        self._flight.note_running(list(running.values()))  # a tokenizer may fail as an engine does
+        self._noted = False
         self._flight.pulse.awake()
         try:
             engine.add_all(requests)
@@ -339,7 +348,7 @@ class EngineThread:
             for request in requests:
                 self._add_to(engine, [request])
             return
-        self._held |= {request.key: request for request in requests}
+        self._held |= running
 
     def _abort(self, keys: list[Hashable]) -> None:
         if self._engine is not None:
@@ -351,15 +360,14 @@ class EngineThread:
     def _let_go(self, keys: Iterable[Hashable]) -> None:
         for key in keys:
             self._held.pop(key, None)
-        self._note_running()
+        self._noted = False
 
     def _note_running(self) -> None:
         """Note the rows that the next step may touch: the first so many of those added."""
-        assert self._engine is not None
-        self._note(islice(self._held.values(), self._engine.capacity))
-
-    def _note(self, requests: Iterable[Request]) -> None:
-        self._flight.note_running([(r.key, r.order, r.sample_index) for r in requests])
+        if self._noted or self._engine is None:
+            return
+        self._flight.note_running(list(islice(self._held.values(), self._engine.capacity)))
+        self._noted = True
 
     def _with_copies(self, do: Callable[[Copies], None]) -> None:
         if self._engine is not None and self._engine.copies is not None:
@@ -383,6 +391,7 @@ class EngineThread:
         self._saved_at = time.monotonic()
         if self._engine is None:
             return
+        self._note_running()  # a store may take long, and who has ended is not to blame
         try:
             with self._flight.pulse.declared():
                 self._engine.save_tasks()
@@ -391,3 +400,9 @@ class EngineThread:
 
     def _stop(self) -> None:
         self._stopping = True
+
+
+def _running(request: Request) -> Running:
+    """A request as the flight record has it. Its key is a tuple whose first part is the lease."""
+    assert isinstance(request.key, tuple)
+    return str(request.key[0]), request.order, request.sample_index

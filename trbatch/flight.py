@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import orjson
@@ -37,6 +38,16 @@ _HOLDINGS, _RUNNING = range(2)
 _IDLE, _STEPPING, _DECLARED = 0.0, 1.0, 2.0
 
 Row = tuple[int, int]  # a sample of a row within its job: the row's place in the input, the sample
+Running = tuple[str, int, int]  # the same, behind the lease that it belongs to
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What the queue knows of a worker, or of one that died."""
+
+    worker: str = ""  # its name; "": there is none, or it has left
+    queues: tuple[str, ...] = ()  # that it takes from
+    leases: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # entry, queue
 
 
 class Pulse:
@@ -204,26 +215,34 @@ class FlightRecord:
         self._memory.close()
         self._close()
 
-    def note_holdings(self, worker: str, leases: Mapping[str, Sequence[str]]) -> None:
-        """Note the leases that the worker of this name holds: by execution, entry and queue.
+    def note_holdings(
+        self, worker: str, queues: Sequence[str], leases: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Note what the queue knows of the worker.
+
+        Args:
+            worker: its name; "": it has left.
+            queues: the names of those it takes from.
+            leases: that it holds: by execution, entry and queue.
 
         Of thousands, only as many as there is room for: the others run out by themselves.
         """
         held = [(name, list(lease)) for name, lease in leases.items()]
-        self._write(_HOLDINGS, lambda most: [worker, dict(held[:most])], len(held))
 
-    def note_running(self, rows: Sequence[tuple[Any, int, int]]) -> None:
-        """Note what the engine may touch from now on: request keys, places in the input, samples.
+        def note(most: int) -> list[Any]:
+            return [worker, queues[:most], dict(held[:most])]
 
-        A key is a tuple whose first part names the lease.
-        """
-        noted = [[str(key[0]), order, sample] for key, order, sample in rows]
-        self._write(_RUNNING, lambda most: noted[:most], len(noted))
+        self._write(_HOLDINGS, note, max(len(held), len(queues)))
 
-    def holdings(self) -> tuple[str, dict[str, tuple[str, str]]]:
-        """The worker's name, and of each lease that it holds the entry's id and the queue."""
-        worker, leases = self._read(_HOLDINGS) or ["", {}]
-        return worker, {execution: (entry, queue) for execution, (entry, queue) in leases.items()}
+    def note_running(self, rows: Sequence[Running]) -> None:
+        """Note what the engine may touch from now on."""
+        self._write(_RUNNING, lambda most: rows[:most], len(rows))
+
+    def holdings(self) -> Holdings:
+        """What the queue knows of the worker."""
+        worker, queues, leases = self._read(_HOLDINGS) or ["", [], {}]
+        pairs = {execution: (entry, queue) for execution, (entry, queue) in leases.items()}
+        return Holdings(worker, tuple(queues), pairs)
 
     def running(self) -> dict[str, list[Row]]:
         """Of each lease the rows that the engine may have touched last."""

@@ -29,7 +29,7 @@ from trbatch.chunk_job import LOCK_S, ChunkJob, ChunkQueue
 from trbatch.chunk_lease import BadChunk, Lease, payload_of
 from trbatch.flight import FlightRecord
 from trbatch.queue import WORKER_ANSWER_S
-from trbatch.queue_names import PREFIX
+from trbatch.queue_names import CLAIM
 from trbatch.suspects import Suspects
 
 logger = logging.getLogger("trbatch.worker")
@@ -86,8 +86,8 @@ class LeaseWorker(SimpleWorker):
 
     def open(self) -> None:
         """Appear among the workers and listen for commands."""
-        self._note()
         self.register_birth()  # type: ignore[no-untyped-call]
+        self._note()
         self.subscribe()
         self.set_state(WorkerStatus.STARTED)
 
@@ -101,6 +101,8 @@ class LeaseWorker(SimpleWorker):
     def leave(self) -> None:
         """Say nothing to the queue any more: the leases and the worker's entry run out."""
         self._left = True
+        if not self.leases:
+            self._flight.note_holdings("", [], {})
         if self.pubsub_thread:
             self.pubsub_thread.stop()
 
@@ -126,6 +128,7 @@ class LeaseWorker(SimpleWorker):
         """Listen on these queues from now on: their abandoned chunks are brought back."""
         gone = [found for found in self.queues if found not in queues]
         self.queues = list(queues)
+        self._note()
         with self.connection.pipeline() as pipeline:
             for found in gone:
                 pipeline.srem(worker_registration.WORKERS_BY_QUEUE_KEY % found.name, self.key)
@@ -163,13 +166,12 @@ class LeaseWorker(SimpleWorker):
 
     def _claim(self, job: Job, queue: ChunkQueue) -> Lease | None:
         """Lease a popped job unless somebody else has it: an id can be in the queue twice."""
-        claim = f"{PREFIX}claim:{job.id}"
+        claim = CLAIM + job.id
         if not self.connection.set(claim, self.name, nx=True, ex=LOCK_S):
-            queue.intermediate_queue.remove(job.id)
-            return None
+            return None  # its owner may be dead, so the id stays where a clean-up finds it
         try:
             if self._status(job) != JobStatus.QUEUED:
-                queue.intermediate_queue.remove(job.id)
+                recovery.pass_over(queue, job.id)
                 return None
             return self._lease(job, queue)
         finally:
@@ -265,17 +267,8 @@ class LeaseWorker(SimpleWorker):
             self.drop(lease)
         self._announce()
         if now >= self._no_reaping_until:
-            self._clean()
-        return lost
-
-    def _clean(self) -> None:
-        """Bring back what dead workers left, whatever else lies in the registries."""
-        try:
             self.clean_registries()
-        except (redis.ConnectionError, redis.TimeoutError):
-            raise
-        except Exception as error:  # noqa: BLE001  whatever strange entries make rq raise
-            logger.error("the queues could not be cleaned: %s: %s", type(error).__name__, error)
+        return lost
 
     def stopped(self) -> list[Lease]:
         """The leases whose chunk somebody asked to stop since the last call."""
@@ -321,16 +314,24 @@ class LeaseWorker(SimpleWorker):
         """Bring back what dead workers left, let rq forget what is old. One worker at a time."""
         for found in self.queues:
             assert isinstance(found, ChunkQueue)
-            if not found.acquire_maintenance_lock():
-                continue
             try:
-                if back := recovery.recover(found):
-                    logger.info("%d chunks of workers that are gone are back in the queue", back)
-                for registry in (FinishedJobRegistry, FailedJobRegistry):
-                    registry(queue=found, job_class=ChunkJob).cleanup()
-                worker_registration.clean_worker_registry(found)
-            finally:
-                found.release_maintenance_lock()  # type: ignore[no-untyped-call]
+                if found.acquire_maintenance_lock():
+                    self._clean(found)
+            except (redis.ConnectionError, redis.TimeoutError):
+                raise
+            except Exception as error:  # noqa: BLE001  whatever strange entries make rq raise
+                name, kind = found.name, type(error).__name__
+                logger.error("queue %s could not be cleaned: %s: %s", name, kind, error)
+
+    def _clean(self, found: ChunkQueue) -> None:
+        try:
+            if back := recovery.recover(found):
+                logger.info("%d chunks of workers that are gone are back in the queue", back)
+            for registry in (FinishedJobRegistry, FailedJobRegistry):
+                registry(queue=found, job_class=ChunkJob).cleanup()
+            worker_registration.clean_worker_registry(found)
+        finally:
+            found.release_maintenance_lock()  # type: ignore[no-untyped-call]
 
     def _engine_lives(self) -> bool:
         """Whether the engine gave a sign of life in time; says so when that changes."""
@@ -373,7 +374,7 @@ class LeaseWorker(SimpleWorker):
 
     def _note(self) -> None:
         leases = {one.id: (one.job.id, one.queue.name) for one in self.leases.values()}
-        self._flight.note_holdings(self.name, leases)
+        self._flight.note_holdings(self.name, self.queue_names(), leases)
 
     def _forget(self, lease: Lease) -> None:
         self.leases.pop(lease.id, None)

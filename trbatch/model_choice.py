@@ -21,9 +21,9 @@ TAKE_S = 0.5  # of taking chunks at a time: beats, finished rows and the engine 
 
 
 def watched(jobs: JobQueue, fixed: ModelKey | None) -> list[ChunkQueue]:
-    """The queues of a worker: of its one model, or of every model that has any."""
-    names = fixed.queue_names if fixed is not None else jobs.models()
-    return [jobs.queue(name) for name in names]
+    """The queues of a worker: of its one model, or of every model that ever had any."""
+    models = [fixed] if fixed is not None else dict.fromkeys(jobs.models().values())
+    return [jobs.queue(name) for model in models for name in model.queue_names]
 
 
 class ModelChoice:

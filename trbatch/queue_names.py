@@ -13,6 +13,7 @@ from trbatch.config import PRIORITIES
 from trbatch.naming import model_name
 
 PREFIX = "trbatch:"  # of every key that rq does not make itself
+CLAIM = f"{PREFIX}claim:"  # and an entry's id: the worker that is about to lease it
 
 
 class Place(Protocol):

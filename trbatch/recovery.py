@@ -7,7 +7,7 @@ chunk twice. None of it costs the chunk a retry: those are for failures of the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
@@ -18,6 +18,7 @@ from rq.utils import as_text, current_timestamp, now, utcformat
 
 from trbatch import chunk_job
 from trbatch.chunk_job import ChunkJob, ChunkQueue
+from trbatch.queue_names import CLAIM
 from trbatch.suspects import Suspects
 from trbatch.untrusted import number_of
 
@@ -81,28 +82,81 @@ return back
 """
 )
 
-# Between its pop and its lease an id lies in a list of its own. One that nobody leases goes back.
-_UNSTICK = """
+# An id that was popped lies in a list of its own until it is leased: out of there, and back into
+# the queue if its entry waits.
+_UNPOP = """
+local function unpop(popped, queue, job, id)
+  redis.call('LREM', popped, 1, id)
+  if redis.pcall('HGET', job, 'status') ~= 'queued' then return 0 end
+  redis.call('LPUSH', queue, id)
+  return 1
+end
+"""
+
+# What a worker died over taking: an id that it has popped, or a lease that it has not noted yet. An
+# id that nobody claims may have been popped by somebody else just now, who goes on all the same: an
+# id that is in the queue once too often is passed over.
+_RELEASE = (
+    _REQUEUE
+    + _UNPOP
+    + """
+local worker, noted = ARGV[6], {}
+for at = 9, #ARGV do noted[ARGV[at]] = true end
+local function claimant(id)
+  local claim = redis.pcall('GET', ARGV[7] .. id)
+  return type(claim) == 'string' and claim
+end
+local function listed(found) return found.err and {} or found end
 local back = 0
-for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, tonumber(ARGV[4]))) do
-  if redis.pcall('HGET', ARGV[1] .. id, 'status') ~= 'queued' then
-    redis.call('LREM', KEYS[1], 1, id)
-  else
-    local key = KEYS[1] .. ':seen:' .. id
-    local seen = redis.pcall('GET', key)
-    seen = type(seen) == 'string' and tonumber(seen)
-    if not seen then
-      redis.call('SET', key, ARGV[2], 'EX', 60)
-    elseif tonumber(ARGV[2]) - seen >= tonumber(ARGV[3]) then
-      redis.call('DEL', key)
-      redis.call('LREM', KEYS[1], 1, id)
-      redis.call('LPUSH', KEYS[2], id)
-      back = back + 1
+for _, member in ipairs(listed(redis.pcall('SMEMBERS', string.format(ARGV[4], worker)))) do
+  local names = names_of(member)
+  if names and type(redis.pcall('ZSCORE', KEYS[1], member)) == 'string' then
+    local taking = claimant(names.entry) == worker
+    if taking then redis.call('DEL', ARGV[7] .. names.entry) end
+    -- An entry that still waits was leased by half, which is undone here; it is pushed below.
+    local half = redis.pcall('HGET', names.job, 'status') == 'queued'
+    if (taking or half) and not noted[names.id] then
+      back = back + requeue(KEYS[1], KEYS[2], names.job, names.entry, member, names, 1, '', true)
     end
+  end
+end
+for _, id in ipairs(listed(redis.pcall('LRANGE', KEYS[3], -tonumber(ARGV[8]), -1))) do
+  local claim = claimant(id)
+  if claim == worker then redis.call('DEL', ARGV[7] .. id) end
+  if claim == worker or not claim then
+    back = back + unpop(KEYS[3], KEYS[2], ARGV[1] .. id, id)
   end
 end
 return back
 """
+)
+
+# An id that need not wait any more: checked and removed at once, for it may just have come back.
+_PASS_OVER = """
+if redis.pcall('HGET', KEYS[2], 'status') == 'queued' then return 0 end
+return redis.call('LREM', KEYS[1], 1, ARGV[1])
+"""
+
+# Of the popped ids those that nobody leases go back, and those whose entries wait no more are gone.
+_UNSTICK = (
+    _UNPOP
+    + """
+local back = 0
+for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, tonumber(ARGV[4]))) do
+  local job, key = ARGV[1] .. id, KEYS[1] .. ':seen:' .. id
+  local seen = redis.pcall('GET', key)
+  seen = type(seen) == 'string' and tonumber(seen)
+  local waits = redis.pcall('HGET', job, 'status') == 'queued'
+  if waits and not seen then
+    redis.call('SET', key, ARGV[2], 'EX', 60)
+  elseif not waits or tonumber(ARGV[2]) - seen >= tonumber(ARGV[3]) then
+    redis.call('DEL', key)
+    back = back + unpop(KEYS[1], KEYS[2], job, id)
+  end
+end
+return back
+"""
+)
 
 
 def give_back(
@@ -131,6 +185,27 @@ def give_back(
     known = suspects.to_json() if suspects else ""
     arguments: list[str | int | float] = [member, int(lost), known, int(front)]
     return bool(_call(queue, _GIVE_BACK, arguments))
+
+
+def release(queue: ChunkQueue, worker: str, noted: Iterable[str] = ()) -> int:
+    """Put back what a worker that is gone was just taking out of this queue.
+
+    Args:
+        queue: that it took from.
+        worker: its name.
+        noted: executions that are known to have been its own, and are put back otherwise.
+
+    Returns:
+        How many entries: not more than one, but for those that nobody was going to lease.
+    """
+    keys = [queue.intermediate_queue_key]
+    return _call(queue, _RELEASE, [worker, CLAIM, _MOST, *noted], keys)
+
+
+def pass_over(queue: ChunkQueue, entry: str) -> None:
+    """Forget a popped id, unless its entry waits: then a clean-up brings it back."""
+    keys = [queue.intermediate_queue_key, as_text(ChunkJob.key_for(entry))]
+    queue.connection.eval(_PASS_OVER, len(keys), *keys, entry)
 
 
 def recover(queue: ChunkQueue) -> int:
@@ -179,8 +254,13 @@ def attempt_of(retries_left: int, lost: int) -> int:
     return chunk_job.RETRIES - retries_left + lost + 1
 
 
-def _call(queue: ChunkQueue, script: str, arguments: Sequence[str | int | float]) -> int:
-    keys = [queue.started_job_registry.key, queue.key]
+def _call(
+    queue: ChunkQueue,
+    script: str,
+    arguments: Sequence[str | int | float],
+    more_keys: Sequence[str] = (),
+) -> int:
+    keys = [queue.started_job_registry.key, queue.key, *more_keys]
     names = [
         _prefix_of_jobs(),
         f"{RQ_KEY_PREFIX}:execution:",
