@@ -3,7 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+# Of torch and transformers a few hundred modules are ever imported, and compiled then.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	--constraint constraints.txt
 
 # The demo has a queue server and a job store of its own, so it disturbs nobody's jobs, and the
@@ -11,6 +12,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DEMO := demo-out
 DEMO_ENV := env -u TRBATCH_REDIS_URL -u REDIS_URL -u TRBATCH_STORE TRBATCH_HOME=$(CURDIR)/$(DEMO)/home
 DEMO_FLAGS ?=
+
+# What tests and their many processes compile serves the next ones, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 
 # ONLY_LONG=1 leaves out what `make test` and `make torture` have just run; PYTEST_FLAGS go to pytest as they are.
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -58,21 +62,22 @@ demo: $(VENV)/worker.stamp
 FILES := OMP_NUM_THREADS=1 $(PYTEST) -n 3 --dist loadfile
 TESTS := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
 NO_TORTURE := $(if $(ONLY_LONG), and not torture)
+marked = $(shell grep -l 'pytest.mark.$(1)\>' tests/test_*.py) # the files of such tests: others take time, too
 
 test: $(VENV)/all.stamp
 	$(FILES) -m "not long" --junitxml=$(REPORTS)/test.xml
 
 test-full: $(if $(ONLY_LONG),,test) $(VENV)/all.stamp
-	$(TESTS) -m "long and not alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-full.xml
-	$(PYTEST) -m "long and alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-alone.xml
+	$(TESTS) -m "long and not alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-full.xml $(call marked,long)
+	$(PYTEST) -m "long and alone$(NO_TORTURE)" --junitxml=$(REPORTS)/test-alone.xml $(call marked,alone)
 
 SECONDS ?= 60
 SEED ?= 1
 
 torture: $(VENV)/all.stamp
 	$(BIN)/python tests/torture.py --seconds $(SECONDS) --seed $(SEED)
-	$(TESTS) -m "torture and not alone" --junitxml=$(REPORTS)/torture.xml
-	$(PYTEST) -m "torture and alone" --junitxml=$(REPORTS)/torture-alone.xml
+	$(TESTS) -m "torture and not alone" --junitxml=$(REPORTS)/torture.xml $(call marked,torture)
+	$(PYTEST) -m "torture and alone" --junitxml=$(REPORTS)/torture-alone.xml $(call marked,torture)
 
 lint: $(VENV)/all.stamp
 	$(BIN)/ruff check .
