@@ -304,12 +304,19 @@ def test_a_bucket_holds_its_rows(rows: int) -> None:
 
 
 def test_matrices_learn_the_same_from_both_forms_of_a_step() -> None:
-    """What is left in the rows decides the next night's drafts."""
+    """What is left in the rows decides the next night's drafts.
+
+    All rows begin and end together: when a row takes another's place depends on how quick a GPU
+    is, and so does what they draft then.
+    """
     pytest.importorskip("triton")
     left = []
+    count, length = FEW, SHORT if not ON_GPU else LENGTH
+    chosen = [tiny.request(i, ids, max_tokens=length) for i, ids in enumerate(PROMPTS[:count])]
+    wanted = [tiny.generate(tiny.network("llama"), ids, length) for ids in PROMPTS[:count]]
     for operations in (PlainOperations, kernels):
-        one = engine(operations, tree_size=3, max_num_seqs=3)
-        assert texts(tiny.decode(one, requests(kernels))) == expected(kernels)
+        one = engine(operations, tree_size=3, max_num_seqs=count)
+        assert texts(tiny.decode(one, chosen)) == wanted
         left.append(one._matrix)
     plain, compiled = left
     for name in ("shared", "pair_keys", "changed", "pair_changed"):
