@@ -96,11 +96,17 @@ def _over_committed(
 
     place [M] the rows' positions; keys and values [slots, DIM] of one head; pages of one sequence.
     """
-    d = tl.arange(0, BLOCK_D)
+    d, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    index = first * BLOCK_N + lane
+    page = tl.load(pages + index // PAGE, mask=index < committed, other=0)
     for block in range(first, stop):
-        index = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        index = block * BLOCK_N + lane
         inside = index < committed
-        slot = tl.load(pages + index // PAGE, mask=inside, other=0) * PAGE + index % PAGE
+        slot = page * PAGE + index % PAGE
+        # The next block's pages, a turn ahead: if a turn's keys waited for a load of the same turn,
+        # Triton (3.6) would copy them only when the block before them is done.
+        later = index + BLOCK_N
+        page = tl.load(pages + later // PAGE, mask=later < committed, other=0)
         at = slot[:, None] * DIM + d[None, :]
         there = inside[:, None] & (d[None, :] < DIM)
         k = tl.load(keys + at, mask=there, other=0.0)
@@ -328,6 +334,8 @@ def attend(
         _join[(count * heads,)](
             parts, levels, out, count * heads, launch.splits,
             BLOCK_S=triton.next_power_of_2(launch.splits), DIM=dim, BLOCK_D=block_d,
+            # More warps than a row's numbers fill would share out its parts, and have to exchange.
+            num_warps=max(1, block_d // 128),
         )  # fmt: skip
     return out
 

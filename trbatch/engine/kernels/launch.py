@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 
-_MOST_SPLITS = 32
+_MOST_SPLITS, _FEW_SPLITS = 32, 16
 _HOPPERS = 232_448  # bytes of shared memory that a program may have: all that is ever chosen fits
 
 
@@ -56,10 +57,13 @@ def choose_launch(
     programs = pairs * triton.cdiv(rows, launch.block_m)
     if 2 * programs > chip.processors:
         return launch
-    # What many rows found in many parts takes long to join.
-    many = launch.block_m >= 64
-    wanted = chip.processors // programs if many else -(-2 * chip.processors // programs)
-    splits = min(wanted, _MOST_SPLITS, triton.cdiv(keys, launch.block_n))
+    # Two programs a processor, or some more of few rows; small blocks: each begins at once.
+    wanted = 2 * chip.processors / programs
+    wanted = math.floor(wanted) if launch.block_m >= 64 else math.ceil(wanted)
+    launch = launch._replace(block_n=min(launch.block_n, 32))
+    splits = min(wanted, _MOST_SPLITS, triton.cdiv(keys, 2 * launch.block_n))
+    if splits > _FEW_SPLITS:  # what joins them reads a power of two
+        splits = 1 << (splits.bit_length() - 1)
     return launch._replace(splits=splits)
 
 
@@ -74,10 +78,10 @@ def _quickest(dtype: torch.dtype, chip: Chip, *, dim: int, rows: int, pairs: int
         return Launch(block_m, block_n=32, splits=1, warps=8 if block_m > 32 else 4, stages=3)
     busy = pairs * triton.cdiv(rows, 128) >= chip.processors
     block_m = min(block_m, 128 if busy else 64)
-    # A step of many short rows reads long before it computes: smaller blocks, more under way.
+    # A step of many short rows reads more than it computes: smaller blocks, more programs at once.
     many = block_m == 16 and pairs >= 3 * chip.processors
-    block_n, stages = (32, 4) if many else (64, 3)
-    return Launch(block_m, block_n, splits=1, warps=8 if block_m > 64 else 4, stages=stages)
+    warps = 8 if block_m > 64 else 4
+    return Launch(block_m, 32 if many else 64, splits=1, warps=warps, stages=3)
 
 
 def _smaller(launch: Launch) -> Launch:
