@@ -15,6 +15,7 @@ from torch import nn
 
 from trbatch.engine.alike import COMPARED
 from trbatch.engine.joined import join_linears
+from trbatch.engine.libraries import choose_libraries
 from trbatch.engine.linear import can_pack, pack_linears
 from trbatch.engine.norm import replace_norms
 
@@ -42,13 +43,15 @@ def fuse(network: nn.Module, run: Callable[[], object], *, kernels: bool | None 
         found = importlib.util.find_spec("triton") is not None
         kernels = weight.is_cuda and found and weight.dtype in COMPARED
     if kernels:
-        return _by_kernels(network, run, weight)
-    norms = replace_norms(network)
-    if weight.is_cuda:
-        return Swaps(norms, join_linears(network, run))
-    if can_pack(weight.device, weight.dtype):
-        pack_linears(network, run)
-    return Swaps(norms)
+        swaps = _by_kernels(network, run, weight)
+    elif weight.is_cuda:
+        swaps = Swaps(replace_norms(network), join_linears(network, run))
+    else:
+        swaps = Swaps(replace_norms(network))
+        if can_pack(weight.device, weight.dtype):
+            pack_linears(network, run)
+    choose_libraries(network)
+    return swaps
 
 
 def _by_kernels(network: nn.Module, run: Callable[[], object], weight: torch.Tensor) -> Swaps:

@@ -42,19 +42,23 @@ class Product(nn.Module):
 
 
 class JoinedLinear(Product):
-    """The product by torch's own operation; a single layer's weight is not copied."""
+    """The product by torch's own operation; a single layer's weight is not copied.
+
+    `product`: what takes it, given the input, the weight and the bias; see `libraries`.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__(linears)
         self.weight = joined_weight(linears)
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = functional.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Product.forward`."""
-        return functional.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The same again, without a frame."""
-        return functional.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 class Shared(threading.local):
@@ -161,6 +165,13 @@ def join_linears(network: nn.Module, run: Callable[[], object]) -> int:
         # What is left of the single weights is too small for anything else to come.
         torch.cuda.empty_cache()
     return sum(len(product.widths) > 1 for product in products)
+
+
+def products_of(network: nn.Module) -> list[JoinedLinear]:
+    """The products that `join_linears` made of a network's layers, each once."""
+    wholes = [m.shared.whole if isinstance(m, Part) else m for m in network.modules()]
+    found = {id(whole): whole for whole in wholes if isinstance(whole, JoinedLinear)}
+    return list(found.values())
 
 
 @torch.no_grad()
