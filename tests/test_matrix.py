@@ -116,6 +116,12 @@ def test_the_second_row_is_the_next_that_says_something_else() -> None:
     assert found([5, 4, 3], 1) == ([[7, 8], [3, 4]], [TASK_PAIR, MODEL])
     assert found([5, 0, 3], 1) == ([[7, 8], [3, 4]], [TASK, MODEL])
     write(m, contexts([[5, 9, 9]], slots=[1]), [[1, 2]])
+    # What once followed this token elsewhere comes first alone, and behind a better row not at all…
+    assert found([5, 0, 3], 2) == ([[1, 2], [3, 4]], [TASK, MODEL])
+    assert found([5, 4, 3], 0) == ([[7, 8], [3, 4]], [OWN + 2, MODEL])
+    assert found([5, 4, 3], 2) == ([[7, 8], [3, 4]], [TASK_PAIR, MODEL])
+    # … unless the model has nothing there.
+    m.bigrams.fill_(-1)
     assert found([5, 4, 3], 0) == ([[7, 8], [1, 2]], [OWN + 2, TASK])
     assert found([5, 4, 3], 1) == ([[1, 2], [7, 8]], [OWN, TASK_PAIR])
 

@@ -123,7 +123,12 @@ class Matrix:
         self.pair_changed[task].fill_(False)
 
     def find(self, at: Contexts) -> Found:
-        """The two rows of each place: the first that is there, and the next that differs."""
+        """The two rows of each place: the first that is there, and the next that differs.
+
+        Behind a row of the sequence's own or of two tokens, what the model says after the last
+        token in general is right more often than what once followed it in another text. So the
+        task's row of a single token is passed over there, if the model has one.
+        """
         sources, there = self._sources(at)
         count = there.shape[1]
         rank = torch.arange(count, device=there.device)
@@ -161,9 +166,13 @@ class Matrix:
             rows.append(self.pair_rows.view(-1, self.candidates)[place][:, None])
             there.append((self.pair_keys.view(-1)[place] == pairs)[:, None])
         last = at.tokens[:, 0]
-        for dense in (self.shared[at.tasks, last], self.bigrams[last]):
-            rows.append(dense[:, None])
-            there.append(dense[:, :1] >= 0)
+        of_task, of_model = self.shared[at.tasks, last], self.bigrams[last]
+        of_task_there, of_model_there = of_task[:, :1] >= 0, of_model[:, :1] >= 0
+        if there:
+            longer = torch.cat(there, dim=1).any(1, keepdim=True)
+            of_task_there = of_task_there & ~(longer & of_model_there)
+        rows += [of_task[:, None], of_model[:, None]]
+        there += [of_task_there, of_model_there]
         return torch.cat(rows, dim=1), torch.cat(there, dim=1)
 
     def write(self, at: Contexts, rows: Tensor, priority: Tensor, shared: Tensor) -> None:
