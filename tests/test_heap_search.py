@@ -18,9 +18,12 @@ LAST = torch.tensor([[1, 2, 3], [4, 5, -1], [7, -1, -1]])
 def filled_matrix(seed: int, orders: int = 3) -> Matrix:
     """Rows of 12 tokens at random, of three slots and two tasks, some without some candidates."""
     generator = torch.Generator().manual_seed(seed)
+    bigrams = torch.rand(12, 12, generator=generator).topk(4).indices
+    bigrams[torch.rand(12, generator=generator) < 0.3] = -1
     matrix = Matrix(
-        slots=3, vocab_size=12, tasks=2, device=CPU, candidates=4, own_rows=64, orders=orders
-    )
+        slots=3, vocab_size=12, tasks=2, device=CPU, candidates=4, own_rows=64, orders=orders,
+        bigrams=bigrams,
+    )  # fmt: skip
     count = 80
     at = Contexts(
         slots=torch.randint(0, 3, (count,), generator=generator),

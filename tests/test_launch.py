@@ -55,11 +55,23 @@ def test_where_there_is_enough_launches_are_those_that_were_measured() -> None:
     assert choose_launch(torch.float16, CHIPS[75], **how) == Launch(32, 32, 1, 4, 2)
 
 
+def test_few_rows_are_shared_among_as_many_programs_as_run_at_once() -> None:
+    def chosen(rows: int, pairs: int, keys: int = 1104) -> Launch:
+        return choose_launch(torch.bfloat16, CHIPS[90], dim=128, rows=rows, pairs=pairs, keys=keys)
+
+    assert chosen(4, 8) == Launch(16, 32, 16, 4, 3)
+    assert chosen(4, 8, keys=8192).splits == 32
+    assert chosen(4, 8, keys=100).splits == 2, "each has two blocks or more"
+    assert chosen(4, 64).splits == 5
+    assert chosen(324, 8) == chosen(324, 8, keys=8192) == Launch(64, 32, 5, 4, 3)
+    assert chosen(128, 64) == Launch(64, 64, 1, 4, 3), "as many as run at once by themselves"
+
+
 # A compilation takes a second or two.
 @pytest.mark.parametrize(
     ("capability", "dtype", "dims"),
     [
-        (86, "bfloat16", "256"),
+        (86, "bfloat16", "128,256"),
         pytest.param(75, "float16", "64,128,256", marks=pytest.mark.long),
         pytest.param(75, "float32", "128,256", marks=pytest.mark.long),
         pytest.param(89, "float16", "64,128,256", marks=pytest.mark.long),

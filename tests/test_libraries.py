@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,10 +109,44 @@ def test_a_gain_within_the_noise_changes_nothing(
     assert choose_libraries(joined()[0]) == 0
 
 
-def test_nothing_is_timed_where_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libraries, "_seconds", lambda *_: pytest.fail("it was timed"))
-    for dtype in (torch.float32, torch.bfloat16):
-        assert choose_libraries(joined(dtype=dtype)[0]) == 0
+def product(**changed: Any) -> Any:
+    """What is looked at of a product, as one whose library is chosen; `changed`: of its weight."""
+    weight = {"is_cuda": True, "dtype": torch.bfloat16, "nbytes": 32 << 20} | changed
+    return SimpleNamespace(weight=SimpleNamespace(**weight), bias=None)
+
+
+def test_the_library_of_large_products_in_16_bits_on_a_gpu_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCH_BLAS_PREFER_CUBLASLT", raising=False)
+    assert libraries._concerned(product())
+    assert libraries._concerned(product(dtype=torch.float16))
+    for changed in ({"is_cuda": False}, {"dtype": torch.float32}, {"nbytes": (32 << 20) - 1}):
+        assert not libraries._concerned(product(**changed))
+    biased = product()
+    biased.bias = torch.zeros(1)
+    assert not libraries._concerned(biased)
+    with monkeypatch.context() as patch:
+        other = torch._C._BlasBackend.Cublaslt
+        patch.setattr(torch.backends.cuda, "preferred_blas_library", lambda: other)
+        assert not libraries._concerned(product())
+    for chosen in "01":
+        monkeypatch.setenv("TORCH_BLAS_PREFER_CUBLASLT", chosen)
+        assert not libraries._concerned(product())
+
+
+def test_where_timing_fails_the_usual_library_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> float:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(libraries, "_concerned", lambda product: True)
+    monkeypatch.setattr(libraries, "_seconds", fails)
+    network, products = joined()
+    assert choose_libraries(network) == 0
+    assert all(one.product is nn.functional.linear for one in products)
+    assert "none left" in caplog.text
 
 
 def test_as_many_weights_are_timed_as_no_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +158,15 @@ def test_as_many_weights_are_timed_as_no_cache_holds(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 @GPU
-def test_both_libraries_say_the_same_and_can_be_captured() -> None:
+def test_both_libraries_say_the_same_and_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     network, products = joined(4096, dtype=torch.bfloat16, device="cuda")
     before = torch.backends.cuda.preferred_blas_library()
+    timed, seconds = [], libraries._seconds
+    monkeypatch.setattr(
+        libraries, "_seconds", lambda *given: timed.append(given[0]) or seconds(*given)
+    )
     choose_libraries(network)  # whatever is quicker here
+    assert set(timed) == {"cublas", "cublaslt"}
     assert torch.backends.cuda.preferred_blas_library() == before
     for tokens in (1, 5, 32, 81, 128, 200):
         x = torch.randn(1, tokens, 4096, dtype=torch.bfloat16, device="cuda")

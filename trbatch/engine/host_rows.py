@@ -56,19 +56,19 @@ class HostRows:
 
     def _sources(self, slot: int, task: int, tokens: Sequence[int]) -> Iterator[tuple[Row, int]]:
         """The rows that are there and count, the most trusted first; see `Matrix.find`."""
-        keys, longer = self._keys_of(tokens), False
+        keys, nearer = self._keys_of(tokens), False
         for order in range(min(len(keys), self.keys.shape[1]) - 1, -1, -1):
             place = _place(keys[order], self.keys.shape[2])
             if self.keys[slot, order, place] == keys[order]:
-                longer = True
+                nearer = True
                 yield self.rows[slot, order, place].tolist(), OWN + order
         if self.pair_keys.size and len(keys) > 1:
             place = _place(keys[1], self.pair_keys.shape[1])
             if self.pair_keys[task, place] == keys[1]:
-                longer = True
+                nearer = True
                 yield self.pair_rows[task, place].tolist(), TASK_PAIR
         of_task, of_model = self.shared[task, tokens[0]], self.bigrams[tokens[0]]
-        if of_task[0] >= 0 and not (longer and of_model[0] >= 0):
+        if of_task[0] >= 0 and not (nearer and of_model[0] >= 0):
             yield of_task.tolist(), TASK
         if of_model[0] >= 0:
             yield of_model.tolist(), MODEL

@@ -4,13 +4,18 @@ cuBLAS and cuBLASLt have much the same kernels and choose among them by rules of
 tokens of a decode step either may be a tenth slower than the other, for some weights and numbers of
 tokens the one and for some the other (`docs/performance.md`). Nothing but the time decides, so each
 number of tokens has its library from when the model is loaded. The slow twin is `torch.nn.Linear`.
+
+torch's setting TORCH_BLAS_PREFER_CUBLASLT decides for all products instead: 0 keeps cuBLAS, 1 takes
+cuBLASLt, and nothing is timed.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 
 import torch
@@ -20,13 +25,16 @@ from torch.nn import functional
 from trbatch.engine.alike import random_like, same
 from trbatch.engine.joined import JoinedLinear, products_of
 
+logger = logging.getLogger(__name__)
+
 # Tokens that are timed; any number up to the last counts as the next of them.
 SIZES = (1, 8, 16, 32, 48, 64, 80, 96, 128)
 _LARGE = 32 << 20  # bytes of a weight: below it the launch takes as long as the product
-_SAMPLE = 256 << 20  # bytes of weights that are timed in turn: more than a GPU's caches hold
+_SAMPLE = 256 << 20  # bytes: more than a GPU's caches hold
 _GAIN = 0.98  # of the usual library's time: what the other one must undercut
 _ROUNDS = 3
 _USUAL, _OTHER = "cublas", "cublaslt"
+_SETTING = "TORCH_BLAS_PREFER_CUBLASLT"
 
 
 class ByTokens:
@@ -55,16 +63,19 @@ def choose_libraries(network: nn.Module) -> int:
     Returns:
         How many products have the other library for some number of tokens.
     """
-    alike: dict[tuple[int, ...], list[JoinedLinear]] = {}
+    alike: dict[Hashable, list[JoinedLinear]] = {}
     for product in products_of(network):
         if _concerned(product):
-            alike.setdefault(tuple(product.weight.shape), []).append(product)
+            weight = product.weight
+            alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(product)
     changed = 0
     for products in alike.values():
-        others = frozenset(size for size in SIZES if _other_is_quicker(products, size))
+        others = _others(products)
         for product in products if others else ():
             product.product = ByTokens(others)
             changed += 1
+    if alike and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what timing took is room for keys and values
     return changed
 
 
@@ -74,11 +85,23 @@ def _concerned(product: JoinedLinear) -> bool:
     if not weight.is_cuda or weight.dtype.itemsize != 2 or product.bias is not None:
         return False
     usual = torch.backends.cuda.preferred_blas_library() == torch._C._BlasBackend.Cublas
-    return usual and weight.nbytes >= _LARGE  # else it was chosen by whoever runs this
+    return usual and _SETTING not in os.environ and weight.nbytes >= _LARGE
 
 
-def _other_is_quicker(products: Sequence[JoinedLinear], size: int) -> bool:
+def _others(products: Sequence[JoinedLinear]) -> frozenset[int]:
+    """For which of `SIZES` these products, all alike, are quicker by the other library."""
     weights = _sample([product.weight for product in products])
+    try:
+        with _on(weights[0].device):
+            found = frozenset(size for size in SIZES if _other_is_quicker(weights, size))
+    except RuntimeError as error:  # such as no memory for it, or a build without cuBLASLt
+        logger.warning("products keep torch's usual library, the other was not timed: %s", error)
+        return frozenset()
+    logger.debug("%s by %s for tokens %s", tuple(weights[0].shape), _OTHER, sorted(found))
+    return found
+
+
+def _other_is_quicker(weights: Sequence[Tensor], size: int) -> bool:
     x = random_like(weights[0], size, weights[0].shape[1])
     seconds = dict.fromkeys((_USUAL, _OTHER), float("inf"))
     for _ in range(1 + _ROUNDS):  # in turn: whatever disturbs one disturbs the other
@@ -101,6 +124,8 @@ def _sample(weights: Sequence[Tensor]) -> list[Tensor]:
 def _seconds(library: str, weights: Sequence[Tensor], x: Tensor) -> float:
     """What one product with each of the weights takes the device, together."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Its caches hold something else then, and the host is ahead when it begins.
+    torch.empty(_SAMPLE, dtype=torch.int8, device=x.device).zero_().zero_()
     with _library(library):
         begin.record()
         for weight in weights:
@@ -111,11 +136,18 @@ def _seconds(library: str, weights: Sequence[Tensor], x: Tensor) -> float:
     return milliseconds / 1e3
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def _library(name: str) -> Iterator[None]:
-    before = torch.backends.cuda.preferred_blas_library()
+    """Let torch prefer this library, then the usual one again.
+
+    The preference is the process's. Threads may at most take a product by the other's library.
+    """
     torch.backends.cuda.preferred_blas_library(name)
     try:
         yield
     finally:
-        torch.backends.cuda.preferred_blas_library(before)
+        torch.backends.cuda.preferred_blas_library(_USUAL)

@@ -9,7 +9,8 @@ the last 2 and of the last token, and last what the model says after the token a
     own, 3 tokens → own, 2 → own, 1 → task, 2 → task, 1 → model's bigram
 
 A place's candidates come from the first of these that has a row, and from the next that has another
-one: where both agree they are right more often. Rows of several tokens lie in direct-mapped hash
+one, but for the task's row of one token (see `Matrix.find`): where both agree they are right more
+often. Rows of several tokens lie in direct-mapped hash
 tables with the key stored beside the row: a collision overwrites or misses, it never yields another
 key's row, and what was written last stays. All writes of a step have a defined winner, decided by
 (row of the input, sample, position, node) and never by slot.
@@ -169,8 +170,8 @@ class Matrix:
         of_task, of_model = self.shared[at.tasks, last], self.bigrams[last]
         of_task_there, of_model_there = of_task[:, :1] >= 0, of_model[:, :1] >= 0
         if there:
-            longer = torch.cat(there, dim=1).any(1, keepdim=True)
-            of_task_there = of_task_there & ~(longer & of_model_there)
+            nearer = torch.cat(there, dim=1).any(1, keepdim=True)
+            of_task_there = of_task_there & ~(nearer & of_model_there)
         rows += [of_task[:, None], of_model[:, None]]
         there += [of_task_there, of_model_there]
         return torch.cat(rows, dim=1), torch.cat(there, dim=1)

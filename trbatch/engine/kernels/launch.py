@@ -62,7 +62,7 @@ def choose_launch(
     wanted = math.floor(wanted) if launch.block_m >= 64 else math.ceil(wanted)
     launch = launch._replace(block_n=min(launch.block_n, 32))
     splits = min(wanted, _MOST_SPLITS, triton.cdiv(keys, 2 * launch.block_n))
-    if splits > _FEW_SPLITS:  # what joins them reads a power of two
+    if splits > _FEW_SPLITS:  # those that join them read as many as the next power of two
         splits = 1 << (splits.bit_length() - 1)
     return launch._replace(splits=splits)
 

@@ -158,9 +158,9 @@ def choose(
     nothing = tl.full(of_model.shape, -1, tl.int32)
     # Rows of a single token are there if they have a first candidate.
     known = _likeliest(of_model, K) >= 0
-    longer = pair_there | there_1 | there_2 | there_3
+    nearer = pair_there | there_1 | there_2 | there_3
     found = (of_model, origin, nothing, behind, known)
-    counts = (_likeliest(of_task, K) >= 0) & ~(longer & known)
+    counts = (_likeliest(of_task, K) >= 0) & ~(nearer & known)
     found = _trust_more(found, of_task, counts, _TASK)
     if PAIRS > 0:
         found = _trust_more(found, of_pair, pair_there, _TASK_PAIR)
