@@ -311,11 +311,9 @@ def test_matrices_learn_the_same_from_both_forms_of_a_step() -> None:
     """
     pytest.importorskip("triton")
     left = []
-    count, length = FEW, SHORT if not ON_GPU else LENGTH
-    chosen = [tiny.request(i, ids, max_tokens=length) for i, ids in enumerate(PROMPTS[:count])]
-    wanted = [tiny.generate(tiny.network("llama"), ids, length) for ids in PROMPTS[:count]]
+    chosen, wanted = requests(kernels)[:FEW], expected(kernels)[:FEW]
     for operations in (PlainOperations, kernels):
-        one = engine(operations, tree_size=3, max_num_seqs=count)
+        one = engine(operations, tree_size=3, max_num_seqs=FEW)
         assert texts(tiny.decode(one, chosen)) == wanted
         left.append(one._matrix)
     plain, compiled = left

@@ -15,7 +15,7 @@ import logging
 import os
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -70,11 +70,11 @@ def choose_libraries(network: nn.Module) -> int:
             alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(product)
     changed = 0
     for products in alike.values():
-        others = _others(products)
-        for product in products if others else ():
-            product.product = ByTokens(others)
-            changed += 1
-    if alike and torch.cuda.is_available():
+        if others := _others(products):
+            for product in products:
+                product.product = ByTokens(others)
+            changed += len(products)
+    if alike:
         torch.cuda.empty_cache()  # what timing took is room for keys and values
     return changed
 
@@ -92,7 +92,7 @@ def _others(products: Sequence[JoinedLinear]) -> frozenset[int]:
     """For which of `SIZES` these products, all alike, are quicker by the other library."""
     weights = _sample([product.weight for product in products])
     try:
-        with _on(weights[0].device):
+        with torch.cuda.device_of(weights[0]):
             found = frozenset(size for size in SIZES if _other_is_quicker(weights, size))
     except RuntimeError as error:  # such as no memory for it, or a build without cuBLASLt
         logger.warning("products keep torch's usual library, the other was not timed: %s", error)
@@ -134,10 +134,6 @@ def _seconds(library: str, weights: Sequence[Tensor], x: Tensor) -> float:
     end.synchronize()
     milliseconds: float = begin.elapsed_time(end)
     return milliseconds / 1e3
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -10,10 +10,10 @@ the last 2 and of the last token, and last what the model says after the token a
 
 A place's candidates come from the first of these that has a row, and from the next that has another
 one, but for the task's row of one token (see `Matrix.find`): where both agree they are right more
-often. Rows of several tokens lie in direct-mapped hash
-tables with the key stored beside the row: a collision overwrites or misses, it never yields another
-key's row, and what was written last stays. All writes of a step have a defined winner, decided by
-(row of the input, sample, position, node) and never by slot.
+often. Rows of several tokens lie in direct-mapped hash tables with the key stored beside the row: a
+collision overwrites or misses, it never yields another key's row, and what was written last stays.
+All writes of a step have a defined winner, decided by (row of the input, sample, position, node)
+and never by slot.
 """
 
 from __future__ import annotations
